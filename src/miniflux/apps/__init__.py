@@ -1,0 +1,1 @@
+"""Thin fronts to the library: they parse, call and show."""

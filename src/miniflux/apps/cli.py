@@ -1,0 +1,162 @@
+"""The command `miniflux`.
+
+Exit code 0 when it worked, 2 for what the user can mend (one line on stderr), 1 for our own faults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from miniflux.errors import InputError, MinifluxError, WeightsNotFoundError
+from miniflux.version import __version__
+
+OK, FAULT, MENDABLE, INTERRUPTED = 0, 1, 2, 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(MENDABLE)
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, cross, height = text.lower().partition("x")
+    try:
+        return int(width), int(height if cross else width)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a size looks like 1024x768 (width x height), got {text!r}") from None
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line, with help that a newcomer can act on."""
+    root = _Parser(
+        prog="miniflux",
+        description="FLUX image models, from scratch in PyTorch.",
+        epilog='First picture, without any download:  miniflux generate "a red circle on a blue background" -o out.png',
+    )
+    root.add_argument("--version", action="version", version=f"miniflux {__version__}")
+    commands = root.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    generate = commands.add_parser(
+        "generate",
+        help="draw pictures from a prompt",
+        description="Draw pictures from a prompt. Settings that are not given are those the model was made for.",
+        epilog="Weights are looked for in --weights, in the folder named by MINIFLUX_WEIGHTS, and in the Hugging Face "
+        "cache; weights/README.md says where each file comes from. Nothing is downloaded.",
+    )
+    generate.add_argument("prompt", nargs="+", metavar="PROMPT", help="what to draw; several prompts give several pictures")
+    generate.add_argument("-o", "--output", default="out.png", metavar="FILE", help=".png, .jpg or .webp; default %(default)s")
+    generate.add_argument(
+        "--model",
+        default="nano",
+        metavar="NAME|PATH",
+        help="nano (bundled, the default), nano-schnell, flux1-dev, flux1-schnell, flux1-krea-dev, or a file or folder",
+    )
+    generate.add_argument("--weights", metavar="FOLDER", help="look for the model's files here first")
+    generate.add_argument("--seed", type=int, default=0, metavar="N", help="picture i is drawn from seed + i; default 0")
+    generate.add_argument("--steps", type=int, metavar="N", help="more is slower and finer")
+    generate.add_argument("--guidance", type=float, metavar="X", help="how strongly the prompt is followed; not for schnell")
+    generate.add_argument("--size", type=_size, metavar="WxH", help="in pixels, multiples of 16 (else rounded up)")
+    generate.add_argument("--images", type=int, default=1, metavar="N", help="pictures per prompt; several make a grid")
+    generate.add_argument("--t5-length", type=int, metavar="N", help="text tokens the T5 encoder reads")
+    generate.add_argument(
+        "--padding",
+        default="released",
+        metavar="KIND",
+        help="behind a short prompt: released (padding counts, the default), masked or trimmed",
+    )
+    generate.add_argument("--device", metavar="NAME", help="cpu, cuda, mps ...; default the best there is")
+    generate.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16; default what suits the device")
+    generate.set_defaults(run=_generate)
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="say what a file or folder is",
+        description="Say which network, variant, layout and format a safetensors file or a model folder holds.",
+    )
+    inspect.add_argument("path", metavar="FILE|FOLDER")
+    inspect.add_argument("--json", action="store_true", help="the same for programs")
+    inspect.set_defaults(run=_inspect)
+
+    for command in (generate, inspect):
+        command.add_argument("-v", "--verbose", action="store_true", help="say more about what is done")
+    return root
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    options = parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="miniflux: %(message)s")
+    warnings.showwarning = _show_warning
+    try:
+        options.run(options)
+    except MinifluxError as error:
+        lines = str(error).splitlines()
+        whole = options.verbose or isinstance(error, WeightsNotFoundError)  # which says how to get them
+        print("miniflux:", "\n".join(lines if whole else lines[:1]), file=sys.stderr)
+        return MENDABLE
+    except KeyboardInterrupt:
+        print("miniflux: stopped", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except Exception as error:
+        if options.verbose:
+            raise
+        print(f"miniflux: a fault of ours: {type(error).__name__}: {error} (-v shows where)", file=sys.stderr)
+        return FAULT
+    return OK
+
+
+def _show_warning(message: Warning | str, *_: object) -> None:
+    print(f"miniflux: {message}", file=sys.stderr)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from miniflux.pipeline import checked_output, load
+
+    output = checked_output(options.output)
+    if options.weights is not None and not Path(options.weights).is_dir():
+        raise InputError(f"--weights {options.weights}: no such folder")
+    pipe = load(options.model, weights=options.weights, device=options.device, dtype=options.dtype)
+    width, height = options.size or (None, None)
+    with tqdm(unit="step", leave=False, disable=not sys.stderr.isatty()) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        result = pipe.generate(
+            options.prompt,
+            seed=options.seed,
+            steps=options.steps,
+            guidance=options.guidance,
+            width=width,
+            height=height,
+            images=options.images,
+            t5_length=options.t5_length,
+            padding=options.padding,
+            progress=progress,
+        )
+    result.save(output)
+    count, (w, h) = len(result.images), result.images[0].size
+    print(f"{output}: {count} picture{'s' if count > 1 else ''} of {w}x{h}, {pipe.variant.name}, seed {options.seed}")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from miniflux.checkpoints import inspect
+
+    found = inspect(options.path)
+    print(found.json() if options.json else found)

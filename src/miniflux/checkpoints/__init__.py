@@ -1,0 +1,20 @@
+"""Files into networks and back: strict loading, layouts as tables, inspection, saving."""
+
+from miniflux.checkpoints.files import TensorSource, open_tensors
+from miniflux.checkpoints.inspection import Inspection, inspect
+from miniflux.checkpoints.layouts import from_layout, layouts_of, to_layout
+from miniflux.checkpoints.loading import LoadReport, load_into
+from miniflux.checkpoints.saving import save
+
+__all__ = [
+    "Inspection",
+    "LoadReport",
+    "TensorSource",
+    "from_layout",
+    "inspect",
+    "layouts_of",
+    "load_into",
+    "open_tensors",
+    "save",
+    "to_layout",
+]

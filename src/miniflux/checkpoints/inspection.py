@@ -1,0 +1,232 @@
+"""What a file is, told from its header alone: network, layout, format, variant, sizes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from miniflux.checkpoints.files import Entry, TensorSource, open_tensors
+from miniflux.checkpoints.loading import LoadReport, compare
+from miniflux.errors import CheckpointError
+from miniflux.models.autoencoder import Autoencoder
+from miniflux.models.clip import ClipTextEncoder
+from miniflux.models.flux1 import Flux1, Flux1Config
+from miniflux.models.t5 import T5Encoder
+from miniflux.variants import OTHER_TRANSFORMERS, VARIANTS, Variant
+
+Entries = Mapping[str, Entry]
+FOLDERS = ("transformer", "vae", "text_encoder", "text_encoder_2")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One network found in a file.
+
+    Attributes:
+        network: `Flux1`, `Autoencoder`, `ClipTextEncoder`, `T5Encoder`, or `unknown`.
+        variant: the released model it belongs to, or a description of its sizes.
+        layout: naming of its tensors.
+        formats: number of tensors by stored dtype.
+        tensors, parameters, bytes: how many, how large.
+        problems: what does not fit the network it seems to be, one line each.
+    """
+
+    path: str
+    network: str
+    variant: str
+    layout: str
+    formats: dict[str, int]
+    tensors: int
+    parameters: int
+    bytes: int
+    problems: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        formats = ", ".join(f"{count} x {name}" for name, count in self.formats.items())
+        lines = [
+            f"{self.path}",
+            f"  network     {self.network}",
+            f"  variant     {self.variant}",
+            f"  layout      {self.layout}",
+            f"  format      {formats}",
+            f"  size        {self.tensors} tensors, {self.parameters:,} parameters, {self.bytes:,} bytes",
+        ]
+        return "\n".join(lines + [f"  problem     {problem}" for problem in self.problems])
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The networks of a file or folder. `str()` is a table, `json()` the same for programs."""
+
+    parts: list[Part]
+
+    def __str__(self) -> str:
+        return "\n".join(str(part) for part in self.parts)
+
+    def json(self) -> str:
+        return json.dumps([asdict(part) for part in self.parts], indent=1)
+
+
+def inspect(path: str | Path) -> Inspection:
+    """Say what a safetensors file, an index, a model folder or a diffusers pipeline folder holds. Reads headers only.
+
+    Raises:
+        CheckpointError: nothing readable is there.
+    """
+    path = Path(path)
+    folders = [path / name for name in FOLDERS if (path / name).is_dir()]
+    singles = sorted(path.glob("*.safetensors")) if path.is_dir() and folders else []
+    sources = [open_tensors(place) for place in [*singles, *folders]] if folders else [open_tensors(path)]
+    return Inspection([_part(source) for source in sources])
+
+
+def _part(source: TensorSource) -> Part:
+    entries = source.entries
+    network, variant, report = _recognise(source)
+    return Part(
+        path=str(source),
+        network=network,
+        variant=variant,
+        layout=report.layout if report else "unknown",
+        formats=dict(Counter(str(entry.dtype).removeprefix("torch.") for entry in entries.values())),
+        tensors=len(entries),
+        parameters=sum(math.prod(entry.shape) for entry in entries.values()),
+        bytes=sum(entry.size for entry in entries.values()),
+        problems=[f"{kind}: {key}" for kind, keys in report.problems.items() for key in keys] if report else [],
+    )
+
+
+# A key that tells each network apart, in any of its layouts.
+SIGNS: list[tuple[type[nn.Module], tuple[str, ...]]] = [
+    (Flux1, ("img_in.weight", "x_embedder.weight")),
+    (Autoencoder, ("decoder.conv_in.weight",)),
+    (ClipTextEncoder, ("text_model.final_layer_norm.weight", "embeddings.token_embedding.weight")),
+    (T5Encoder, ("encoder.final_layer_norm.weight",)),
+]
+
+
+def network_of(entries: Mapping[str, Any]) -> type[nn.Module] | None:
+    """Which network these keys belong to, or None."""
+    return next((kind for kind, signs in SIGNS if any(sign in entries for sign in signs)), None)
+
+
+def _recognise(source: TensorSource) -> tuple[str, str, LoadReport | None]:
+    kind = network_of(source.entries)
+    if kind is None:
+        return "unknown", "unknown", None
+    getters: dict[type[nn.Module], Callable[[Variant], Any]] = {
+        Flux1: lambda v: v.transformer,
+        Autoencoder: lambda v: v.autoencoder,
+        ClipTextEncoder: lambda v: v.clip,
+        T5Encoder: lambda v: v.t5,
+    }
+    configs: dict[str, Any] = {}
+    for variant in VARIANTS.values():
+        configs.setdefault(variant.name, getters[kind](variant))
+    if kind is Flux1:
+        configs.update(OTHER_TRANSFORMERS)
+    best: tuple[str, LoadReport] | None = None
+    fitting: list[str] = []
+    for name, config in configs.items():
+        with torch.device("meta"):
+            report = compare(kind(config), source)
+        if not report.problems:
+            fitting.append(name)
+        if best is None or _wrong(report) < _wrong(best[1]):
+            best = (name, report)
+    assert best is not None
+    name, report = best
+    if fitting:
+        return kind.__name__, " or ".join(fitting), report
+    return kind.__name__, f"none known; closest is {name}", report
+
+
+def _wrong(report: LoadReport) -> int:
+    return sum(len(keys) for keys in report.problems.values())
+
+
+def describe(entries: Entries) -> str:
+    """A few words on what a file holds, for error messages: a variant, a FLUX.1 of other sizes, another network."""
+    kind = network_of(entries)
+    if kind is not Flux1:
+        return f"a {kind.__name__}" if kind else "no network known here"
+    try:
+        config = flux1_config(entries, {})
+    except CheckpointError as error:
+        return str(error)
+    known = {**{v.name: v.transformer for v in VARIANTS.values()}, **OTHER_TRANSFORMERS}
+    names = [name for name, candidate in known.items() if candidate == config]
+    guidance = "with" if config.guidance_embed else "without"
+    sizes = (
+        f"in_channels {config.in_channels}, hidden size {config.hidden_size}, {config.depth} + "
+        f"{config.depth_single_blocks} blocks, {guidance} guidance input"
+    )
+    return " or ".join(names) if names else f"a FLUX.1 of another size ({sizes})"
+
+
+# Rotary axes cannot be read from tensors: by head size, those of the released models; others are in the file's header.
+AXES = {sum(v.transformer.axes_dim): tuple(v.transformer.axes_dim) for v in VARIANTS.values()}
+
+
+def flux1_config(entries: Entries, metadata: Mapping[str, str], axes_dim: tuple[int, ...] | None = None) -> Flux1Config:
+    """The config of a FLUX.1 transformer, from the shapes in its file (either layout).
+
+    Args:
+        metadata: of the file's header; `axes_dim` there (a JSON list) settles what shapes cannot tell.
+        axes_dim: rotary axes, if the caller knows them.
+
+    Raises:
+        CheckpointError: the file holds no FLUX.1 transformer, or its rotary axes are unknown.
+    """
+    native = "img_in.weight" in entries
+    if not native and "x_embedder.weight" not in entries:
+        raise CheckpointError("no FLUX.1 transformer: neither img_in.weight nor x_embedder.weight is there")
+    double, single = ("double_blocks", "single_blocks") if native else ("transformer_blocks", "single_transformer_blocks")
+    names = {
+        "img_in": "img_in.weight" if native else "x_embedder.weight",
+        "txt_in": "txt_in.weight" if native else "context_embedder.weight",
+        "vector": "vector_in.in_layer.weight" if native else "time_text_embed.text_embedder.linear_1.weight",
+        "out": "final_layer.linear.weight" if native else "proj_out.weight",
+        "head": f"{single}.0.norm.query_norm.scale" if native else f"{single}.0.attn.norm_q.weight",
+        "mlp": f"{double}.0.img_mlp.0.weight" if native else f"{double}.0.ff.net.0.proj.weight",
+    }
+    absent = [key for key in names.values() if key not in entries]
+    if absent:
+        raise CheckpointError(f"an incomplete FLUX.1 transformer: {', '.join(absent)} missing")
+    shape = {name: entries[key].shape for name, key in names.items()}
+    hidden, head = shape["img_in"][0], shape["head"][0]
+    axes = axes_dim or (tuple(json.loads(metadata["axes_dim"])) if "axes_dim" in metadata else AXES.get(head))
+    if axes is None:
+        raise CheckpointError(
+            f"a FLUX.1 transformer with heads of {head} channels: its rotary axes are not in the file; known are those "
+            f"of heads of {', '.join(map(str, sorted(AXES)))}"
+        )
+    return Flux1Config(
+        in_channels=shape["img_in"][1],
+        out_channels=shape["out"][0],
+        vec_in_dim=shape["vector"][1],
+        context_in_dim=shape["txt_in"][1],
+        hidden_size=hidden,
+        mlp_ratio=shape["mlp"][0] / hidden,
+        num_heads=hidden // head,
+        depth=_count(entries, double),
+        depth_single_blocks=_count(entries, single),
+        axes_dim=axes,
+        qkv_bias=f"{double}.0.{'img_attn.qkv' if native else 'attn.to_q'}.bias" in entries,
+        guidance_embed=("guidance_in" if native else "time_text_embed.guidance_embedder")
+        in {".".join(key.split(".")[: 1 if native else 2]) for key in entries},
+    )
+
+
+def _count(entries: Entries, prefix: str) -> int:
+    return len({key.split(".")[1] for key in entries if key.startswith(prefix + ".")})
+
+

@@ -1,0 +1,239 @@
+"""How each family of checkpoint files names its tensors, as tables.
+
+The native layout of a network is the identity: module names are the official keys. Every other layout is a list of
+rows (our name, their names, how the tensors correspond). Names may hold `{i}` and `{j}` for numbers; one table serves
+both directions.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from miniflux.errors import CheckpointError
+from miniflux.models.autoencoder import Autoencoder
+from miniflux.models.clip import ClipTextEncoder
+from miniflux.models.flux1 import Flux1
+from miniflux.models.t5 import T5Encoder
+
+How = Literal["same", "rows", "swap halves", "1x1"]
+"""same: equal. rows: theirs stacked along the output rows are ours. swap halves: the two halves of the rows change
+places. 1x1: theirs is the weight of a linear, ours of a 1x1 convolution (and the biases are equal)."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One correspondence between names; a trailing `*` stands for `weight` or `bias`, `scale` and so on."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    how: How = "same"
+
+
+def _row(ours: str, *theirs: str, how: How = "same") -> Row:
+    return Row(ours, theirs, "rows" if len(theirs) > 1 else how)
+
+
+# diffusers' FluxTransformer2DModel. Its fused tensors are split, and its last modulation has scale before shift.
+FLUX1_DIFFUSERS = [
+    _row("img_in.*", "x_embedder.*"),
+    _row("txt_in.*", "context_embedder.*"),
+    _row("time_in.in_layer.*", "time_text_embed.timestep_embedder.linear_1.*"),
+    _row("time_in.out_layer.*", "time_text_embed.timestep_embedder.linear_2.*"),
+    _row("guidance_in.in_layer.*", "time_text_embed.guidance_embedder.linear_1.*"),
+    _row("guidance_in.out_layer.*", "time_text_embed.guidance_embedder.linear_2.*"),
+    _row("vector_in.in_layer.*", "time_text_embed.text_embedder.linear_1.*"),
+    _row("vector_in.out_layer.*", "time_text_embed.text_embedder.linear_2.*"),
+    _row("final_layer.adaLN_modulation.1.*", "norm_out.linear.*", how="swap halves"),
+    _row("final_layer.linear.*", "proj_out.*"),
+    _row("double_blocks.{i}.img_mod.lin.*", "transformer_blocks.{i}.norm1.linear.*"),
+    _row("double_blocks.{i}.txt_mod.lin.*", "transformer_blocks.{i}.norm1_context.linear.*"),
+    _row(
+        "double_blocks.{i}.img_attn.qkv.*",
+        "transformer_blocks.{i}.attn.to_q.*",
+        "transformer_blocks.{i}.attn.to_k.*",
+        "transformer_blocks.{i}.attn.to_v.*",
+    ),
+    _row(
+        "double_blocks.{i}.txt_attn.qkv.*",
+        "transformer_blocks.{i}.attn.add_q_proj.*",
+        "transformer_blocks.{i}.attn.add_k_proj.*",
+        "transformer_blocks.{i}.attn.add_v_proj.*",
+    ),
+    _row("double_blocks.{i}.img_attn.norm.query_norm.scale", "transformer_blocks.{i}.attn.norm_q.weight"),
+    _row("double_blocks.{i}.img_attn.norm.key_norm.scale", "transformer_blocks.{i}.attn.norm_k.weight"),
+    _row("double_blocks.{i}.txt_attn.norm.query_norm.scale", "transformer_blocks.{i}.attn.norm_added_q.weight"),
+    _row("double_blocks.{i}.txt_attn.norm.key_norm.scale", "transformer_blocks.{i}.attn.norm_added_k.weight"),
+    _row("double_blocks.{i}.img_attn.proj.*", "transformer_blocks.{i}.attn.to_out.0.*"),
+    _row("double_blocks.{i}.txt_attn.proj.*", "transformer_blocks.{i}.attn.to_add_out.*"),
+    _row("double_blocks.{i}.img_mlp.0.*", "transformer_blocks.{i}.ff.net.0.proj.*"),
+    _row("double_blocks.{i}.img_mlp.2.*", "transformer_blocks.{i}.ff.net.2.*"),
+    _row("double_blocks.{i}.txt_mlp.0.*", "transformer_blocks.{i}.ff_context.net.0.proj.*"),
+    _row("double_blocks.{i}.txt_mlp.2.*", "transformer_blocks.{i}.ff_context.net.2.*"),
+    _row("single_blocks.{i}.modulation.lin.*", "single_transformer_blocks.{i}.norm.linear.*"),
+    _row(
+        "single_blocks.{i}.linear1.*",
+        "single_transformer_blocks.{i}.attn.to_q.*",
+        "single_transformer_blocks.{i}.attn.to_k.*",
+        "single_transformer_blocks.{i}.attn.to_v.*",
+        "single_transformer_blocks.{i}.proj_mlp.*",
+    ),
+    _row("single_blocks.{i}.linear2.*", "single_transformer_blocks.{i}.proj_out.*"),
+    _row("single_blocks.{i}.norm.query_norm.scale", "single_transformer_blocks.{i}.attn.norm_q.weight"),
+    _row("single_blocks.{i}.norm.key_norm.scale", "single_transformer_blocks.{i}.attn.norm_k.weight"),
+]
+
+
+def _autoencoder_rows() -> list[Row]:
+    """diffusers' AutoencoderKL. Its decoder counts levels from the smallest: `{-i}` is the last level minus i."""
+    rows = [_row(f"{half}.{name}.*", f"{half}.{name}.*") for half in ("encoder", "decoder") for name in ("conv_in", "conv_out")]
+    places = [("encoder.down.{i}", "encoder.down_blocks.{i}"), ("decoder.up.{i}", "decoder.up_blocks.{-i}")]
+    blocks = [(f"{ours}.block.{{j}}", f"{theirs}.resnets.{{j}}") for ours, theirs in places]
+    for half in ("encoder", "decoder"):
+        blocks += [(f"{half}.mid.block_{n + 1}", f"{half}.mid_block.resnets.{n}") for n in (0, 1)]
+        ours, theirs = f"{half}.mid.attn_1", f"{half}.mid_block.attentions.0"
+        rows.append(_row(f"{half}.norm_out.*", f"{half}.conv_norm_out.*"))
+        rows.append(_row(f"{ours}.norm.*", f"{theirs}.group_norm.*"))
+        names = (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0"))
+        rows += [_row(f"{ours}.{a}.*", f"{theirs}.{b}.*", how="1x1") for a, b in names]
+    for ours, theirs in blocks:
+        rows += [_row(f"{ours}.{name}.*", f"{theirs}.{name}.*") for name in ("norm1", "conv1", "norm2", "conv2")]
+        rows.append(_row(f"{ours}.nin_shortcut.*", f"{theirs}.conv_shortcut.*"))
+    rows.append(_row("encoder.down.{i}.downsample.conv.*", "encoder.down_blocks.{i}.downsamplers.0.conv.*"))
+    rows.append(_row("decoder.up.{i}.upsample.conv.*", "decoder.up_blocks.{-i}.upsamplers.0.conv.*"))
+    return rows
+
+
+# Layout names by network; "original" is the identity and always exists.
+TABLES: dict[type[nn.Module], dict[str, list[Row]]] = {
+    Flux1: {"diffusers": FLUX1_DIFFUSERS},
+    Autoencoder: {"diffusers": _autoencoder_rows()},
+    ClipTextEncoder: {"without prefix": [_row("text_model.**", "**")]},  # as newer transformers name it in memory
+    T5Encoder: {"encoder embedding": [_row("shared.*", "encoder.embed_tokens.*"), _row("encoder.**", "encoder.**")]},
+}
+ORIGINAL = "original"
+
+# Tensors that published files carry beside the network's own, and why nothing is lost without them.
+REDUNDANT: dict[type[nn.Module], dict[str, str]] = {
+    ClipTextEncoder: {
+        "text_model.embeddings.position_ids": "the numbers 0, 1, 2 ...",
+        "text_projection.weight": "FLUX takes the pooled vector before CLIP's projection",
+        "logit_scale": "only for comparing with images",
+    },
+    T5Encoder: {"encoder.embed_tokens.weight": "a second copy of shared.weight"},
+}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What one of our tensors is made of in another layout."""
+
+    keys: tuple[str, ...]
+    how: How
+
+
+@cache
+def _pattern(ours: str) -> re.Pattern[str]:
+    text = re.escape(ours).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{j\}", r"(?P<j>\d+)")
+    return re.compile(text.replace(r"\*\*", "(?P<tail>.+)").replace(r"\*", r"(?P<tail>[^.]+)"))
+
+
+def layouts_of(module: nn.Module) -> list[str]:
+    """Names of the layouts known for this network, `original` first."""
+    return [ORIGINAL, *TABLES.get(type(module), {})]
+
+
+def origins(module: nn.Module, layout: str) -> dict[str, Origin]:
+    """For every tensor of the network: which keys of a file in `layout` it comes from.
+
+    Raises:
+        CheckpointError: the network has no such layout.
+    """
+    keys = list(module.state_dict())
+    if layout == ORIGINAL:
+        return {key: Origin((key,), "same") for key in keys}
+    tables = TABLES.get(type(module), {})
+    if layout not in tables:
+        known = ", ".join(layouts_of(module))
+        raise CheckpointError(f"{type(module).__name__} has no layout {layout!r}; known: {known}")
+    levels = len(module.config.ch_mult) if isinstance(module, Autoencoder) else 0
+    return {key: _origin(key, tables[layout], levels) for key in keys}
+
+
+def _origin(key: str, rows: Sequence[Row], levels: int) -> Origin:
+    for row in rows:
+        match = _pattern(row.ours).fullmatch(key)
+        if match is None:
+            continue
+        found = match.groupdict()
+        if "i" in found:
+            found["-i"] = str(levels - 1 - int(found["i"]))
+        theirs = [re.sub(r"\*\*?", found.get("tail") or "", name) for name in row.theirs]
+        filled = [re.sub(r"\{(-?[ij])\}", lambda m: found[m[1]], name) for name in theirs]
+        return Origin(tuple(filled), row.how)
+    raise AssertionError(f"no row for {key}")
+
+
+def detect(module: nn.Module, keys: Collection[str]) -> str:
+    """The layout that explains most of a file's keys."""
+    present = set(keys)
+
+    def explained(layout: str) -> int:
+        return sum(key in present for origin in origins(module, layout).values() for key in origin.keys)
+
+    return max(layouts_of(module), key=explained)
+
+
+def their_shape_fits(shapes: Sequence[tuple[int, ...]], how: How, target: tuple[int, ...]) -> bool:
+    """Whether tensors of these shapes make one of shape `target`."""
+    if how == "rows":
+        rows = sum(shape[0] if shape else 0 for shape in shapes)
+        return all(shape[1:] == target[1:] for shape in shapes) and rows == target[0]
+    if how == "1x1":  # some files keep the convolution's two trailing axes
+        return shapes[0] == target or (*shapes[0], 1, 1) == target
+    return shapes[0] == target
+
+
+def to_ours(parts: Sequence[Tensor], how: How, target: tuple[int, ...]) -> Tensor:
+    """Their tensors -> ours. A view wherever possible."""
+    if how == "rows":
+        return torch.cat(list(parts))
+    if how == "swap halves":
+        return torch.cat(parts[0].chunk(2)[::-1])
+    return parts[0].view(target)
+
+
+def to_theirs(tensor: Tensor, how: How, count: int, hidden: int) -> list[Tensor]:
+    """Ours -> their `count` tensors. In stacked rows all parts but the last are `hidden` high."""
+    if how == "rows":
+        return list(tensor.split([hidden] * (count - 1) + [tensor.shape[0] - hidden * (count - 1)]))
+    if how == "swap halves":
+        return [torch.cat(tensor.chunk(2)[::-1])]
+    if how == "1x1" and tensor.ndim == 4:
+        return [tensor[:, :, 0, 0]]
+    return [tensor]
+
+
+def from_layout(module: nn.Module, tensors: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
+    """Rename and reshape a complete set of tensors of `layout` into the network's own; the input is left alone."""
+    shapes = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    plan = origins(module, layout)
+    return {key: to_ours([tensors[k] for k in o.keys], o.how, shapes[key]) for key, o in plan.items()}
+
+
+def to_layout(module: nn.Module, tensors: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
+    """The inverse of `from_layout`."""
+    hidden = module.config.hidden_size if isinstance(module, Flux1) else 0
+    result: dict[str, Tensor] = {}
+    for key, origin in origins(module, layout).items():
+        parts = to_theirs(tensors[key], origin.how, len(origin.keys), hidden)
+        result.update(zip(origin.keys, parts, strict=True))
+    return result
+
+

@@ -1,0 +1,40 @@
+"""Modules into files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import nn
+
+from miniflux.checkpoints.layouts import ORIGINAL, to_layout
+from miniflux.errors import OutputError
+
+
+def save(
+    module: nn.Module, path: str | Path, *, layout: str = ORIGINAL, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a network to one safetensors file, in its own dtypes. Written beside and renamed: never half a file.
+
+    Args:
+        path: ends in `.safetensors`.
+        layout: `original` (the keys of the published single files) or another one of the network's layouts.
+        metadata: strings for the header.
+
+    Raises:
+        OutputError: the path has another ending or cannot be written.
+        CheckpointError: the network has no such layout.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise OutputError(f"{path}: a checkpoint is written as .safetensors, got the ending {path.suffix!r}")
+    tensors = to_layout(module, module.state_dict(), layout)
+    beside = path.with_name(path.name + ".part")
+    try:
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, beside, {"format": "pt", **(metadata or {})})
+        beside.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,33 @@
+"""What can go wrong on purpose: the exception types a caller can catch.
+
+Every one of them is a `ValueError`, so `except ValueError` is enough for a script; `MinifluxError`
+tells our own refusals from those of the libraries underneath.
+"""
+
+
+class MinifluxError(ValueError):
+    """The root of everything the library raises on purpose."""
+
+
+class InputError(MinifluxError):
+    """An argument is outside its range: a size, a number of steps, a seed, a device."""
+
+
+class ConfigError(MinifluxError):
+    """The fields of a network's config contradict each other."""
+
+
+class CheckpointError(MinifluxError):
+    """A file cannot be read, or its tensors are not those of the network it is loaded into."""
+
+
+class WeightsNotFoundError(MinifluxError):
+    """The files of a variant are not on this machine; the message says where they were looked for."""
+
+
+class TokenizerError(MinifluxError):
+    """A tokenizer file is missing or is not of the expected kind."""
+
+
+class OutputError(MinifluxError):
+    """A result cannot be written where it was asked to be."""

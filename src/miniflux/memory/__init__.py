@@ -1,0 +1,1 @@
+"""Where weights live while they work, and in which precision."""

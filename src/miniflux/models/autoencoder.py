@@ -1,0 +1,231 @@
+"""The convolutional autoencoder between pixels and latents (`ae.safetensors`).
+
+Architecture: the KL autoencoder of latent diffusion (arXiv 2112.10752, appendix E), 8 times smaller in each direction
+with the published four levels. Source: `flux/modules/autoencoder.py` of the original release.
+Letters in shapes: B batch, C channels, h w rows and columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from miniflux.errors import ConfigError, InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig:
+    """Sizes of the FLUX.1 autoencoder; field names as in `flux/modules/autoencoder.py` (AutoEncoderParams).
+
+    Attributes:
+        in_channels, out_ch: channels of the picture, in and out.
+        ch, ch_mult: channels of level i are ch * ch_mult[i]; each level but the last halves rows and columns.
+        num_res_blocks: residual blocks per level of the encoder; the decoder has one more.
+        z_channels: channels of the latent.
+        scale_factor, shift_factor: latent = scale_factor * (encoder's mean - shift_factor), about unit variance.
+        num_groups: groups of the group norms. Each must span several channels, or the norm wipes out flat colours.
+    """
+
+    in_channels: int
+    ch: int
+    out_ch: int
+    ch_mult: Sequence[int]
+    num_res_blocks: int
+    z_channels: int
+    scale_factor: float
+    shift_factor: float
+    num_groups: int = 32
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ch_mult", tuple(self.ch_mult))
+        if not self.ch_mult:
+            raise ConfigError("ch_mult () has no level: expected at least one number")
+        for mult in (1, *self.ch_mult):  # 1: the first convolution
+            if self.ch * mult % self.num_groups:
+                raise ConfigError(f"{self.ch * mult} channels do not divide into num_groups {self.num_groups}")
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per latent row or column."""
+        return 2 ** (len(self.ch_mult) - 1)
+
+
+def _norm(channels: int, groups: int) -> nn.GroupNorm:
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+class ResnetBlock(nn.Module):
+    """Norm, SiLU, convolution, twice; a 1x1 convolution on the shortcut where the width changes."""
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = _norm(in_channels, groups)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = _norm(out_channels, groups)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+        self.same_width = in_channels == out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return (x if self.same_width else self.nin_shortcut(x)) + h
+
+
+class AttnBlock(nn.Module):
+    """Single-head attention over all positions, in the middle of encoder and decoder."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm = _norm(channels, groups)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        q, k, v = (rearrange(conv(normed), "B C h w -> B 1 (h w) C") for conv in (self.q, self.k, self.v))
+        attn = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj_out(rearrange(attn, "B 1 (h w) C -> B C h w", h=x.shape[2]))
+
+
+class Downsample(nn.Module):
+    """Halve rows and columns with a strided convolution; padded right and below only, as released."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double rows and columns: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Middle(nn.Module):
+    """The lowest resolution: residual block, attention, residual block."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels, groups)
+        self.attn_1 = AttnBlock(channels, groups)
+        self.block_2 = ResnetBlock(channels, channels, groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution and, except at the end, the step to the next one."""
+
+    def __init__(self, in_channels: int, out_channels: int, blocks: int, groups: int) -> None:
+        super().__init__()
+        widths = [in_channels] + [out_channels] * blocks
+        self.block = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in zip(widths[:-1], widths[1:], strict=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        if hasattr(self, "downsample"):
+            return self.downsample(x)
+        if hasattr(self, "upsample"):
+            return self.upsample(x)
+        return x
+
+
+class Encoder(nn.Module):
+    """Pixels (B, 3, H, W) in [-1, 1] -> mean and log-variance of the latent, (B, 2 * z_channels, h, w)."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        groups, widths = config.num_groups, [config.ch * mult for mult in config.ch_mult]
+        self.conv_in = nn.Conv2d(config.in_channels, config.ch, 3, padding=1)
+        self.down = nn.ModuleList()
+        for i, width in enumerate(widths):
+            level = Level(widths[i - 1] if i else config.ch, width, config.num_res_blocks, groups)
+            if i < len(widths) - 1:
+                level.downsample = Downsample(width)
+            self.down.append(level)
+        self.mid = Middle(widths[-1], groups)
+        self.norm_out = _norm(widths[-1], groups)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    """Latent (B, z_channels, h, w) -> pixels (B, out_ch, H, W). `up[0]` is the highest resolution, so it runs last."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        groups, widths = config.num_groups, [config.ch * mult for mult in config.ch_mult]
+        self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1], groups)
+        self.up = nn.ModuleList()
+        for i, width in enumerate(widths):
+            last = i == len(widths) - 1
+            level = Level(width if last else widths[i + 1], width, config.num_res_blocks + 1, groups)
+            if i > 0:
+                level.upsample = Upsample(width)
+            self.up.append(level)
+        self.norm_out = _norm(widths[0], groups)
+        self.conv_out = nn.Conv2d(widths[0], config.out_ch, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Autoencoder(nn.Module):
+    """The FLUX.1 autoencoder. Its `state_dict()` has exactly the keys of `ae.safetensors`."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) in [-1, 1], sides multiples of `downscale` -> latent (B, z_channels, h, w).
+
+        Takes the mean of the posterior, so the same picture always gives the same latent.
+
+        Raises:
+            InputError: a side is not a multiple of `downscale`; the convolutions would cut rows off without a word.
+        """
+        height, width = pixels.shape[-2:]
+        if height % self.config.downscale or width % self.config.downscale:
+            raise InputError(f"a picture of {height}x{width} pixels: sides must be multiples of {self.config.downscale}")
+        mean, _log_variance = self.encoder(pixels).chunk(2, dim=1)
+        return self.config.scale_factor * (mean - self.config.shift_factor)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Latent (B, z_channels, h, w) -> pixels (B, 3, H, W), about [-1, 1]; not clamped."""
+        return self.decoder(latent / self.config.scale_factor + self.config.shift_factor)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """There and back."""
+        return self.decode(self.encode(pixels))
+
+

@@ -1,0 +1,242 @@
+"""FLUX.1: the rectified-flow transformer (MMDiT) that predicts a velocity for every image token.
+
+Architecture: double-stream blocks (image and text keep their own weights and meet in attention), then single-stream
+blocks over the joined sequence. Sources: `flux/model.py` and `flux/modules/layers.py` of the original release;
+MMDiT: arXiv 2403.03206, section 4; parallel attention and MLP: arXiv 2302.05442, section 2.1.
+Letters in shapes: B batch, L tokens, T text tokens, H heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from miniflux.errors import ConfigError
+from miniflux.models.layers import (
+    MLPEmbedder,
+    Modulation,
+    QKNorm,
+    attention,
+    rope_rotations,
+    timestep_embedding,
+)
+
+TIME_FEATURES = 256  # sinusoidal features of the time and of the guidance, in every release
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flux1Config:
+    """Sizes of a FLUX.1 transformer; field names as in `flux/model.py` (FluxParams).
+
+    Attributes:
+        in_channels: channels of an image token: 64 for text-to-image; 384 for Fill; 128 for Canny and Depth.
+        out_channels: channels of the predicted velocity.
+        vec_in_dim: width of the pooled text embedding (CLIP).
+        context_in_dim: width of the text tokens (T5).
+        hidden_size, num_heads: width of the residual stream; head size is their ratio.
+        mlp_ratio: width of the MLPs over the hidden size.
+        depth, depth_single_blocks: number of double- and single-stream blocks.
+        axes_dim: rotary channels of each position axis (image index, row, column); even, they sum to the head size.
+        theta: base of the rotary frequencies.
+        qkv_bias: bias in the qkv linears of the double blocks.
+        guidance_embed: whether the guidance strength is an input (dev) or not (schnell).
+    """
+
+    in_channels: int
+    out_channels: int
+    vec_in_dim: int
+    context_in_dim: int
+    hidden_size: int
+    num_heads: int
+    depth: int
+    depth_single_blocks: int
+    axes_dim: Sequence[int]
+    mlp_ratio: float = 4.0
+    theta: int = 10_000
+    qkv_bias: bool = True
+    guidance_embed: bool
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "axes_dim", tuple(self.axes_dim))
+        if self.hidden_size % self.num_heads:
+            raise ConfigError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+        head = self.hidden_size // self.num_heads
+        if sum(self.axes_dim) != head or any(dim % 2 for dim in self.axes_dim):
+            raise ConfigError(f"axes_dim {self.axes_dim} must be even numbers that sum to the head size {head}")
+
+
+class SelfAttention(nn.Module):
+    """Holds the attention weights of one stream; the block does the attending, because two streams share it."""
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
+        self.norm = QKNorm(dim // num_heads)
+        self.proj = nn.Linear(dim, dim)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, L, hidden) -> normalised q, k and plain v, each (B, H, L, D)."""
+        q, k, v = rearrange(self.qkv(x), "B L (K H D) -> K B H L D", K=3, H=self.num_heads)
+        q, k = self.norm(q, k, v)
+        return q, k, v
+
+
+def _layer_norm(dim: int) -> nn.LayerNorm:
+    """adaLN brings its own shift and scale, so the norm has none."""
+    return nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+
+
+def _mlp(dim: int, hidden: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim))
+
+
+class DoubleStreamBlock(nn.Module):
+    """Image and text tokens with separate weights and one joint attention."""
+
+    def __init__(self, config: Flux1Config) -> None:
+        super().__init__()
+        dim, mlp_dim = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
+        self.img_mod = Modulation(dim, double=True)
+        self.img_norm1 = _layer_norm(dim)
+        self.img_attn = SelfAttention(dim, config.num_heads, config.qkv_bias)
+        self.img_norm2 = _layer_norm(dim)
+        self.img_mlp = _mlp(dim, mlp_dim)
+        self.txt_mod = Modulation(dim, double=True)
+        self.txt_norm1 = _layer_norm(dim)
+        self.txt_attn = SelfAttention(dim, config.num_heads, config.qkv_bias)
+        self.txt_norm2 = _layer_norm(dim)
+        self.txt_mlp = _mlp(dim, mlp_dim)
+
+    def forward(
+        self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """One block. img (B, L, hidden), txt (B, T, hidden), vec (B, hidden) -> new (img, txt)."""
+        img_mod1, img_mod2 = self.img_mod(vec)
+        txt_mod1, txt_mod2 = self.txt_mod(vec)
+
+        img_q, img_k, img_v = self.img_attn.heads(img_mod1(self.img_norm1(img)))
+        txt_q, txt_k, txt_v = self.txt_attn.heads(txt_mod1(self.txt_norm1(txt)))
+        q = torch.cat((txt_q, img_q), dim=2)
+        k = torch.cat((txt_k, img_k), dim=2)
+        v = torch.cat((txt_v, img_v), dim=2)
+        attn = attention(q, k, v, pe, mask)
+        txt_attn, img_attn = attn[:, : txt.shape[1]], attn[:, txt.shape[1] :]
+
+        img = img + img_mod1.gate * self.img_attn.proj(img_attn)
+        img = img + img_mod2.gate * self.img_mlp(img_mod2(self.img_norm2(img)))
+        txt = txt + txt_mod1.gate * self.txt_attn.proj(txt_attn)
+        txt = txt + txt_mod2.gate * self.txt_mlp(txt_mod2(self.txt_norm2(txt)))
+        return img, txt
+
+
+class SingleStreamBlock(nn.Module):
+    """Text and image as one sequence; attention and MLP side by side, in two linears."""
+
+    def __init__(self, config: Flux1Config) -> None:
+        super().__init__()
+        dim, mlp_dim = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
+        self.num_heads = config.num_heads
+        self.linear1 = nn.Linear(dim, dim * 3 + mlp_dim)  # qkv and the first MLP layer
+        self.linear2 = nn.Linear(dim + mlp_dim, dim)  # attention projection and the second MLP layer
+        self.norm = QKNorm(dim // config.num_heads)
+        self.pre_norm = _layer_norm(dim)
+        self.mlp_act = nn.GELU(approximate="tanh")
+        self.modulation = Modulation(dim, double=False)
+        self.split = (3 * dim, mlp_dim)
+
+    def forward(self, x: Tensor, vec: Tensor, pe: Tensor, mask: Tensor | None = None) -> Tensor:
+        """One block. x (B, T + L, hidden), vec (B, hidden) -> new x."""
+        (mod,) = self.modulation(vec)
+        qkv, mlp = self.linear1(mod(self.pre_norm(x))).split(self.split, dim=-1)
+        q, k, v = rearrange(qkv, "B L (K H D) -> K B H L D", K=3, H=self.num_heads)
+        q, k = self.norm(q, k, v)
+        attn = attention(q, k, v, pe, mask)
+        return x + mod.gate * self.linear2(torch.cat((attn, self.mlp_act(mlp)), dim=-1))
+
+
+class LastLayer(nn.Module):
+    """From the hidden size to the velocity, with a last adaLN (shift first, then scale)."""
+
+    def __init__(self, dim: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm_final = _layer_norm(dim)
+        self.linear = nn.Linear(dim, out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+
+    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(vec)[:, None, :].chunk(2, dim=-1)
+        return self.linear((1 + scale) * self.norm_final(x) + shift)
+
+
+class Flux1(nn.Module):
+    """The FLUX.1 transformer. `Flux1(config).state_dict()` has exactly the keys of the published single files."""
+
+    def __init__(self, config: Flux1Config) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.hidden_size
+        self.img_in = nn.Linear(config.in_channels, dim)
+        self.time_in = MLPEmbedder(TIME_FEATURES, dim)
+        self.vector_in = MLPEmbedder(config.vec_in_dim, dim)
+        if config.guidance_embed:
+            self.guidance_in = MLPEmbedder(TIME_FEATURES, dim)
+        self.txt_in = nn.Linear(config.context_in_dim, dim)
+        self.double_blocks = nn.ModuleList(DoubleStreamBlock(config) for _ in range(config.depth))
+        self.single_blocks = nn.ModuleList(SingleStreamBlock(config) for _ in range(config.depth_single_blocks))
+        self.final_layer = LastLayer(dim, config.out_channels)
+
+    def forward(
+        self,
+        img: Tensor,
+        img_ids: Tensor,
+        txt: Tensor,
+        txt_ids: Tensor,
+        timesteps: Tensor,
+        y: Tensor,
+        guidance: Tensor | None = None,
+        txt_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Predict the velocity v = noise - picture of every image token.
+
+        Args:
+            img: packed latents (B, L, in_channels).
+            img_ids: their positions (B, L, 3): image index, row, column.
+            txt: text embeddings (B, T, context_in_dim).
+            txt_ids: their positions (B, T, 3), all zero in FLUX.1.
+            timesteps: noise level sigma in [0, 1], (B,); 1 is pure noise.
+            y: pooled text embedding (B, vec_in_dim).
+            guidance: guidance strength (B,). Models without `guidance_in` (schnell) do not read it, as in the release;
+                the pipeline is where a guidance that has no effect is refused.
+            txt_mask: (B, T), true or 1 for real tokens, false or 0 for padding nobody may look at. None: all tokens count, as released.
+
+        Returns:
+            (B, L, out_channels)
+
+        Raises:
+            ConfigError: the model has a guidance input and guidance is None.
+        """
+        if self.config.guidance_embed and guidance is None:
+            raise ConfigError("this model has a guidance input: guidance must be a tensor of shape (B,), got None")
+
+        vec = self.time_in(timestep_embedding(timesteps, TIME_FEATURES).to(img.dtype))
+        if self.config.guidance_embed and guidance is not None:
+            vec = vec + self.guidance_in(timestep_embedding(guidance, TIME_FEATURES).to(img.dtype))
+        vec = vec + self.vector_in(y)
+        img, txt = self.img_in(img), self.txt_in(txt)
+        pe = rope_rotations(torch.cat((txt_ids, img_ids), dim=1), self.config.axes_dim, self.config.theta)
+        mask = None
+        if txt_mask is not None:
+            seen = torch.ones(img.shape[:2], dtype=torch.bool, device=img.device)
+            mask = torch.cat((txt_mask.bool(), seen), dim=1)[:, None, None, :]
+
+        for block in self.double_blocks:
+            img, txt = block(img, txt, vec, pe, mask)
+        x = torch.cat((txt, img), dim=1)
+        for block in self.single_blocks:
+            x = block(x, vec, pe, mask)
+        return self.final_layer(x[:, txt.shape[1] :], vec)

@@ -1,0 +1,150 @@
+"""The pieces FLUX transformers are made of: rotary positions, attention, QK norm, modulation, embedders.
+
+Source: `flux/math.py` and `flux/modules/layers.py` of the original release (black-forest-labs/flux).
+Letters in shapes: B batch, L tokens, H heads, D head size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+# Device types that cannot compute in float64. Rotary angles are made on the CPU for them: an angle is a position times
+# a frequency, and at position 256 float32 would already be 1e-5 off.
+NO_FLOAT64 = frozenset({"mps"})
+
+
+def rope_rotations(ids: Tensor, axes_dim: Sequence[int], theta: float) -> Tensor:
+    """Rotation matrices of the rotary position embedding, one group of channels per axis.
+
+    Angles are computed in float64 and returned as float32, on every device (RoFormer, arXiv 2104.09864, section 3.2).
+
+    Args:
+        ids: positions (B, L, A), one number per axis; whole numbers in practice.
+        axes_dim: channels of each of the A axes; each even, their sum is the head size D.
+        theta: base of the frequencies.
+
+    Returns:
+        (B, 1, L, D / 2, 2, 2): the matrix [[cos, -sin], [sin, cos]] for each pair of channels; 1 stands for the heads.
+    """
+    device = ids.device
+    positions = (ids.cpu() if device.type in NO_FLOAT64 else ids).to(torch.float64)
+    angles: list[Tensor] = []
+    for axis, dim in enumerate(axes_dim):
+        exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim
+        angles.append(positions[..., axis, None] * theta**-exponents)
+    angle = torch.cat(angles, dim=-1)
+    cos, sin = angle.cos(), angle.sin()
+    matrices = rearrange(torch.stack([cos, -sin, sin, cos], dim=-1), "B L D (i j) -> B 1 L D i j", i=2, j=2)
+    return matrices.float().to(device)
+
+
+def apply_rope(x: Tensor, pe: Tensor) -> Tensor:
+    """Rotate neighbouring channel pairs of `x` (B, H, L, D) by the matrices `pe` (B, 1, L, D / 2, 2, 2), in float32."""
+    pairs = rearrange(x.float(), "B H L (D j) -> B H L D 1 j", j=2)
+    rotated = pe[..., 0] * pairs[..., 0] + pe[..., 1] * pairs[..., 1]
+    return rearrange(rotated, "B H L D i -> B H L (D i)").to(x.dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, pe: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Softmax attention over rotated queries and keys.
+
+    Args:
+        q, k, v: (B, H, L, D).
+        pe: rotations from `rope_rotations`.
+        mask: (B, 1, 1, L) booleans, False for keys nobody may look at; None to see all (as released).
+
+    Returns:
+        (B, L, H * D), heads side by side.
+    """
+    x = F.scaled_dot_product_attention(apply_rope(q, pe), apply_rope(k, pe), v, attn_mask=mask)
+    return rearrange(x, "B H L D -> B L (H D)")
+
+
+def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0, time_factor: float = 1000.0) -> Tensor:
+    """Sinusoidal features of a number per picture: a time in [0, 1], or a guidance strength.
+
+    Args:
+        t: (B,).
+        dim: number of features, even: cosines first, then sines.
+        max_period: longest wavelength; `time_factor` scales [0, 1] to the 1000 steps diffusion models count in.
+
+    Returns:
+        (B, dim) in the dtype of `t`.
+    """
+    half = dim // 2
+    freqs = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    args = (time_factor * t.float())[:, None] * freqs[None]
+    return torch.cat([args.cos(), args.sin()], dim=-1).to(t.dtype)
+
+
+class MLPEmbedder(nn.Module):
+    """Two linears with a SiLU between: lifts time, guidance or the pooled text to the hidden size."""
+
+    def __init__(self, in_dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.in_layer = nn.Linear(in_dim, hidden_dim)
+        self.out_layer = nn.Linear(hidden_dim, hidden_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_layer(F.silu(self.in_layer(x)))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale over the last axis, the statistic in float32 (arXiv 1910.07467)."""
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        rrms = torch.rsqrt(x32.square().mean(dim=-1, keepdim=True) + self.eps)
+        return (x32 * rrms).to(x.dtype) * self.scale
+
+
+class QKNorm(nn.Module):
+    """RMS norms of queries and keys, so that attention logits stay bounded (arXiv 2302.05442)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.query_norm = RMSNorm(dim)
+        self.key_norm = RMSNorm(dim)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised (q, k), in the dtype of `v`."""
+        return self.query_norm(q).to(v), self.key_norm(k).to(v)
+
+
+@dataclass(frozen=True)
+class Shift:
+    """What adaLN does around one sub-layer: x -> x + gate * f((1 + scale) * norm(x) + shift). Each (B, 1, hidden)."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Shift and scale a normalised `x` (B, L, hidden)."""
+        return (1 + self.scale) * x + self.shift
+
+
+class Modulation(nn.Module):
+    """From the conditioning vector to the shifts, scales and gates of a block (adaLN-zero, arXiv 2212.09748, section 3.2)."""
+
+    def __init__(self, dim: int, double: bool) -> None:
+        super().__init__()
+        self.parts = 2 if double else 1
+        self.lin = nn.Linear(dim, 3 * self.parts * dim)
+
+    def forward(self, vec: Tensor) -> list[Shift]:
+        """`vec` (B, hidden) -> one `Shift` (single), or two: attention, MLP (double)."""
+        chunks = self.lin(F.silu(vec))[:, None, :].chunk(3 * self.parts, dim=-1)
+        return [Shift(*chunks[3 * i : 3 * i + 3]) for i in range(self.parts)]

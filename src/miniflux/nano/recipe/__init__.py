@@ -1,0 +1,1 @@
+"""How the nano models were made: tokenizers, autoencoder, teacher, guidance distillation, step distillation."""

@@ -1,0 +1,195 @@
+"""Stages 2 to 4 of the nano recipe: the teacher, nano-dev (guidance distilled), nano-schnell (steps distilled)."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from miniflux.models.autoencoder import Autoencoder
+from miniflux.models.flux1 import Flux1, Flux1Config
+from miniflux.nano import scenes
+from miniflux.nano.recipe.text import T5_LENGTH, TextEncoders, varied
+from miniflux.sampling import image_ids, pack, text_ids
+from miniflux.training.flow import logit_normal_sigmas, mix
+from miniflux.training.state import TrainingState, cosine_rate
+
+log = logging.getLogger(__name__)
+
+DEV = Flux1Config(
+    in_channels=64,
+    out_channels=64,
+    vec_in_dim=64,
+    context_in_dim=128,
+    hidden_size=192,
+    mlp_ratio=3.0,
+    num_heads=6,
+    depth=2,
+    depth_single_blocks=4,
+    axes_dim=(4, 14, 14),
+    guidance_embed=True,
+)
+SCHNELL = replace(DEV, guidance_embed=False)
+GUIDANCE_RANGE = (1.0, 6.0)
+SCHNELL_STEPS = 4
+SCHNELL_GUIDANCE = 3.0
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training: how many steps, on which canvases (width, height), how many pictures a step."""
+
+    name: str
+    steps: int
+    sizes: tuple[tuple[int, int], ...]
+    batch: int
+    rate: float
+
+
+SMALL = ((64, 64),)
+OTHERS = ((64, 64), (96, 96), (160, 160), (192, 192), (128, 64), (64, 128), (192, 128), (128, 192), (192, 64), (96, 160))
+
+
+def initial_weights(model: Flux1) -> None:
+    """Blocks start as the identity: modulations and the last layer at zero, linears small and without bias."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and (name.endswith(("mod.lin", "modulation.lin")) or "final_layer" in name):
+            nn.init.zeros_(module.weight)
+
+
+class Pictures:
+    """Pairs of latents and captions, kept in memory and renewed little by little, for one canvas."""
+
+    def __init__(self, autoencoder: Autoencoder, size: tuple[int, int], count: int, seed: int) -> None:
+        self.autoencoder, self.size, self.rng = autoencoder, size, random.Random(seed)
+        self.captions: list[str] = []
+        self.latents: Tensor = torch.empty(0)
+        self.next = 0
+        parts = [self._make(min(64, count - i)) for i in range(0, count, 64)]
+        self.captions = [caption for captions, _ in parts for caption in captions]
+        self.latents = torch.cat([latents for _, latents in parts])
+
+    @torch.inference_mode()
+    def _make(self, count: int) -> tuple[list[str], Tensor]:
+        made = [
+            (scenes.two_objects if self.rng.random() < 0.6 else scenes.one_object)(self.rng) for _ in range(count)
+        ]
+        pixels = np.stack([np.asarray(scenes.render(scene, *self.size)) for scene in made])
+        x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+        with torch.autocast("cpu", torch.bfloat16):
+            latent = self.autoencoder.encode(x.contiguous(memory_format=torch.channels_last))
+        return [scene.caption for scene in made], pack(latent.contiguous()).to(torch.bfloat16)
+
+    def renew(self, count: int) -> None:
+        """Replace the oldest `count` pictures by fresh ones."""
+        captions, latents = self._make(count)
+        places = [(self.next + i) % len(self.captions) for i in range(count)]
+        self.next = (self.next + count) % len(self.captions)
+        self.latents[places] = latents
+        for place, caption in zip(places, captions, strict=True):
+            self.captions[place] = caption
+
+    def draw(self, batch: int) -> tuple[list[str], Tensor]:
+        """`batch` random pictures: captions as people type them, and packed latents (batch, L, 64)."""
+        chosen = [self.rng.randrange(len(self.captions)) for _ in range(batch)]
+        return [varied(self.captions[i], self.rng) for i in chosen], self.latents[chosen].float()
+
+
+class Data:
+    """A collection of `Pictures`: one for the main canvas and smaller ones for the others."""
+
+    def __init__(self, autoencoder: Autoencoder, sizes: tuple[tuple[int, int], ...], seed: int, pool: int) -> None:
+        counts = [pool] + [max(512, pool // 12)] * (len(sizes) - 1)
+        self.pools = [
+            Pictures(autoencoder, size, count, seed + 7 * i)
+            for i, (size, count) in enumerate(zip(sizes, counts, strict=True))
+        ]
+        self.rng = random.Random(seed)
+
+    def draw(self, batch: int, main: float = 0.75) -> tuple[list[str], Tensor, tuple[int, int]]:
+        """A batch of one canvas: the first one mostly. Smaller canvases fill larger batches."""
+        pool = self.pools[0]
+        if len(self.pools) > 1 and self.rng.random() > main:
+            pool = self.rng.choice(self.pools[1:])
+        tokens = pool.latents.shape[1]
+        batch = max(16, min(2 * batch, batch * self.pools[0].latents.shape[1] // tokens))
+        pool.renew(max(1, batch // 8))
+        captions, x0 = pool.draw(batch)
+        return captions, x0, pool.size
+
+
+def velocity(model: Flux1, x: Tensor, size: tuple[int, int], sigmas: Tensor, text: tuple[Tensor, Tensor], **more: Tensor) -> Tensor:
+    """The network's prediction for packed latents of a canvas (width, height)."""
+    txt, pooled = text
+    ids = image_ids(len(x), size[1] // 16, size[0] // 16)
+    return model(x, ids, txt, text_ids(len(x), txt.shape[1]), sigmas, pooled, **more)
+
+
+def text_length(encoders: TextEncoders, captions: list[str], rng: random.Random) -> int:
+    """The default length or, in half of the batches, the longest prompt: both kinds of padding are learned."""
+    return T5_LENGTH if rng.random() < 0.5 else encoders.longest(captions)
+
+
+class Teacher(nn.Module):
+    """The transformer and the text encoders it is trained with."""
+
+    def __init__(self, encoders: TextEncoders) -> None:
+        super().__init__()
+        self.flux, self.text = Flux1(SCHNELL), encoders
+        initial_weights(self.flux)
+
+
+def teacher_loss(teacher: Teacher, captions: list[str], x0: Tensor, size: tuple[int, int], rng: random.Random) -> Tensor:
+    """Flow matching with one caption in ten left out, so that guidance has something to compare with."""
+    captions = ["" if rng.random() < 0.1 else caption for caption in captions]
+    sigmas, noise = logit_normal_sigmas(len(x0), mean=0.3), torch.randn_like(x0)
+    text = teacher.text(captions, text_length(teacher.text, captions, rng))
+    v = velocity(teacher.flux, mix(x0, noise, sigmas), size, sigmas, text)
+    return F.mse_loss(v.float(), noise - x0)
+
+
+def run(
+    state: TrainingState,
+    phases: list[Phase],
+    autoencoder: Autoencoder,
+    loss_of: Callable[[list[str], Tensor, tuple[int, int], random.Random], Tensor],
+    seed: int,
+    pool: int = 16_000,
+    every: tuple[int, Callable[[int], None]] | None = None,
+) -> None:
+    """Train through the phases, from wherever `state` is; saved every 500 steps. `every` = (steps, what to do then)."""
+    end = 0
+    for number, phase in enumerate(phases):
+        begin, end = end, end + phase.steps
+        if state.step >= end:
+            continue
+        rng = random.Random(seed + state.step)
+        data = Data(autoencoder, phase.sizes, seed + 1000 * number + state.step, pool)
+        started, first, mean = time.monotonic(), state.step, 0.0
+        state.rate = phase.rate
+        while state.step < end:
+            captions, x0, size = data.draw(phase.batch)
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = loss_of(captions, x0, size, rng)
+            floor = 0.4 if number + 1 < len(phases) else 0.02
+            state.optimise(loss, cosine_rate(state.step - begin, phase.steps, floor=floor))
+            mean = loss.item() if mean == 0 else 0.98 * mean + 0.02 * loss.item()
+            if state.step % 100 == 0:
+                pace = (time.monotonic() - started) / (state.step - first)
+                log.info("%s step %d/%d loss %.4f %.2f s a step", phase.name, state.step, end, mean, pace)
+            if state.step % 500 == 0:
+                state.save()
+            if every is not None and state.step % every[0] == 0:
+                every[1](state.step)
+        state.save()

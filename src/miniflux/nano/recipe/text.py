@@ -1,0 +1,158 @@
+"""Stage 0 of the nano recipe: the ways people write, and the two small tokenizers learned from them."""
+
+from __future__ import annotations
+
+import json
+import random
+import string
+from pathlib import Path
+
+import sentencepiece
+from torch import Tensor, nn
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+
+from miniflux.models.clip import ClipTextConfig, ClipTextEncoder
+from miniflux.models.t5 import T5Config, T5Encoder
+from miniflux.nano import scenes
+from miniflux.text.tokenizers import CLIP_END, CLIP_START, TextTokenizer, clip_pipeline
+
+CLIP_VOCABULARY = 900
+T5_VOCABULARY = 640
+CLIP_LENGTH, T5_LENGTH = 77, 48
+
+OPENINGS = ("a picture of", "an image of", "a drawing of", "a photo of", "please draw", "show me", "a painting of")
+CLOSINGS = (", high quality", ", 4k", ", minimalist", ", in the style of a poster", ", simple", ", highly detailed", ".")
+FILLERS = (
+    "very really beautiful bright dark shiny old new flat plain simple lovely cute strange digital modern vivid clean "
+    "realistic cinematic photo art poster icon logo design cat dog tree house sky sun moon water wooden glass metal"
+).split()
+
+# Words that carry the meaning are one piece each, never a colour and a shape that share their syllables.
+WORDS = sorted({w for w in (*scenes.PALETTE, *scenes.SHAPES, "background", "on", "the", "at", "an", "small", "large")}) + [
+    "left", "right", "top", "bottom", "above", "below", "of"
+]  # fmt: skip
+
+
+def _unknown_word(rng: random.Random) -> str:
+    if rng.random() < 0.5:
+        return rng.choice(FILLERS)
+    return "".join(rng.choice(string.ascii_lowercase) for _ in range(rng.randint(2, 8)))
+
+
+def varied(caption: str, rng: random.Random) -> str:
+    """A caption as somebody might type it: mostly as it is; else with an opening, a closing, capitals, stray words."""
+    if rng.random() < 0.6:
+        return caption
+    words = caption.split()
+    if rng.random() < 0.5:
+        words = ["an" if w == "a" and words[i + 1 : i + 2] == ["orange"] else w for i, w in enumerate(words)]
+    if rng.random() < 0.3:
+        for _ in range(rng.randint(1, 2)):
+            words.insert(rng.randint(0, len(words)), _unknown_word(rng))
+    text = " ".join(words)
+    if rng.random() < 0.3:
+        text = f"{rng.choice(OPENINGS)} {text}"
+    if rng.random() < 0.3:
+        text += rng.choice(CLOSINGS)
+    return text[0].upper() + text[1:] if rng.random() < 0.3 else text
+
+
+def corpus(count: int = 20_000) -> list[str]:
+    """Captions to learn the tokenizers from, and every printable character at least a few times."""
+    rng = random.Random(0)
+    lines = [varied((scenes.two_objects if i % 2 else scenes.one_object)(rng).caption, rng) for i in range(count)]
+    return lines + [" ".join(string.ascii_letters + string.digits + string.punctuation)] * 3 + list(FILLERS) * 20
+
+
+def train_tokenizers(folder: Path) -> None:
+    """Write `tokenizer/vocab.json`, `tokenizer/merges.txt` (CLIP) and `tokenizer_2/spiece.model` (T5) below `folder`."""
+    (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer_2").mkdir(parents=True, exist_ok=True)
+    lines = corpus()
+    trained = clip_pipeline(Tokenizer(BPE(end_of_word_suffix="</w>")))
+    trainer = BpeTrainer(
+        vocab_size=CLIP_VOCABULARY,
+        initial_alphabet=ByteLevel.alphabet(),
+        end_of_word_suffix="</w>",
+        special_tokens=[],
+        show_progress=False,
+    )
+    trained.train_from_iterator(lines, trainer)
+    merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
+    # The order of the published vocabulary: bytes, bytes that end a word, merges, the two special tokens.
+    alphabet = sorted(ByteLevel.alphabet())
+    tokens = [*alphabet, *(c + "</w>" for c in alphabet), *("".join(pair) for pair in merges), CLIP_START, CLIP_END]
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    (folder / "tokenizer" / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), "utf-8")
+    text = "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges)
+    (folder / "tokenizer" / "merges.txt").write_text(text, "utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_prefix=str(folder / "tokenizer_2" / "spiece"),
+        model_type="unigram",
+        vocab_size=T5_VOCABULARY,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        normalization_rule_name="nmt_nfkc_cf",  # lower case, as the captions are
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        user_defined_symbols=["\u2581" + word for word in WORDS],
+        minloglevel=2,
+    )
+    (folder / "tokenizer_2" / "spiece.vocab").unlink()
+
+
+def clip_config(vocabulary: int) -> ClipTextConfig:
+    return ClipTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=CLIP_LENGTH,
+        eos_token_id=vocabulary - 1,
+    )
+
+
+def t5_config(vocabulary: int) -> T5Config:
+    return T5Config(
+        vocab_size=vocabulary,
+        d_model=128,
+        d_kv=32,
+        d_ff=320,
+        num_layers=2,
+        num_heads=4,
+        relative_attention_num_buckets=16,
+        relative_attention_max_distance=48,
+    )
+
+
+class TextEncoders(nn.Module):
+    """Both text encoders with their tokenizers, trainable together with the transformer."""
+
+    def __init__(self, clip_tokenizer: TextTokenizer, t5_tokenizer: TextTokenizer, t5_vocabulary: int) -> None:
+        super().__init__()
+        self.clip_tokenizer, self.t5_tokenizer = clip_tokenizer, t5_tokenizer
+        self.clip = ClipTextEncoder(clip_config(clip_tokenizer.end + 1))
+        self.t5 = T5Encoder(t5_config(t5_vocabulary))
+        for module in self.modules():  # small embeddings: the first steps of the transformer should not be noise
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.5 if module is self.t5.shared else 0.05)
+
+    def forward(self, prompts: list[str], length: int = T5_LENGTH) -> tuple[Tensor, Tensor]:
+        """T5's tokens (B, length, 128) and CLIP's pooled vector (B, 64)."""
+        ids = self.clip_tokenizer(prompts, CLIP_LENGTH)
+        used = int((ids == self.clip_tokenizer.end).int().argmax(dim=1).max()) + 1  # the rest is causally invisible
+        _, pooled = self.clip(ids[:, :used])
+        return self.t5(self.t5_tokenizer(prompts, length)), pooled
+
+    def longest(self, prompts: list[str]) -> int:
+        """T5 tokens of the longest prompt, at most the default length."""
+        return min(T5_LENGTH, max(len(self.t5_tokenizer.tokens(p)) for p in prompts))
+
+

@@ -1,0 +1,1 @@
+"""Training: what the nano models, and later adapters, are made with."""

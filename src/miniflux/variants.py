@@ -1,0 +1,216 @@
+"""What exists: every released model, declared as its differences from a base.
+
+Sizes come from `flux/util.py` of the original release and from the `config.json` files of its text encoders. This is
+the only place where real sizes are written down.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from miniflux.errors import InputError
+from miniflux.models.autoencoder import AutoencoderConfig
+from miniflux.models.clip import ClipTextConfig
+from miniflux.models.flux1 import Flux1Config
+from miniflux.models.t5 import T5Config
+
+FLUX1_DEV = Flux1Config(
+    in_channels=64,
+    out_channels=64,
+    vec_in_dim=768,
+    context_in_dim=4096,
+    hidden_size=3072,
+    mlp_ratio=4.0,
+    num_heads=24,
+    depth=19,
+    depth_single_blocks=38,
+    axes_dim=(16, 56, 56),
+    theta=10_000,
+    qkv_bias=True,
+    guidance_embed=True,
+)
+FLUX1_AUTOENCODER = AutoencoderConfig(
+    in_channels=3,
+    ch=128,
+    out_ch=3,
+    ch_mult=(1, 2, 4, 4),
+    num_res_blocks=2,
+    z_channels=16,
+    scale_factor=0.3611,
+    shift_factor=0.1159,
+)
+CLIP_L = ClipTextConfig(
+    vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
+)
+T5_XXL = T5Config(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
+
+NANO_DEV = Flux1Config(
+    in_channels=64,
+    out_channels=64,
+    vec_in_dim=64,
+    context_in_dim=128,
+    hidden_size=192,
+    mlp_ratio=3.0,
+    num_heads=6,
+    depth=2,
+    depth_single_blocks=4,
+    axes_dim=(4, 14, 14),
+    guidance_embed=True,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One released text-to-image model: its networks, its files and the settings it was made for.
+
+    Attributes:
+        name: what `miniflux.load` and `--model` call it.
+        repository: where the files come from; empty for the bundled models.
+        file: the transformer's single file.
+        licence: of the weights; `gated` if it must be accepted before downloading.
+        transformer, autoencoder, clip, t5: sizes of the four networks.
+        t5_length: T5 tokens a prompt is padded or cut to.
+        shift: whether the noise levels depend on the size of the picture.
+        steps, guidance: defaults; guidance is None for models without a guidance input.
+        size: default width and height in pixels.
+        bundled: whether the weights are inside the package.
+    """
+
+    name: str
+    repository: str
+    file: str
+    licence: str
+    gated: bool = True
+    transformer: Flux1Config
+    autoencoder: AutoencoderConfig
+    clip: ClipTextConfig
+    t5: T5Config
+    t5_length: int = 512
+    shift: bool = True
+    steps: int
+    guidance: float | None
+    size: int = 1024
+    bundled: bool = False
+
+
+_DEV = Variant(
+    name="flux1-dev",
+    repository="black-forest-labs/FLUX.1-dev",
+    file="flux1-dev.safetensors",
+    licence="FLUX.1 [dev] Non-Commercial License",
+    transformer=FLUX1_DEV,
+    autoencoder=FLUX1_AUTOENCODER,
+    clip=CLIP_L,
+    t5=T5_XXL,
+    steps=50,
+    guidance=3.5,  # the model card's; the release's own command line later went to 2.5
+)
+_NANO = Variant(
+    name="nano-dev",
+    repository="",
+    file="flux1-nano-dev.safetensors",
+    licence="Apache-2.0",
+    gated=False,
+    transformer=NANO_DEV,
+    autoencoder=AutoencoderConfig(
+        in_channels=3,
+        ch=32,
+        out_ch=3,
+        ch_mult=(1, 2, 2, 2),
+        num_res_blocks=1,
+        z_channels=16,
+        scale_factor=1.1276,  # measured by the recipe: latents of unit variance
+        shift_factor=0.0003,
+        num_groups=4,
+    ),
+    clip=ClipTextConfig(
+        vocab_size=1090,
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        eos_token_id=1089,
+    ),
+    t5=T5Config(
+        vocab_size=640,
+        d_model=128,
+        d_kv=32,
+        d_ff=320,
+        num_layers=2,
+        num_heads=4,
+        relative_attention_num_buckets=16,
+        relative_attention_max_distance=48,
+    ),
+    t5_length=48,
+    steps=20,
+    guidance=3.0,
+    size=128,
+    bundled=True,
+)
+
+VARIANTS: dict[str, Variant] = {
+    variant.name: variant
+    for variant in (
+        _DEV,
+        replace(
+            _DEV,
+            name="flux1-schnell",
+            repository="black-forest-labs/FLUX.1-schnell",
+            file="flux1-schnell.safetensors",
+            licence="Apache-2.0",
+            gated=False,
+            transformer=replace(FLUX1_DEV, guidance_embed=False),
+            t5_length=256,
+            shift=False,
+            steps=4,
+            guidance=None,
+        ),
+        replace(
+            _DEV,
+            name="flux1-krea-dev",
+            repository="black-forest-labs/FLUX.1-Krea-dev",
+            file="flux1-krea-dev.safetensors",
+            steps=28,
+            guidance=4.5,
+        ),
+        _NANO,
+        replace(
+            _NANO,
+            name="nano-schnell",
+            file="flux1-nano-schnell.safetensors",
+            transformer=replace(NANO_DEV, guidance_embed=False),
+            shift=False,
+            steps=4,
+            guidance=None,
+        ),
+    )
+}
+ALIASES = {"nano": "nano-dev"}
+
+# Transformers that are not text-to-image models by themselves, so that a file can be told apart by its shapes.
+OTHER_TRANSFORMERS: dict[str, Flux1Config] = {
+    "flux1-fill-dev": replace(FLUX1_DEV, in_channels=384),
+    "flux1-canny-dev or flux1-depth-dev": replace(FLUX1_DEV, in_channels=128),
+}
+
+
+def names() -> list[str]:
+    """Names of all models that `miniflux.load` knows."""
+    return list(VARIANTS)
+
+
+def variant(name: str) -> Variant:
+    """The variant of this name (or alias, or repository).
+
+    Raises:
+        InputError: there is none; the message lists those there are.
+    """
+    for candidate in VARIANTS.values():
+        if name in (candidate.name, candidate.repository) or ALIASES.get(name) == candidate.name:
+            return candidate
+    raise InputError(f"unknown model {name!r}; known: {', '.join([*VARIANTS, *ALIASES])}")
+
+
+def variant_of(config: Flux1Config) -> Variant | None:
+    """The first variant whose transformer has exactly this config, if any."""
+    return next((v for v in VARIANTS.values() if v.transformer == config), None)

@@ -1,0 +1,85 @@
+"""Tiny networks and inputs with random values: every code path, none of the size."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from miniflux.models.autoencoder import AutoencoderConfig
+from miniflux.models.clip import ClipTextConfig
+from miniflux.models.flux1 import Flux1Config
+from miniflux.models.t5 import T5Config
+from miniflux.sampling import image_ids, text_ids
+
+M = TypeVar("M", bound=nn.Module)
+
+FLUX1 = Flux1Config(
+    in_channels=16,
+    out_channels=16,
+    vec_in_dim=12,
+    context_in_dim=20,
+    hidden_size=32,
+    num_heads=2,
+    depth=2,
+    depth_single_blocks=2,
+    axes_dim=(4, 6, 6),
+    guidance_embed=True,
+)
+AUTOENCODER = AutoencoderConfig(
+    in_channels=3,
+    ch=8,
+    out_ch=3,
+    ch_mult=(1, 2, 2),
+    num_res_blocks=1,
+    z_channels=4,
+    scale_factor=0.3611,
+    shift_factor=0.1159,
+    num_groups=4,
+)
+CLIP = ClipTextConfig(
+    vocab_size=50,
+    hidden_size=24,
+    intermediate_size=40,
+    num_hidden_layers=2,
+    num_attention_heads=3,
+    max_position_embeddings=12,
+    eos_token_id=49,
+)
+T5 = T5Config(vocab_size=40, d_model=24, d_kv=5, d_ff=36, num_layers=2, num_heads=3)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    """Normal numbers that do not depend on what ran before."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def randomise(module: M, seed: int = 0) -> M:
+    """Give every parameter a value that matters: matrices keep the variance, norms and biases are far from 1 and 0."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            if p.ndim > 1:
+                p.copy_(torch.randn(p.shape, generator=generator) / p[0].numel() ** 0.5)
+            else:
+                p.copy_(torch.rand(p.shape, generator=generator) + 0.5)
+    return module.eval()
+
+
+def flux1_inputs(config: Flux1Config, batch: int = 2, rows: int = 3, columns: int = 4, text: int = 5) -> dict[str, Any]:
+    """Arguments of `Flux1.forward`, different for every picture of the batch."""
+    return {
+        "img": randn(batch, rows * columns, config.in_channels, seed=1),
+        "img_ids": image_ids(batch, rows, columns),
+        "txt": randn(batch, text, config.context_in_dim, seed=2),
+        "txt_ids": text_ids(batch, text),
+        "timesteps": torch.linspace(0.9, 0.2, batch),
+        "y": randn(batch, config.vec_in_dim, seed=3),
+        "guidance": torch.linspace(3.5, 1.0, batch),
+    }
+
+
+def shapes(module: nn.Module) -> dict[str, list[int]]:
+    """Keys and shapes of a state dict."""
+    return {key: list(tensor.shape) for key, tensor in module.state_dict().items()}
