@@ -50,10 +50,10 @@ NANO_DEV = Flux1Config(
     vec_in_dim=64,
     context_in_dim=128,
     hidden_size=192,
-    mlp_ratio=3.0,
+    mlp_ratio=4.0,
     num_heads=6,
     depth=2,
-    depth_single_blocks=4,
+    depth_single_blocks=3,
     axes_dim=(4, 14, 14),
     guidance_embed=True,
 )

@@ -94,10 +94,12 @@ def test_half_precision_survives_a_residual_beyond_float16(dtype: torch.dtype, t
     exact = T5Encoder(half.config)
     exact.load_state_dict(half.state_dict())  # the rounded weights, computed in float32
 
-    peak: list[Tensor] = []
-    half.encoder.final_layer_norm.register_forward_hook(lambda _m, args, _o: peak.append(args[0].abs().max()))
+    residual: list[Tensor] = []
+    for block in half.encoder.block:
+        block.register_forward_hook(lambda _module, args, out: residual.extend([args[0], out]))
     output, expected = half(IDS, mask), exact(IDS, mask)
-    assert peak[0] > OVERFLOW
+    assert residual[-1].abs().max() > OVERFLOW
+    assert {x.dtype for x in residual} == {torch.float32}
     assert output.dtype == dtype
     assert output.isfinite().all()
     assert (output.float() - expected).abs().max() < tolerance * expected.abs().max()

@@ -107,7 +107,7 @@ def test_unpack_needs_the_size_of_the_tokens() -> None:
 
 def test_unpack_needs_whole_patches() -> None:
     """Channels of a token are patches of 2x2."""
-    with pytest.raises(InputError, match="6 channels.*multiple of 4"):
+    with pytest.raises(InputError, match=r"6 channels.*multiple of 4"):
         unpack(torch.zeros(1, 4, 6), 32, 32)
 
 

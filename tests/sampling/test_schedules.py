@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -92,7 +93,7 @@ def test_shape_of_every_schedule(name: str, steps: int, tokens: int) -> None:
     assert all(type(sigma) is float for sigma in sigmas)
     assert sigmas[0] == 1.0
     assert sigmas[-1] == 0.0
-    assert all(a > b for a, b in zip(sigmas[:-1], sigmas[1:], strict=True))
+    assert all(a > b for a, b in pairwise(sigmas))
 
 
 @given(st.floats(0.001, 0.999), st.floats(-3, 3))

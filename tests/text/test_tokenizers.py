@@ -82,9 +82,11 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train_pieces(folder: Path, **options: int) -> Path:
     """A SentencePiece model with T5's special pieces unless told otherwise."""
     sentences = ["a photo of a cat", "a red square on a blue ground", "two cats and a dog"] * 20
-    model, ids = io.BytesIO(), {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1} | options
+    size = {"vocab_size": 30, "hard_vocab_limit": False}
+    special = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1} | options
+    model = io.BytesIO()
     SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences), model_writer=model, vocab_size=30, hard_vocab_limit=False, minloglevel=2, num_threads=1, **ids
+        sentence_iterator=iter(sentences), model_writer=model, minloglevel=2, num_threads=1, **size, **special
     )
     path = folder / "spiece.model"
     path.write_bytes(model.getvalue())
@@ -167,7 +169,7 @@ def test_t5_length_has_room_for_the_end(t5: TextTokenizer) -> None:
 def test_nothing_there(load, tmp_path: Path) -> None:
     """An empty folder and a path that does not exist; the message says what was expected."""
     for path in (tmp_path, tmp_path / "nowhere", tmp_path / "nowhere" / "tokenizer.json"):
-        with pytest.raises(TokenizerError, match="expected .*tokenizer.json"):
+        with pytest.raises(TokenizerError, match=r"expected .*tokenizer\.json"):
             load(path)
 
 
@@ -224,7 +226,7 @@ def test_clip_vocabulary_without_special_tokens(clip_folder: Path, tmp_path: Pat
 def test_half_of_the_clip_files(clip_folder: Path, tmp_path: Path) -> None:
     """A vocabulary without merges is no tokenizer."""
     shutil.copy(clip_folder / "vocab.json", tmp_path)
-    with pytest.raises(TokenizerError, match="expected vocab.json and merges.txt"):
+    with pytest.raises(TokenizerError, match=r"expected vocab\.json and merges\.txt"):
         load_clip_tokenizer(tmp_path / "vocab.json")
 
 

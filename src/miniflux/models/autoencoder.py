@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch.nn.functional as F
 from einops import rearrange
@@ -136,7 +137,7 @@ class Level(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, blocks: int, groups: int) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * blocks
-        self.block = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.block = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.block:
@@ -214,9 +215,9 @@ class Autoencoder(nn.Module):
         Raises:
             InputError: a side is not a multiple of `downscale`; the convolutions would cut rows off without a word.
         """
-        height, width = pixels.shape[-2:]
-        if height % self.config.downscale or width % self.config.downscale:
-            raise InputError(f"a picture of {height}x{width} pixels: sides must be multiples of {self.config.downscale}")
+        (height, width), unit = pixels.shape[-2:], self.config.downscale
+        if height % unit or width % unit:
+            raise InputError(f"a picture of {height}x{width} pixels: sides must be multiples of {unit}")
         mean, _log_variance = self.encoder(pixels).chunk(2, dim=1)
         return self.config.scale_factor * (mean - self.config.shift_factor)
 
@@ -227,5 +228,3 @@ class Autoencoder(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """There and back."""
         return self.decode(self.encode(pixels))
-
-

@@ -142,7 +142,7 @@ class ClipTextEncoder(nn.Module):
         self.text_model = ClipTextTransformer(config)
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Token ids (B, L), L at most `max_position_embeddings` -> (last hidden state (B, L, hidden), pooled (B, hidden)).
+        """Token ids (B, L), L at most `max_position_embeddings` -> (last hidden (B, L, hidden), pooled (B, hidden)).
 
         The pooled vector is the normalised hidden state at the first end-of-text token, without CLIP's projection:
         what FLUX.1 was trained on. Padding repeats the end token, which the causal mask hides from the first one.

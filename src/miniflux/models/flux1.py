@@ -212,7 +212,8 @@ class Flux1(nn.Module):
             y: pooled text embedding (B, vec_in_dim).
             guidance: guidance strength (B,). Models without `guidance_in` (schnell) do not read it, as in the release;
                 the pipeline is where a guidance that has no effect is refused.
-            txt_mask: (B, T), true or 1 for real tokens, false or 0 for padding nobody may look at. None: all tokens count, as released.
+            txt_mask: (B, T), true or 1 for real tokens, false or 0 for padding nobody may look at. None: all tokens
+                count, as released.
 
         Returns:
             (B, L, out_channels)

@@ -137,7 +137,7 @@ class Shift:
 
 
 class Modulation(nn.Module):
-    """From the conditioning vector to the shifts, scales and gates of a block (adaLN-zero, arXiv 2212.09748, section 3.2)."""
+    """From the conditioning vector to a block's shifts, scales and gates (adaLN-zero, arXiv 2212.09748, 3.2)."""
 
     def __init__(self, dim: int, double: bool) -> None:
         super().__init__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ def denoise(
     x = img.float()
     guidance_vec = None if guidance is None else torch.full((batch,), guidance, device=img.device, dtype=dtype)
     ids = img_ids if img_cond_seq_ids is None else torch.cat((img_ids, img_cond_seq_ids), dim=1)
-    for step, (sigma, sigma_next) in enumerate(zip(timesteps[:-1], timesteps[1:], strict=True), start=1):
+    for step, (sigma, sigma_next) in enumerate(pairwise(timesteps), start=1):
         tokens = x.to(dtype)
         if img_cond is not None:
             tokens = torch.cat((tokens, img_cond), dim=-1)

@@ -66,7 +66,7 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     if tokens.shape[1] != rows * columns:
         raise InputError(f"{tokens.shape[1]} tokens do not fill {height}x{width} pixels, which needs {rows * columns}")
     if tokens.shape[2] % PATCH**2:
-        raise InputError(f"tokens of {tokens.shape[2]} channels hold no whole patches: expected a multiple of {PATCH**2}")
+        raise InputError(f"{tokens.shape[2]} channels are no whole patches: expected a multiple of {PATCH**2}")
     return rearrange(tokens, "B (h w) (C ph pw) -> B C (h ph) (w pw)", h=rows, ph=PATCH, pw=PATCH)
 
 

@@ -8,7 +8,7 @@ from miniflux.errors import InputError
 
 
 def shift_sigma(mu: float, sigma: float) -> float:
-    """Move a noise level towards 1 by mu: e^mu / (e^mu + 1 / sigma - 1); 0 and 1 stay (arXiv 2403.03206, section 5.3.2)."""
+    """Move a noise level towards 1 by mu: e^mu / (e^mu + 1 / sigma - 1); 0 and 1 stay (arXiv 2403.03206, 5.3.2)."""
     return 0.0 if sigma == 0 else math.exp(mu) / (math.exp(mu) + (1 / sigma - 1))
 
 

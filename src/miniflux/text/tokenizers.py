@@ -24,7 +24,7 @@ from torch import Tensor
 from miniflux.errors import InputError, TokenizerError
 
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
-# Contractions, runs of letters, single digits, runs of anything else that is not a space (openai/CLIP, simple_tokenizer.py)
+# Contractions, runs of letters, single digits, runs of anything else but spaces (openai/CLIP, simple_tokenizer.py)
 CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 T5_PAD, T5_END, T5_UNKNOWN = "<pad>", "</s>", "<unk>"
 T5_SPECIAL = re.compile(r"(<pad>|</s>|<unk>|<extra_id_\d{1,2}>)")
@@ -89,7 +89,7 @@ def load_clip_tokenizer(path: str | Path) -> TextTokenizer:
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
     try:
         if not path.exists():
-            raise TokenizerError(f"{path} does not exist: expected a folder with vocab.json and merges.txt, or tokenizer.json")
+            raise TokenizerError(f"no {path}: expected a folder with vocab.json and merges.txt, or tokenizer.json")
         if path.name != "tokenizer.json" and vocab.is_file() and merges.is_file():
             vocabulary = json.loads(vocab.read_text("utf-8"))
             pairs = [tuple(line.split()) for line in merges.read_text("utf-8").splitlines()]

@@ -1,4 +1,4 @@
-"""Stages 2 to 4 of the nano recipe: the teacher, nano-dev (guidance distilled), nano-schnell (steps distilled)."""
+"""Stage 2 of the nano recipe: the teacher, a FLUX.1 without guidance input trained together with its text encoders."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,32 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miniflux.models.autoencoder import Autoencoder
-from miniflux.models.flux1 import Flux1, Flux1Config
+from miniflux.models.flux1 import Flux1
 from miniflux.nano import scenes
 from miniflux.nano.recipe.text import T5_LENGTH, TextEncoders, varied
 from miniflux.sampling import image_ids, pack, text_ids
 from miniflux.training.flow import logit_normal_sigmas, mix
 from miniflux.training.state import TrainingState, cosine_rate
+from miniflux.variants import VARIANTS
 
 log = logging.getLogger(__name__)
 
-DEV = Flux1Config(
-    in_channels=64,
-    out_channels=64,
-    vec_in_dim=64,
-    context_in_dim=128,
-    hidden_size=192,
-    mlp_ratio=3.0,
-    num_heads=6,
-    depth=2,
-    depth_single_blocks=4,
-    axes_dim=(4, 14, 14),
-    guidance_embed=True,
-)
-SCHNELL = replace(DEV, guidance_embed=False)
-GUIDANCE_RANGE = (1.0, 6.0)
-SCHNELL_STEPS = 4
-SCHNELL_GUIDANCE = 3.0
+DEV = VARIANTS["nano-dev"].transformer
+SCHNELL = VARIANTS["nano-schnell"].transformer
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,15 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-from miniflux.models.clip import ClipTextConfig, ClipTextEncoder
-from miniflux.models.t5 import T5Config, T5Encoder
+from miniflux.models.clip import ClipTextEncoder
+from miniflux.models.t5 import T5Encoder
 from miniflux.nano import scenes
 from miniflux.text.tokenizers import CLIP_END, CLIP_START, TextTokenizer, clip_pipeline
+from miniflux.variants import VARIANTS
 
-CLIP_VOCABULARY = 900
-T5_VOCABULARY = 640
-CLIP_LENGTH, T5_LENGTH = 77, 48
+NANO = VARIANTS["nano-dev"]
+CLIP_VOCABULARY = 900  # most of the BPE vocabulary is bytes; merges stop earlier, when every word is whole
+CLIP_LENGTH, T5_LENGTH = NANO.clip.max_position_embeddings, NANO.t5_length
 
 OPENINGS = ("a picture of", "an image of", "a drawing of", "a photo of", "please draw", "show me", "a painting of")
 CLOSINGS = (", high quality", ", 4k", ", minimalist", ", in the style of a poster", ", simple", ", highly detailed", ".")
@@ -93,7 +94,7 @@ def train_tokenizers(folder: Path) -> None:
         sentence_iterator=iter(lines),
         model_prefix=str(folder / "tokenizer_2" / "spiece"),
         model_type="unigram",
-        vocab_size=T5_VOCABULARY,
+        vocab_size=NANO.t5.vocab_size,
         hard_vocab_limit=False,
         character_coverage=1.0,
         normalization_rule_name="nmt_nfkc_cf",  # lower case, as the captions are
@@ -107,39 +108,15 @@ def train_tokenizers(folder: Path) -> None:
     (folder / "tokenizer_2" / "spiece.vocab").unlink()
 
 
-def clip_config(vocabulary: int) -> ClipTextConfig:
-    return ClipTextConfig(
-        vocab_size=vocabulary,
-        hidden_size=64,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=CLIP_LENGTH,
-        eos_token_id=vocabulary - 1,
-    )
-
-
-def t5_config(vocabulary: int) -> T5Config:
-    return T5Config(
-        vocab_size=vocabulary,
-        d_model=128,
-        d_kv=32,
-        d_ff=320,
-        num_layers=2,
-        num_heads=4,
-        relative_attention_num_buckets=16,
-        relative_attention_max_distance=48,
-    )
-
-
 class TextEncoders(nn.Module):
     """Both text encoders with their tokenizers, trainable together with the transformer."""
 
-    def __init__(self, clip_tokenizer: TextTokenizer, t5_tokenizer: TextTokenizer, t5_vocabulary: int) -> None:
+    def __init__(self, clip_tokenizer: TextTokenizer, t5_tokenizer: TextTokenizer) -> None:
         super().__init__()
         self.clip_tokenizer, self.t5_tokenizer = clip_tokenizer, t5_tokenizer
-        self.clip = ClipTextEncoder(clip_config(clip_tokenizer.end + 1))
-        self.t5 = T5Encoder(t5_config(t5_vocabulary))
+        assert clip_tokenizer.end == NANO.clip.eos_token_id, "the registry states another vocabulary"
+        self.clip = ClipTextEncoder(NANO.clip)
+        self.t5 = T5Encoder(NANO.t5)
         for module in self.modules():  # small embeddings: the first steps of the transformer should not be noise
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.5 if module is self.t5.shared else 0.05)

@@ -1,0 +1,131 @@
+"""Make the nano models: `python -m miniflux.nano.recipe [FOLDER]` (or `make nano`).
+
+Stages run in order, each resumable; about three hours on two CPU cores. Everything that is made on the way stays in
+the folder (default runs/nano); the finished files go to its `weights` folder, to be copied over the package's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import random
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from miniflux.models.autoencoder import Autoencoder
+from miniflux.models.flux1 import Flux1
+from miniflux.nano import scenes
+from miniflux.nano.recipe import autoencoder as stage1
+from miniflux.nano.recipe.adherence import judge
+from miniflux.nano.recipe.distil import dev_from, guidance_loss, schnell_from, steps_loss
+from miniflux.nano.recipe.export import export_encoders, export_network
+from miniflux.nano.recipe.flow import OTHERS, SMALL, Phase, Teacher, run, teacher_loss
+from miniflux.nano.recipe.text import T5_LENGTH, TextEncoders, train_tokenizers
+from miniflux.pipeline import Pipeline
+from miniflux.text import Text, load_clip_tokenizer, load_t5_tokenizer
+from miniflux.training.state import TrainingState
+from miniflux.variants import VARIANTS
+
+log = logging.getLogger(__name__)
+
+MAIN = (128, 128)
+TEACHER = [Phase("teacher 64", 5000, SMALL, 128, 1.5e-3), Phase("teacher 128", 7000, (MAIN, *OTHERS), 64, 1.0e-3)]
+DEV = [Phase("dev", 1500, (MAIN, *OTHERS), 64, 4e-4)]
+SCHNELL = [Phase("schnell", 1500, (MAIN, *OTHERS), 64, 4e-4)]
+
+
+def report(
+    name: str, flux: Flux1, encoders: TextEncoders, autoencoder: Autoencoder, folder: Path, step: int, count: int = 36
+) -> float:
+    """Draw `count` unseen prompts, save them as a sheet, log and return the share that shows what was asked for."""
+    variant = VARIANTS["nano-dev" if flux.config.guidance_embed else "nano-schnell"]
+    if name == "teacher":
+        variant = replace(variant, steps=12, shift=True)
+    text = Text(encoders.clip, encoders.t5, encoders.clip_tokenizer, encoders.t5_tokenizer, T5_LENGTH)
+    pipe = Pipeline(variant, flux, autoencoder, text)
+    rng = random.Random(99)
+    wanted = [(scenes.two_objects if i % 2 else scenes.one_object)(rng, held_out=i % 3 == 0) for i in range(count)]
+    result = pipe.generate([scene.caption for scene in wanted])
+    result.save(folder / f"{name}-{step:05d}.png")
+    right = sum(judge(image, scene).all for image, scene in zip(result.images, wanted, strict=True)) / count
+    log.info("%s step %d: %.0f %% of %d prompts right", name, step, 100 * right, count)
+    return right
+
+
+def averaged(state: TrainingState) -> nn.Module:
+    """The running average of a finished run, to be used as it is."""
+    return copy.deepcopy(state.average).eval().requires_grad_(False)
+
+
+def make(folder: Path) -> None:
+    """All stages, from wherever the last run stopped."""
+    if not (folder / "text").exists():
+        train_tokenizers(folder / "text")
+    clip_tokenizer = load_clip_tokenizer(folder / "text" / "tokenizer")
+    t5_tokenizer = load_t5_tokenizer(folder / "text" / "tokenizer_2")
+
+    autoencoder = stage1.train(folder).requires_grad_(False).to(memory_format=torch.channels_last)
+    stated = VARIANTS["nano-dev"].autoencoder
+    if autoencoder.config != stated:
+        log.warning("write these into variants.py: scale_factor %s, shift_factor %s",
+                    autoencoder.config.scale_factor, autoencoder.config.shift_factor)  # fmt: skip
+    log.info("autoencoder: %.1f dB flat, %.1f dB lit", stage1.psnr(autoencoder, False), stage1.psnr(autoencoder, True))
+
+    torch.manual_seed(3)
+    teacher = Teacher(TextEncoders(clip_tokenizer, t5_tokenizer))
+    state = TrainingState(teacher, folder / "teacher", TEACHER[0].rate, {"stage": "teacher"}, decay=0.9995)
+    state.resume()
+
+    def teacher_report(step: int) -> None:
+        report("teacher", state.average.flux, state.average.text, autoencoder, folder, step)
+
+    run(state, TEACHER, autoencoder, partial(teacher_loss, teacher), 3, every=(1000, teacher_report))
+    teacher = averaged(state)
+    assert isinstance(teacher, Teacher)
+
+    dev_state = TrainingState(dev_from(teacher), folder / "dev", DEV[0].rate, {"stage": "dev"}, decay=0.998)
+    dev_state.resume()
+
+    def dev_report(step: int) -> None:
+        report("dev", dev_state.average, teacher.text, autoencoder, folder, step)
+
+    assert isinstance(dev_state.model, Flux1)
+    run(dev_state, DEV, autoencoder, partial(guidance_loss, dev_state.model, teacher), 4, every=(500, dev_report))
+    dev = averaged(dev_state)
+    assert isinstance(dev, Flux1)
+
+    schnell_state = TrainingState(schnell_from(teacher), folder / "schnell", SCHNELL[0].rate, {"stage": "schnell"}, decay=0.998)
+    schnell_state.resume()
+
+    def schnell_report(step: int) -> None:
+        report("schnell", schnell_state.average, teacher.text, autoencoder, folder, step)
+
+    assert isinstance(schnell_state.model, Flux1)
+    loss = partial(steps_loss, schnell_state.model, dev, teacher)
+    run(schnell_state, SCHNELL, autoencoder, loss, 5, every=(500, schnell_report))
+
+    weights = folder / "weights"
+    export_encoders(teacher.text, folder / "text", weights)
+    export_network(autoencoder, weights / "ae.safetensors")
+    export_network(dev, weights / VARIANTS["nano-dev"].file)
+    export_network(averaged(schnell_state), weights / VARIANTS["nano-schnell"].file)
+    log.info("finished: %s", weights)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(prog="miniflux.nano.recipe", description=__doc__)
+    arguments.add_argument("folder", type=Path, nargs="?", default=Path("runs/nano"))
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    # Attention over a hundred tokens trains faster as plain matrix products than with the CPU's flash kernel.
+    with sdpa_kernel(SDPBackend.MATH):
+        make(arguments.parse_args().folder)
+
+
+if __name__ == "__main__":
+    main()
