@@ -19,6 +19,7 @@ from einops import rearrange
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
+from miniflux.checkpoints.assembly import assemble
 from miniflux.errors import InputError, MinifluxError, OutputError
 from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.flux1 import Flux1
@@ -310,6 +311,4 @@ def load(
         WeightsNotFoundError: files are missing; all of them are named.
         CheckpointError: a file does not hold what it should.
     """
-    from miniflux.checkpoints.assembly import assemble
-
-    return assemble(name_or_path, weights=weights, device=device, dtype=dtype, memory=memory)
+    return Pipeline(*assemble(name_or_path, weights=weights, device=device, dtype=dtype, memory=memory))

@@ -124,12 +124,12 @@ _NANO = Variant(
         num_groups=4,
     ),
     clip=ClipTextConfig(
-        vocab_size=1090,
+        vocab_size=767,
         hidden_size=64,
         intermediate_size=256,
         num_hidden_layers=2,
         num_attention_heads=2,
-        eos_token_id=1089,
+        eos_token_id=766,
     ),
     t5=T5Config(
         vocab_size=640,
@@ -206,7 +206,7 @@ def variant(name: str) -> Variant:
         InputError: there is none; the message lists those there are.
     """
     for candidate in VARIANTS.values():
-        if name in (candidate.name, candidate.repository) or ALIASES.get(name) == candidate.name:
+        if (name and name in (candidate.name, candidate.repository)) or ALIASES.get(name) == candidate.name:
             return candidate
     raise InputError(f"unknown model {name!r}; known: {', '.join([*VARIANTS, *ALIASES])}")
 

@@ -42,9 +42,10 @@ def test_clip_ids(reference: Path, prompts: list[dict], tmp_path: Path, form: st
     path = reference / "tokenizers" / "clip_l"
     if "tokenizer.json" in form:
         transformers = pytest.importorskip("transformers")
-        theirs = transformers.CLIPTokenizer.from_pretrained(path)
-        theirs("set padding", padding="max_length", max_length=99)  # left switched on in the file: must be undone
-        theirs.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+        theirs = transformers.CLIPTokenizer.from_pretrained(path).backend_tokenizer
+        theirs.enable_padding(length=99)  # as some published files have it: must be undone
+        theirs.enable_truncation(5)
+        theirs.save(str(tmp_path / "tokenizer.json"))
         path = tmp_path
     tokenizer = load_clip_tokenizer(path if form.startswith("folder") else path / form)
     assert not wrong(tokenizer, prompts, [p["clip_77"] for p in prompts], 77)

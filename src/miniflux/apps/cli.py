@@ -53,8 +53,12 @@ def parser() -> argparse.ArgumentParser:
         epilog="Weights are looked for in --weights, in the folder named by MINIFLUX_WEIGHTS, and in the Hugging Face "
         "cache; weights/README.md says where each file comes from. Nothing is downloaded.",
     )
-    generate.add_argument("prompt", nargs="+", metavar="PROMPT", help="what to draw; several prompts give several pictures")
-    generate.add_argument("-o", "--output", default="out.png", metavar="FILE", help=".png, .jpg or .webp; default %(default)s")
+    generate.add_argument(
+        "prompt", nargs="+", metavar="PROMPT", help="what to draw; several prompts give several pictures"
+    )
+    generate.add_argument(
+        "-o", "--output", default="out.png", metavar="FILE", help=".png, .jpg or .webp; default %(default)s"
+    )
     generate.add_argument(
         "--model",
         default="nano",
@@ -62,9 +66,13 @@ def parser() -> argparse.ArgumentParser:
         help="nano (bundled, the default), nano-schnell, flux1-dev, flux1-schnell, flux1-krea-dev, or a file or folder",
     )
     generate.add_argument("--weights", metavar="FOLDER", help="look for the model's files here first")
-    generate.add_argument("--seed", type=int, default=0, metavar="N", help="picture i is drawn from seed + i; default 0")
+    generate.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="picture i is drawn from seed + i; default 0"
+    )
     generate.add_argument("--steps", type=int, metavar="N", help="more is slower and finer")
-    generate.add_argument("--guidance", type=float, metavar="X", help="how strongly the prompt is followed; not for schnell")
+    generate.add_argument(
+        "--guidance", type=float, metavar="X", help="how strongly the prompt is followed; not for schnell"
+    )
     generate.add_argument("--size", type=_size, metavar="WxH", help="in pixels, multiples of 16 (else rounded up)")
     generate.add_argument("--images", type=int, default=1, metavar="N", help="pictures per prompt; several make a grid")
     generate.add_argument("--t5-length", type=int, metavar="N", help="text tokens the T5 encoder reads")

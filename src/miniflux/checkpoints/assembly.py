@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
 from miniflux.checkpoints.files import TensorSource, open_tensors, tensor_paths
 from miniflux.checkpoints.finding import Files, find
-from miniflux.checkpoints.inspection import describe, flux1_config, network_of
+from miniflux.checkpoints.inspection import describe, fits, flux1_config, network_of
 from miniflux.checkpoints.loading import compare, load_into
 from miniflux.errors import CheckpointError, ConfigError, InputError
 from miniflux.memory.compute import choose_device, choose_dtype
@@ -26,13 +27,33 @@ from miniflux.models.t5 import T5Config, T5Encoder
 from miniflux.text import Text, load_clip_tokenizer, load_t5_tokenizer
 from miniflux.variants import ALIASES, VARIANTS, Variant, variant, variant_of
 
-if TYPE_CHECKING:
-    from miniflux.pipeline import Pipeline
-
 log = logging.getLogger(__name__)
 
+# Settings of diffusers' scheduler that `flux1_schedule` has built in: where they differ, pictures would.
+SCHEDULER: dict[str, Any] = {
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+    "time_shift_type": "exponential",
+    "shift_terminal": None,
+    "invert_sigmas": False,
+    "stochastic_sampling": False,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+}
 MEMORY_MODES = ("auto", "resident")
 Config = TypeVar("Config", ClipTextConfig, T5Config)
+
+
+class Parts(NamedTuple):
+    """What a pipeline is made of."""
+
+    variant: Variant
+    transformer: Flux1
+    autoencoder: Autoencoder
+    text: Text
 
 
 def assemble(
@@ -42,10 +63,8 @@ def assemble(
     device: str | torch.device | None,
     dtype: str | torch.dtype | None,
     memory: str,
-) -> Pipeline:
-    """See `miniflux.load`."""
-    from miniflux.pipeline import Pipeline
-
+) -> Parts:
+    """The parts of a pipeline, loaded and on their device; arguments and errors as of `miniflux.load`."""
     if memory not in MEMORY_MODES:
         raise InputError(f"memory must be one of {', '.join(MEMORY_MODES)}, got {memory!r}")
     place = choose_device(device)
@@ -53,6 +72,8 @@ def assemble(
 
     # 1. Which model, and where its files are.
     first = [Path(weights)] if isinstance(weights, (str, Path)) else []
+    if first and not first[0].is_dir():
+        raise InputError(f"weights {str(weights)!r} is no folder; single files are given as a dict from part to file")
     given = {part: Path(path) for part, path in weights.items()} if isinstance(weights, Mapping) else {}
     chosen, files = locate(name_or_path, first, given)
 
@@ -71,10 +92,12 @@ def assemble(
     compute = choose_dtype(dtype, place, largest.dtype, parameters)
 
     # 4. Build on the meta device, assign from the files.
-    pipe = Pipeline(
+    parts = Parts(
         chosen,
         _network(Flux1, chosen.transformer, source, place, compute, chosen),
-        _network(Autoencoder, chosen.autoencoder, files.autoencoder, place, torch.float32 if dtype is None else compute),
+        _network(
+            Autoencoder, chosen.autoencoder, files.autoencoder, place, torch.float32 if dtype is None else compute
+        ),
         Text(
             _network(ClipTextEncoder, chosen.clip, files.clip, place, compute),
             _network(T5Encoder, chosen.t5, files.t5, place, compute),
@@ -91,7 +114,7 @@ def assemble(
         place,
         time.monotonic() - started,
     )
-    return pipe
+    return parts
 
 
 def locate(name_or_path: str | Path, first: list[Path], given: dict[str, Path]) -> tuple[Variant, Files]:
@@ -105,7 +128,7 @@ def locate(name_or_path: str | Path, first: list[Path], given: dict[str, Path]) 
     if text in VARIANTS or text in ALIASES or text in repositories:
         chosen = variant(text)
         return chosen, find(chosen, first, given)
-    if not path.exists():
+    if not os.path.exists(path):  # not path.exists(), which raises where the name is too long
         known = ", ".join([*VARIANTS, *ALIASES])
         raise InputError(f"{text!r} is neither a model nor a file or folder here; models are {known}")
     folder = path if path.is_dir() else path.parent
@@ -121,7 +144,9 @@ def _transformer_in(folder: Path) -> Path:
     found = [file for file in sorted(folder.glob("*.safetensors")) if network_of(open_tensors(file).entries) is Flux1]
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
-        raise CheckpointError(f"{folder}: expected a folder `transformer` or one FLUX.1 transformer file; found {names}")
+        raise CheckpointError(
+            f"{folder}: expected a folder `transformer` or one FLUX.1 transformer file; found {names}"
+        )
     return found[0]
 
 
@@ -134,15 +159,26 @@ def _variant_in(transformer: Path, folder: Path) -> Variant:
         raise CheckpointError(f"{source}: expected a FLUX.1 transformer, found {found}")
     about = _json(transformer / "config.json") if transformer.is_dir() else {}
     axes = about.get("axes_dims_rope")
-    config = flux1_config(source.entries, source.metadata, tuple(axes) if axes else None)
+    if axes is not None and not (isinstance(axes, list) and all(type(dim) is int for dim in axes)):
+        raise CheckpointError(f"{transformer / 'config.json'}: axes_dims_rope must be a list of numbers, got {axes!r}")
+    try:
+        config = flux1_config(source.entries, source.metadata, tuple(axes) if axes else None)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from error
     known = variant_of(config)
     if known is None:
         base = VARIANTS["flux1-dev" if config.guidance_embed else "flux1-schnell"]
-        known = replace(base, name=transformer.stem, repository="", file=transformer.name, transformer=config)
+        name = folder.resolve().name if transformer.is_dir() else transformer.stem
+        known = replace(base, name=name, repository="", file=transformer.name, transformer=config)
     scheduler = _json(folder / "scheduler" / "scheduler_config.json")
     if scheduler:
         if not scheduler.get("use_dynamic_shifting") and scheduler.get("shift", 1.0) != 1.0:
-            raise CheckpointError(f"{folder}: its scheduler has the fixed shift {scheduler['shift']}, which FLUX.1 never uses")
+            raise CheckpointError(
+                f"{folder}: its scheduler has the fixed shift {scheduler['shift']}, which FLUX.1 never uses"
+            )
+        for name, value in SCHEDULER.items():
+            if scheduler.get(name, value) != value:
+                raise CheckpointError(f"{folder}: its scheduler has {name} {scheduler[name]!r}; FLUX.1's is {value!r}")
         known = replace(known, shift=bool(scheduler.get("use_dynamic_shifting")))
     return known
 
@@ -153,7 +189,9 @@ def _json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a JSON file: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object")
@@ -166,11 +204,24 @@ def _config(path: Path, kind: type[Config], default: Config) -> Config:
     content = content.get("text_config", content)
     if not content:
         return default
-    known = {field.name for field in fields(kind)}
     try:
-        return kind(**{key: value for key, value in content.items() if key in known})
-    except (TypeError, ConfigError) as error:
+        if kind is T5Config and content.get("feed_forward_proj", "gated-gelu") != "gated-gelu":
+            raise ConfigError(f"feed_forward_proj {content['feed_forward_proj']!r} is not gated-gelu")
+        known = {field.name for field in fields(kind)}
+        return _checked(kind(**{key: value for key, value in content.items() if key in known}))
+    except (TypeError, AttributeError, ArithmeticError, ConfigError) as error:
         raise CheckpointError(f"{path / 'config.json'}: not a {kind.__name__}: {error}") from error
+
+
+def _checked(config: Any) -> Any:
+    """The config, if its numbers are of the kind that its class declares."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.type == "int" and (type(value) is not int or value < (0 if field.name.endswith("_id") else 1)):
+            raise ConfigError(f"{field.name} must be a whole number of at least 1, got {value!r}")
+        if field.type == "float" and type(value) not in (int, float):
+            raise ConfigError(f"{field.name} must be a number, got {value!r}")
+    return config
 
 
 def _autoencoder_config(path: Path, default: AutoencoderConfig) -> AutoencoderConfig:
@@ -182,18 +233,22 @@ def _autoencoder_config(path: Path, default: AutoencoderConfig) -> AutoencoderCo
         raise CheckpointError(f"{path / 'config.json'}: an autoencoder with quant convolutions is not FLUX.1's")
     try:
         widths = content["block_out_channels"]
-        return AutoencoderConfig(
-            in_channels=content["in_channels"],
-            ch=widths[0],
-            out_ch=content["out_channels"],
-            ch_mult=tuple(width // widths[0] for width in widths),
-            num_res_blocks=content["layers_per_block"],
-            z_channels=content["latent_channels"],
-            scale_factor=content["scaling_factor"],
-            shift_factor=content.get("shift_factor") or 0.0,
-            num_groups=content["norm_num_groups"],
+        if any(type(width) is not int or width % widths[0] for width in widths):
+            raise ConfigError(f"block_out_channels must be multiples of the first, got {widths!r}")
+        return _checked(
+            AutoencoderConfig(
+                in_channels=content["in_channels"],
+                ch=widths[0],
+                out_ch=content["out_channels"],
+                ch_mult=tuple(width // widths[0] for width in widths),
+                num_res_blocks=content["layers_per_block"],
+                z_channels=content["latent_channels"],
+                scale_factor=content["scaling_factor"],
+                shift_factor=content.get("shift_factor") or 0.0,
+                num_groups=content["norm_num_groups"],
+            )
         )
-    except (KeyError, TypeError, IndexError, ConfigError) as error:
+    except (KeyError, TypeError, IndexError, ArithmeticError, ConfigError) as error:
         raise CheckpointError(f"{path / 'config.json'}: not an AutoencoderKL: {error}") from error
 
 
@@ -211,9 +266,9 @@ def _network(
     with torch.device("meta"):
         network = kind(config)  # pyright: ignore[reportCallIssue]
     report = compare(network, source)
-    if report.problems and chosen is not None:
-        held = describe(source.entries)
-        if held != chosen.name:
-            raise CheckpointError(f"{source}: expected the transformer of {chosen.name}, found {held}\n{report}")
+    if report.problems:
+        expected = f"the transformer of {chosen.name}" if chosen else f"the {kind.__name__}"
+        if network_of(source.entries) is not kind or (chosen and not fits(source, chosen.transformer)):
+            raise CheckpointError(f"{source}: expected {expected}, found {describe(source)}\n{report}")
     load_into(network, source, device=device, dtype=dtype)
     return network.eval().requires_grad_(False)

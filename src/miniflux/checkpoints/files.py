@@ -72,23 +72,30 @@ class TensorFile:
                 header = json.loads(file.read(length))
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"{path}: not a safetensors file: its header is no JSON") from error
         if not isinstance(header, dict):
             raise CheckpointError(f"{path}: not a safetensors file: its header is no JSON object")
-        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+        metadata = header.pop("__metadata__", None) or {}
+        if not isinstance(metadata, dict) or any(not isinstance(value, str) for value in metadata.values()):
+            raise CheckpointError(f"{path}: its __metadata__ is not a JSON object of strings")
+        self.metadata: dict[str, str] = metadata
         self.entries = {key: self._entry(key, about, 8 + length) for key, about in header.items()}
         if not self.entries:
             raise CheckpointError(f"{path}: holds no tensors")
+        self._check_order(8 + length)
         self._bytes: Tensor | None = None
 
     def _entry(self, key: str, about: Any, offset: int) -> Entry:
         try:
-            name, shape, (start, end) = about["dtype"], tuple(int(n) for n in about["shape"]), about["data_offsets"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{self.path}: the header entry of {key!r} is malformed: {about!r}") from error
+            name, shape, (start, end) = about["dtype"], tuple(about["shape"]), about["data_offsets"]
+        except (KeyError, TypeError, ValueError):
+            name, shape, start, end = None, (), 0, 0
+        whole = all(type(n) is int for n in (*shape, start, end))
+        if not isinstance(name, str) or not whole or math.prod(max(n, 1) for n in shape) >= 2**63:
+            raise CheckpointError(f"{self.path}: the header entry of {key!r} is malformed: {about!r:.200}")
         if name not in DTYPES:
             raise CheckpointError(f"{self.path}: {key!r} has the unknown dtype {name!r}")
         expected = math.prod(shape) * DTYPES[name].itemsize
@@ -103,11 +110,25 @@ class TensorFile:
             )
         return Entry(DTYPES[name], shape, offset + start, expected)
 
+    def _check_order(self, offset: int) -> None:
+        """Tensors must fill the file from the header to its end, as the reference implementation demands."""
+        end = offset
+        for key, entry in sorted(self.entries.items(), key=lambda item: (item[1].start, item[1].size)):
+            if entry.start != end:
+                what = "overlaps another tensor" if entry.start < end else "comes after bytes of no tensor"
+                raise CheckpointError(f"{self.path}: {key!r} starts at byte {entry.start}, expected {end}: it {what}")
+            end += entry.size
+        if end != self.size:
+            raise CheckpointError(f"{self.path}: {self.size - end} bytes too many: its tensors end at byte {end}")
+
     def view(self, key: str) -> Tensor:
         """The tensor as a view into the mapped file; writing to it does not change the file."""
         entry = self.entries[key]
         if self._bytes is None:
-            self._bytes = torch.from_file(str(self.path), shared=False, size=self.size, dtype=torch.uint8)
+            try:
+                self._bytes = torch.from_file(str(self.path), shared=False, size=self.size, dtype=torch.uint8)
+            except RuntimeError as error:  # gone since, or larger than the memory of this machine
+                raise CheckpointError(f"{self.path}: cannot be mapped into memory: {error}") from error
         raw = self._bytes[entry.start : entry.start + entry.size]
         if entry.start % entry.dtype.itemsize:  # old writers did not align the header
             raw = raw.clone()
@@ -117,14 +138,17 @@ class TensorFile:
         """Copy the tensor into `out`: contiguous, of the same dtype and number of elements."""
         entry = self.entries[key]
         buffer = out.view(-1).view(torch.uint8).numpy()
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(entry.start)
-            done = 0
-            while done < entry.size:
-                count = file.readinto(memoryview(buffer)[done:])
-                if not count:
-                    raise CheckpointError(f"{self.path}: cut off while {key!r} was being read")
-                done += count
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(entry.start)
+                done = 0
+                while done < entry.size:
+                    count = file.readinto(memoryview(buffer)[done:])
+                    if not count:
+                        raise CheckpointError(f"{self.path}: cut off while {key!r} was being read")
+                    done += count
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from error
 
 
 class TensorSource(Mapping[str, Tensor]):
@@ -174,8 +198,12 @@ def shard_paths(index: Path) -> list[Path]:
     """
     try:
         names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{index}: not a safetensors index: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{index}: cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{index}: not a safetensors index: {type(error).__name__}: {error}") from error
+    if not names or any(not isinstance(name, str) for name in names):
+        raise CheckpointError(f"{index}: not a safetensors index: its weight_map names no files")
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         raise CheckpointError(f"{index} names {len(names)} files, of which these are missing: {', '.join(missing)}")

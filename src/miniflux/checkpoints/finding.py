@@ -42,11 +42,11 @@ class Files:
 
 
 def hub_cache() -> Path:
-    """The Hugging Face cache: `HF_HUB_CACHE`, else `HF_HOME`/hub, else ~/.cache/huggingface/hub."""
-    if "HF_HUB_CACHE" in os.environ:
-        return Path(os.environ["HF_HUB_CACHE"])
-    home = os.environ.get("HF_HOME")
-    return (Path(home) if home else Path.home() / ".cache" / "huggingface") / "hub"
+    """The Hugging Face cache: `HF_HUB_CACHE`, `HF_HOME`/hub, or huggingface/hub in `XDG_CACHE_HOME` or ~/.cache."""
+    if os.environ.get("HF_HUB_CACHE"):
+        return Path(os.environ["HF_HUB_CACHE"]).expanduser()
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    return Path(home).expanduser() / "hub"
 
 
 def snapshot(repository: str) -> Path | None:
@@ -66,7 +66,7 @@ def places(variant: Variant, first: Iterable[Path] = ()) -> list[Path]:
     if variant.bundled:
         found.append(BUNDLED)
     if os.environ.get(WEIGHTS_VARIABLE):
-        root = Path(os.environ[WEIGHTS_VARIABLE])
+        root = Path(os.environ[WEIGHTS_VARIABLE]).expanduser()
         found += [root / variant.name, root]
     cached = snapshot(variant.repository) if variant.repository else None
     return found if cached is None else [*found, cached]
@@ -77,7 +77,7 @@ def _holds(path: Path, part: str) -> bool:
         return True
     if part.endswith("tokenizer"):
         return any((path / name).is_file() for name in TOKENIZER_FILES)
-    return path.is_dir() and any(path.glob("*.safetensors")) or any(path.glob("*" + INDEX_SUFFIX))
+    return any(path.glob("*.safetensors")) or any(path.glob("*" + INDEX_SUFFIX))
 
 
 def find(variant: Variant, first: Iterable[Path] = (), given: Mapping[str, Path] | None = None) -> Files:
@@ -120,6 +120,8 @@ def _not_found(variant: Variant, missing: Mapping[str, str], folders: list[Path]
         if snapshot(variant.repository) is None:
             lines.append(f"the Hugging Face cache {hub_cache()} has no snapshot of {variant.repository}")
         licence = f"{variant.licence}, to be accepted there" if variant.gated else variant.licence
-        lines.append(f"to get them: huggingface.co/{variant.repository} ({licence}); weights/README.md lists every file")
+        lines.append(
+            f"to get them: huggingface.co/{variant.repository} ({licence}); weights/README.md lists every file"
+        )
         lines.append('to try miniflux without any download: the bundled model "nano"')
     return "\n".join(lines)

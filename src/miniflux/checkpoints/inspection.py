@@ -15,7 +15,7 @@ from torch import nn
 
 from miniflux.checkpoints.files import Entry, TensorSource, open_tensors
 from miniflux.checkpoints.loading import LoadReport, compare
-from miniflux.errors import CheckpointError
+from miniflux.errors import CheckpointError, ConfigError
 from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.clip import ClipTextEncoder
 from miniflux.models.flux1 import Flux1, Flux1Config
@@ -32,7 +32,7 @@ class Part:
 
     Attributes:
         network: `Flux1`, `Autoencoder`, `ClipTextEncoder`, `T5Encoder`, or `unknown`.
-        variant: the released model it belongs to, or a description of its sizes.
+        variant: the released model it belongs to, a description of its sizes, or the model it is closest to.
         layout: naming of its tensors.
         formats: number of tensors by stored dtype.
         tensors, parameters, bytes: how many, how large.
@@ -146,6 +146,14 @@ def _recognise(source: TensorSource) -> tuple[str, str, LoadReport | None]:
     name, report = best
     if fitting:
         return kind.__name__, " or ".join(fitting), report
+    if kind is Flux1:
+        try:
+            own = flux1_config(source.entries, source.metadata)
+        except CheckpointError:
+            own = None
+        if own is not None and own not in configs.values():
+            with torch.device("meta"):
+                return kind.__name__, describe(source), compare(Flux1(own), source)
     return kind.__name__, f"none known; closest is {name}", report
 
 
@@ -153,13 +161,21 @@ def _wrong(report: LoadReport) -> int:
     return sum(len(keys) for keys in report.problems.values())
 
 
-def describe(entries: Entries) -> str:
-    """A few words on what a file holds, for error messages: a variant, a FLUX.1 of other sizes, another network."""
-    kind = network_of(entries)
+def fits(source: TensorSource, config: Flux1Config) -> bool:
+    """Whether the sizes in a transformer's file are those of `config`, though tensors may be missing."""
+    try:
+        return flux1_config(source.entries, source.metadata, tuple(config.axes_dim)) == config
+    except CheckpointError:
+        return False
+
+
+def describe(source: TensorSource) -> str:
+    """A few words on what a file holds: a variant, a FLUX.1 of other sizes, another network."""
+    kind = network_of(source.entries)
     if kind is not Flux1:
         return f"a {kind.__name__}" if kind else "no network known here"
     try:
-        config = flux1_config(entries, {})
+        config = flux1_config(source.entries, source.metadata)
     except CheckpointError as error:
         return str(error)
     known = {**{v.name: v.transformer for v in VARIANTS.values()}, **OTHER_TRANSFORMERS}
@@ -189,7 +205,9 @@ def flux1_config(entries: Entries, metadata: Mapping[str, str], axes_dim: tuple[
     native = "img_in.weight" in entries
     if not native and "x_embedder.weight" not in entries:
         raise CheckpointError("no FLUX.1 transformer: neither img_in.weight nor x_embedder.weight is there")
-    double, single = ("double_blocks", "single_blocks") if native else ("transformer_blocks", "single_transformer_blocks")
+    double, single = (
+        ("double_blocks", "single_blocks") if native else ("transformer_blocks", "single_transformer_blocks")
+    )
     names = {
         "img_in": "img_in.weight" if native else "x_embedder.weight",
         "txt_in": "txt_in.weight" if native else "context_embedder.weight",
@@ -202,31 +220,50 @@ def flux1_config(entries: Entries, metadata: Mapping[str, str], axes_dim: tuple[
     if absent:
         raise CheckpointError(f"an incomplete FLUX.1 transformer: {', '.join(absent)} missing")
     shape = {name: entries[key].shape for name, key in names.items()}
+    odd = [f"{names[name]} {list(s)}" for name, s in shape.items() if len(s) != (1 if name == "head" else 2) or 0 in s]
+    if odd:
+        raise CheckpointError(f"no FLUX.1 transformer: the shape of {', '.join(odd)}")
     hidden, head = shape["img_in"][0], shape["head"][0]
-    axes = axes_dim or (tuple(json.loads(metadata["axes_dim"])) if "axes_dim" in metadata else AXES.get(head))
+    axes = axes_dim or _axes_in(metadata) or AXES.get(head)
     if axes is None:
         raise CheckpointError(
             f"a FLUX.1 transformer with heads of {head} channels: its rotary axes are not in the file; known are those "
             f"of heads of {', '.join(map(str, sorted(AXES)))}"
         )
-    return Flux1Config(
-        in_channels=shape["img_in"][1],
-        out_channels=shape["out"][0],
-        vec_in_dim=shape["vector"][1],
-        context_in_dim=shape["txt_in"][1],
-        hidden_size=hidden,
-        mlp_ratio=shape["mlp"][0] / hidden,
-        num_heads=hidden // head,
-        depth=_count(entries, double),
-        depth_single_blocks=_count(entries, single),
-        axes_dim=axes,
-        qkv_bias=f"{double}.0.{'img_attn.qkv' if native else 'attn.to_q'}.bias" in entries,
-        guidance_embed=("guidance_in" if native else "time_text_embed.guidance_embedder")
-        in {".".join(key.split(".")[: 1 if native else 2]) for key in entries},
-    )
+    try:
+        return Flux1Config(
+            in_channels=shape["img_in"][1],
+            out_channels=shape["out"][0],
+            vec_in_dim=shape["vector"][1],
+            context_in_dim=shape["txt_in"][1],
+            hidden_size=hidden,
+            mlp_ratio=shape["mlp"][0] / hidden,
+            num_heads=max(1, hidden // head),
+            depth=_count(entries, double),
+            depth_single_blocks=_count(entries, single),
+            axes_dim=axes,
+            qkv_bias=f"{double}.0.{'img_attn.qkv' if native else 'attn.to_q'}.bias" in entries,
+            guidance_embed=("guidance_in" if native else "time_text_embed.guidance_embedder")
+            in {".".join(key.split(".")[: 1 if native else 2]) for key in entries},
+        )
+    except ConfigError as error:
+        raise CheckpointError(f"no FLUX.1 transformer: {error}") from error
+
+
+def _axes_in(metadata: Mapping[str, str]) -> tuple[int, ...] | None:
+    """Rotary axes from a file's header, if they are there."""
+    if "axes_dim" not in metadata:
+        return None
+    try:
+        axes = json.loads(metadata["axes_dim"])
+    except (ValueError, RecursionError):
+        axes = None
+    if not isinstance(axes, list) or not axes or any(type(dim) is not int for dim in axes):
+        raise CheckpointError(
+            f"axes_dim in the header must be a JSON list of numbers, got {metadata['axes_dim']!r:.80}"
+        )
+    return tuple(axes)
 
 
 def _count(entries: Entries, prefix: str) -> int:
     return len({key.split(".")[1] for key in entries if key.startswith(prefix + ".")})
-
-

@@ -92,7 +92,11 @@ FLUX1_DIFFUSERS = [
 
 def _autoencoder_rows() -> list[Row]:
     """diffusers' AutoencoderKL. Its decoder counts levels from the smallest: `{-i}` is the last level minus i."""
-    rows = [_row(f"{half}.{name}.*", f"{half}.{name}.*") for half in ("encoder", "decoder") for name in ("conv_in", "conv_out")]
+    rows = [
+        _row(f"{half}.{name}.*", f"{half}.{name}.*")
+        for half in ("encoder", "decoder")
+        for name in ("conv_in", "conv_out")
+    ]
     places = [("encoder.down.{i}", "encoder.down_blocks.{i}"), ("decoder.up.{i}", "decoder.up_blocks.{-i}")]
     blocks = [(f"{ours}.block.{{j}}", f"{theirs}.resnets.{{j}}") for ours, theirs in places]
     for half in ("encoder", "decoder"):
@@ -144,6 +148,11 @@ def _pattern(ours: str) -> re.Pattern[str]:
     return re.compile(text.replace(r"\*\*", "(?P<tail>.+)").replace(r"\*", r"(?P<tail>[^.]+)"))
 
 
+def hidden_size(module: nn.Module) -> int:
+    """Width of the residual stream of a transformer; 0 for networks whose layouts stack no rows."""
+    return module.config.hidden_size if isinstance(module, Flux1) else 0
+
+
 def layouts_of(module: nn.Module) -> list[str]:
     """Names of the layouts known for this network, `original` first."""
     return [ORIGINAL, *TABLES.get(type(module), {})]
@@ -174,10 +183,13 @@ def _origin(key: str, rows: Sequence[Row], levels: int) -> Origin:
         found = match.groupdict()
         if "i" in found:
             found["-i"] = str(levels - 1 - int(found["i"]))
-        theirs = [re.sub(r"\*\*?", found.get("tail") or "", name) for name in row.theirs]
-        filled = [re.sub(r"\{(-?[ij])\}", lambda m: found[m[1]], name) for name in theirs]
-        return Origin(tuple(filled), row.how)
+        return Origin(tuple(_filled(name, found) for name in row.theirs), row.how)
     raise AssertionError(f"no row for {key}")
+
+
+def _filled(name: str, found: Mapping[str, str]) -> str:
+    name = re.sub(r"\*\*?", found.get("tail", ""), name)
+    return re.sub(r"\{(-?[ij])\}", lambda match: found[match[1]], name)
 
 
 def detect(module: nn.Module, keys: Collection[str]) -> str:
@@ -190,11 +202,15 @@ def detect(module: nn.Module, keys: Collection[str]) -> str:
     return max(layouts_of(module), key=explained)
 
 
-def their_shape_fits(shapes: Sequence[tuple[int, ...]], how: How, target: tuple[int, ...]) -> bool:
+def stacked_rows(count: int, total: int, hidden: int) -> list[int]:
+    """Heights of `count` tensors that are stacked to `total` rows: all but the last are `hidden` high."""
+    return [hidden] * (count - 1) + [total - hidden * (count - 1)]
+
+
+def their_shape_fits(shapes: Sequence[tuple[int, ...]], how: How, target: tuple[int, ...], hidden: int) -> bool:
     """Whether tensors of these shapes make one of shape `target`."""
     if how == "rows":
-        rows = sum(shape[0] if shape else 0 for shape in shapes)
-        return all(shape[1:] == target[1:] for shape in shapes) and rows == target[0]
+        return list(shapes) == [(rows, *target[1:]) for rows in stacked_rows(len(shapes), target[0], hidden)]
     if how == "1x1":  # some files keep the convolution's two trailing axes
         return shapes[0] == target or (*shapes[0], 1, 1) == target
     return shapes[0] == target
@@ -210,9 +226,9 @@ def to_ours(parts: Sequence[Tensor], how: How, target: tuple[int, ...]) -> Tenso
 
 
 def to_theirs(tensor: Tensor, how: How, count: int, hidden: int) -> list[Tensor]:
-    """Ours -> their `count` tensors. In stacked rows all parts but the last are `hidden` high."""
+    """Ours -> their `count` tensors."""
     if how == "rows":
-        return list(tensor.split([hidden] * (count - 1) + [tensor.shape[0] - hidden * (count - 1)]))
+        return list(tensor.split(stacked_rows(count, tensor.shape[0], hidden)))
     if how == "swap halves":
         return [torch.cat(tensor.chunk(2)[::-1])]
     if how == "1x1" and tensor.ndim == 4:
@@ -229,11 +245,8 @@ def from_layout(module: nn.Module, tensors: Mapping[str, Tensor], layout: str) -
 
 def to_layout(module: nn.Module, tensors: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
     """The inverse of `from_layout`."""
-    hidden = module.config.hidden_size if isinstance(module, Flux1) else 0
     result: dict[str, Tensor] = {}
     for key, origin in origins(module, layout).items():
-        parts = to_theirs(tensors[key], origin.how, len(origin.keys), hidden)
+        parts = to_theirs(tensors[key], origin.how, len(origin.keys), hidden_size(module))
         result.update(zip(origin.keys, parts, strict=True))
     return result
-
-

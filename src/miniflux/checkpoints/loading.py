@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from miniflux.checkpoints.files import TensorSource, open_tensors
-from miniflux.checkpoints.layouts import REDUNDANT, Origin, detect, origins, their_shape_fits, to_ours
+from miniflux.checkpoints.layouts import REDUNDANT, Origin, detect, hidden_size, origins, their_shape_fits, to_ours
 from miniflux.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -31,6 +31,7 @@ class LoadReport:
         missing: keys of the network that the file lacks.
         unused: keys of the file that nothing asked for.
         misshapen: "key: the file's shape, the expected shape".
+        not_floating: "key: dtype" of weights stored as whole numbers, such as those of quantised files.
         bad: keys of the network whose values are not finite.
     """
 
@@ -42,6 +43,7 @@ class LoadReport:
     missing: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
     misshapen: list[str] = field(default_factory=list)
+    not_floating: list[str] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
 
     @property
@@ -50,6 +52,7 @@ class LoadReport:
             "missing": self.missing,
             "unused": self.unused,
             "misshapen": self.misshapen,
+            "not floating-point": self.not_floating,
             "not finite (NaN or infinite)": self.bad,
         }
         return {name: keys for name, keys in found.items() if keys}
@@ -77,9 +80,11 @@ def compare(module: nn.Module, source: Mapping[str, Tensor], layout: str | None 
             continue
         report.used += origin.keys
         theirs = [tuple(entries[name].shape) for name in origin.keys]
-        if not their_shape_fits(theirs, origin.how, shapes[key]):
+        if not their_shape_fits(theirs, origin.how, shapes[key], hidden_size(module)):
             given = " + ".join(str(list(shape)) for shape in theirs)
             report.misshapen.append(f"{key}: {given} in the file, {list(shapes[key])} expected")
+        kinds = {entries[name].dtype for name in origin.keys if not entries[name].dtype.is_floating_point}
+        report.not_floating += [f"{key}: {str(kind).removeprefix('torch.')}" for kind in kinds]
     used, redundant = set(report.used), REDUNDANT.get(type(module), {})
     for key in entries:
         if key not in used:
@@ -121,10 +126,10 @@ def load_into(
     shapes = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
     loaded: dict[str, Tensor] = {}
     for key, origin in origins(module, report.layout).items():
-        tensor = _fetch(source, origin, shapes[key], dtype)
-        if tensor.is_floating_point() and not is_finite(tensor):
+        tensor = _fetch(source, origin, shapes[key], dtype).to(dtype=dtype)
+        if not is_finite(tensor):  # checked in its new dtype, because float16 may overflow
             report.bad.append(key)
-        loaded[key] = tensor.to(device=device, dtype=dtype)
+        loaded[key] = tensor.to(device)
     if report.bad:
         raise CheckpointError(str(report))
     module.load_state_dict(loaded, assign=True)

@@ -28,14 +28,16 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     try:
         chosen = torch.device(device)
         torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise InputError(f"device {str(device)!r} cannot be used here; try cpu") from error
     if chosen.type == "meta":
         raise InputError("device 'meta' holds no data; try cpu")
     return chosen
 
 
-def choose_dtype(dtype: str | torch.dtype | None, device: torch.device, stored: torch.dtype, parameters: int) -> torch.dtype:
+def choose_dtype(
+    dtype: str | torch.dtype | None, device: torch.device, stored: torch.dtype, parameters: int
+) -> torch.dtype:
     """The precision asked for, or the one that suits the device.
 
     Weights stored in float32 are computed in float32. Half-precision ones stay as they are on accelerators. On a CPU
@@ -55,7 +57,8 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device, stored: 
             raise InputError(f"dtype {str(dtype)!r} is not one of {', '.join(DTYPES)}")
         return chosen
     if stored not in (torch.bfloat16, torch.float16):
-        return torch.float32 if device.type == "cpu" or stored == torch.float32 else torch.bfloat16
+        wide = stored in (torch.float32, torch.float64)
+        return torch.float32 if device.type == "cpu" or wide else torch.bfloat16
     if device.type != "cpu":
         return stored
     if 4 * parameters <= SMALL:

@@ -77,9 +77,7 @@ class Text:
         self._said_clip_limit = False
 
     @torch.inference_mode()
-    def encode(
-        self, prompts: Sequence[str], length: int | None = None, padding: Padding = "released"
-    ) -> TextEmbedding:
+    def encode(self, prompts: Sequence[str], length: int | None = None, padding: Padding = "released") -> TextEmbedding:
         """Embed prompts, in order; those seen before come from the cache.
 
         A prompt over CLIP's limit is no error: the summary vector sees its beginning, T5 sees all of it.

@@ -35,26 +35,28 @@ from miniflux.variants import VARIANTS
 log = logging.getLogger(__name__)
 
 MAIN = (128, 128)
-TEACHER = [Phase("teacher 64", 5000, SMALL, 128, 1.5e-3), Phase("teacher 128", 7000, (MAIN, *OTHERS), 64, 1.0e-3)]
-DEV = [Phase("dev", 1500, (MAIN, *OTHERS), 64, 4e-4)]
-SCHNELL = [Phase("schnell", 1500, (MAIN, *OTHERS), 64, 4e-4)]
+TEACHER = [Phase("teacher 64", 4000, SMALL, 128, 1.5e-3), Phase("teacher 128", 5500, (MAIN, *OTHERS), 64, 1.0e-3)]
+DEV = [Phase("dev", 1000, (MAIN, *OTHERS), 64, 4e-4)]
+SCHNELL = [Phase("schnell", 1000, (MAIN, *OTHERS), 64, 4e-4)]
+
+POOL = 12_000  # pictures of the main canvas kept as latents
+REPORT = {"teacher": 1000, "dev": 500, "schnell": 500}  # steps between sheets
+SHEET = 36  # pictures on a sheet
 
 
-def report(
-    name: str, flux: Flux1, encoders: TextEncoders, autoencoder: Autoencoder, folder: Path, step: int, count: int = 36
-) -> float:
-    """Draw `count` unseen prompts, save them as a sheet, log and return the share that shows what was asked for."""
+def report(name: str, flux: Flux1, encoders: TextEncoders, autoencoder: Autoencoder, folder: Path, step: int) -> float:
+    """Draw unseen prompts, save them as a sheet, log and return the share that shows what was asked for."""
     variant = VARIANTS["nano-dev" if flux.config.guidance_embed else "nano-schnell"]
     if name == "teacher":
         variant = replace(variant, steps=12, shift=True)
     text = Text(encoders.clip, encoders.t5, encoders.clip_tokenizer, encoders.t5_tokenizer, T5_LENGTH)
     pipe = Pipeline(variant, flux, autoencoder, text)
     rng = random.Random(99)
-    wanted = [(scenes.two_objects if i % 2 else scenes.one_object)(rng, held_out=i % 3 == 0) for i in range(count)]
+    wanted = [(scenes.two_objects if i % 2 else scenes.one_object)(rng, held_out=i % 3 == 0) for i in range(SHEET)]
     result = pipe.generate([scene.caption for scene in wanted])
     result.save(folder / f"{name}-{step:05d}.png")
-    right = sum(judge(image, scene).all for image, scene in zip(result.images, wanted, strict=True)) / count
-    log.info("%s step %d: %.0f %% of %d prompts right", name, step, 100 * right, count)
+    right = sum(judge(image, scene).all for image, scene in zip(result.images, wanted, strict=True)) / SHEET
+    log.info("%s step %d: %.0f %% of %d prompts right", name, step, 100 * right, SHEET)
     return right
 
 
@@ -85,7 +87,7 @@ def make(folder: Path) -> None:
     def teacher_report(step: int) -> None:
         report("teacher", state.average.flux, state.average.text, autoencoder, folder, step)
 
-    run(state, TEACHER, autoencoder, partial(teacher_loss, teacher), 3, every=(1000, teacher_report))
+    run(state, TEACHER, autoencoder, partial(teacher_loss, teacher), 3, POOL, (REPORT["teacher"], teacher_report))
     teacher = averaged(state)
     assert isinstance(teacher, Teacher)
 
@@ -96,11 +98,14 @@ def make(folder: Path) -> None:
         report("dev", dev_state.average, teacher.text, autoencoder, folder, step)
 
     assert isinstance(dev_state.model, Flux1)
-    run(dev_state, DEV, autoencoder, partial(guidance_loss, dev_state.model, teacher), 4, every=(500, dev_report))
+    loss = partial(guidance_loss, dev_state.model, teacher)
+    run(dev_state, DEV, autoencoder, loss, 4, POOL, (REPORT["dev"], dev_report))
     dev = averaged(dev_state)
     assert isinstance(dev, Flux1)
 
-    schnell_state = TrainingState(schnell_from(teacher), folder / "schnell", SCHNELL[0].rate, {"stage": "schnell"}, decay=0.998)
+    schnell_state = TrainingState(
+        schnell_from(teacher), folder / "schnell", SCHNELL[0].rate, {"stage": "schnell"}, decay=0.998
+    )
     schnell_state.resume()
 
     def schnell_report(step: int) -> None:
@@ -108,7 +113,7 @@ def make(folder: Path) -> None:
 
     assert isinstance(schnell_state.model, Flux1)
     loss = partial(steps_loss, schnell_state.model, dev, teacher)
-    run(schnell_state, SCHNELL, autoencoder, loss, 5, every=(500, schnell_report))
+    run(schnell_state, SCHNELL, autoencoder, loss, 5, POOL, (REPORT["schnell"], schnell_report))
 
     weights = folder / "weights"
     export_encoders(teacher.text, folder / "text", weights)

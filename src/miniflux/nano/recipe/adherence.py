@@ -79,7 +79,10 @@ def _shape_of(patch: np.ndarray) -> str:
             radius = factor * extent / span
             y = (rows.min() + rows.max() + 1) / 2 - middle[0] * radius
             x = (columns.min() + columns.max() + 1) / 2 - middle[1] * radius
-            drawn = np.asarray(scenes.mask(scenes.Shape(kind, "", x / width, y / height, radius / side), width, height)) > 127
+            drawn = (
+                np.asarray(scenes.mask(scenes.Shape(kind, "", x / width, y / height, radius / side), width, height))
+                > 127
+            )
             overlap = float((drawn & patch).sum() / max(1, (drawn | patch).sum()))
             if overlap > best:
                 best, name = overlap, kind
@@ -91,7 +94,9 @@ def judge(image: Image.Image, scene: scenes.Scene) -> Verdict:
     pixels = np.asarray(image.convert("RGB"), float)
     height, width, _ = pixels.shape
     corner = max(2, min(height, width) // 16)
-    corners = [pixels[y, x] for y in (slice(0, corner), slice(-corner, None)) for x in (slice(0, corner), slice(-corner, None))]
+    corners = [
+        pixels[y, x] for y in (slice(0, corner), slice(-corner, None)) for x in (slice(0, corner), slice(-corner, None))
+    ]
     background = np.median(np.concatenate([c.reshape(-1, 3) for c in corners]), axis=0)
     foreground = np.linalg.norm(pixels - background, axis=-1) > FOREGROUND
     found = [p for p in _patches(foreground) if p.sum() >= MINIMUM_AREA * height * width]

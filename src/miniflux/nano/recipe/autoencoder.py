@@ -141,7 +141,9 @@ def train(folder: Path, seed: int = 1) -> Autoencoder:
                 state.optimise(loss, cosine_rate(state.step - begin, round_.steps))
                 if state.step % 100 == 0:
                     psnr_now, seconds = -10 * math.log10(error.item() / 4), time.monotonic() - started
-                    log.info("autoencoder step %d loss %.4f psnr %.1f dB %.0f s", state.step, loss.item(), psnr_now, seconds)
+                    log.info(
+                        "autoencoder step %d loss %.4f psnr %.1f dB %.0f s", state.step, loss.item(), psnr_now, seconds
+                    )
                 if state.step % 500 == 0:
                     state.save()
     state.save()

@@ -52,7 +52,13 @@ def guidance_loss(
 
 
 def steps_loss(
-    student: Flux1, dev: Flux1, teacher: Teacher, captions: list[str], x0: Tensor, size: tuple[int, int], rng: random.Random
+    student: Flux1,
+    dev: Flux1,
+    teacher: Teacher,
+    captions: list[str],
+    x0: Tensor,
+    size: tuple[int, int],
+    rng: random.Random,
 ) -> Tensor:
     """Make in one Euler step what nano-dev makes in several (progressive distillation, arXiv 2202.00512)."""
     at = torch.randint(1, SCHNELL_STEPS + 1, (len(x0),)).float() / SCHNELL_STEPS

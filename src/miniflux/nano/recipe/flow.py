@@ -40,7 +40,18 @@ class Phase:
 
 
 SMALL = ((64, 64),)
-OTHERS = ((64, 64), (96, 96), (160, 160), (192, 192), (128, 64), (64, 128), (192, 128), (128, 192), (192, 64), (96, 160))
+OTHERS = (
+    (64, 64),
+    (96, 96),
+    (160, 160),
+    (192, 192),
+    (128, 64),
+    (64, 128),
+    (192, 128),
+    (128, 192),
+    (192, 64),
+    (96, 160),
+)
 
 
 def initial_weights(model: Flux1) -> None:
@@ -68,9 +79,7 @@ class Pictures:
 
     @torch.inference_mode()
     def _make(self, count: int) -> tuple[list[str], Tensor]:
-        made = [
-            (scenes.two_objects if self.rng.random() < 0.6 else scenes.one_object)(self.rng) for _ in range(count)
-        ]
+        made = [(scenes.two_objects if self.rng.random() < 0.6 else scenes.one_object)(self.rng) for _ in range(count)]
         pixels = np.stack([np.asarray(scenes.render(scene, *self.size)) for scene in made])
         x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
         with torch.autocast("cpu", torch.bfloat16):
@@ -96,7 +105,7 @@ class Data:
     """A collection of `Pictures`: one for the main canvas and smaller ones for the others."""
 
     def __init__(self, autoencoder: Autoencoder, sizes: tuple[tuple[int, int], ...], seed: int, pool: int) -> None:
-        counts = [pool] + [max(512, pool // 12)] * (len(sizes) - 1)
+        counts = [pool] + [max(1, pool // 12)] * (len(sizes) - 1)
         self.pools = [
             Pictures(autoencoder, size, count, seed + 7 * i)
             for i, (size, count) in enumerate(zip(sizes, counts, strict=True))
@@ -109,13 +118,15 @@ class Data:
         if len(self.pools) > 1 and self.rng.random() > main:
             pool = self.rng.choice(self.pools[1:])
         tokens = pool.latents.shape[1]
-        batch = max(16, min(2 * batch, batch * self.pools[0].latents.shape[1] // tokens))
-        pool.renew(max(1, batch // 8))
+        batch = max(1, min(2 * batch, batch * self.pools[0].latents.shape[1] // tokens))
+        pool.renew(max(1, batch // 16))
         captions, x0 = pool.draw(batch)
         return captions, x0, pool.size
 
 
-def velocity(model: Flux1, x: Tensor, size: tuple[int, int], sigmas: Tensor, text: tuple[Tensor, Tensor], **more: Tensor) -> Tensor:
+def velocity(
+    model: Flux1, x: Tensor, size: tuple[int, int], sigmas: Tensor, text: tuple[Tensor, Tensor], **more: Tensor
+) -> Tensor:
     """The network's prediction for packed latents of a canvas (width, height)."""
     txt, pooled = text
     ids = image_ids(len(x), size[1] // 16, size[0] // 16)
@@ -136,7 +147,9 @@ class Teacher(nn.Module):
         initial_weights(self.flux)
 
 
-def teacher_loss(teacher: Teacher, captions: list[str], x0: Tensor, size: tuple[int, int], rng: random.Random) -> Tensor:
+def teacher_loss(
+    teacher: Teacher, captions: list[str], x0: Tensor, size: tuple[int, int], rng: random.Random
+) -> Tensor:
     """Flow matching with one caption in ten left out, so that guidance has something to compare with."""
     captions = ["" if rng.random() < 0.1 else caption for caption in captions]
     sigmas, noise = logit_normal_sigmas(len(x0), mean=0.3), torch.randn_like(x0)
@@ -151,10 +164,11 @@ def run(
     autoencoder: Autoencoder,
     loss_of: Callable[[list[str], Tensor, tuple[int, int], random.Random], Tensor],
     seed: int,
-    pool: int = 16_000,
-    every: tuple[int, Callable[[int], None]] | None = None,
+    pool: int,
+    every: tuple[int, Callable[[int], None]],
 ) -> None:
-    """Train through the phases, from wherever `state` is; saved every 500 steps. `every` = (steps, what to do then)."""
+    """Train through the phases, from wherever `state` is; saved every 500 steps. `pool` pictures of the main
+    canvas are kept as latents, a twelfth of that of each other one. `every`: (steps, what to do after so many)."""
     end = 0
     for number, phase in enumerate(phases):
         begin, end = end, end + phase.steps
@@ -176,6 +190,6 @@ def run(
                 log.info("%s step %d/%d loss %.4f %.2f s a step", phase.name, state.step, end, mean, pace)
             if state.step % 500 == 0:
                 state.save()
-            if every is not None and state.step % every[0] == 0:
+            if state.step % every[0] == 0:
                 every[1](state.step)
         state.save()

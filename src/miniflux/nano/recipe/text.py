@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import random
 import string
+from collections import Counter
+from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 
 import sentencepiece
-from torch import Tensor, nn
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
-from tokenizers.trainers import BpeTrainer
+from torch import Tensor, nn
 
 from miniflux.models.clip import ClipTextEncoder
 from miniflux.models.t5 import T5Encoder
@@ -21,20 +23,28 @@ from miniflux.text.tokenizers import CLIP_END, CLIP_START, TextTokenizer, clip_p
 from miniflux.variants import VARIANTS
 
 NANO = VARIANTS["nano-dev"]
-CLIP_VOCABULARY = 900  # most of the BPE vocabulary is bytes; merges stop earlier, when every word is whole
 CLIP_LENGTH, T5_LENGTH = NANO.clip.max_position_embeddings, NANO.t5_length
 
 OPENINGS = ("a picture of", "an image of", "a drawing of", "a photo of", "please draw", "show me", "a painting of")
-CLOSINGS = (", high quality", ", 4k", ", minimalist", ", in the style of a poster", ", simple", ", highly detailed", ".")
+CLOSINGS = (
+    ", high quality",
+    ", 4k",
+    ", minimalist",
+    ", in the style of a poster",
+    ", simple",
+    ", highly detailed",
+    ".",
+)
 FILLERS = (
     "very really beautiful bright dark shiny old new flat plain simple lovely cute strange digital modern vivid clean "
     "realistic cinematic photo art poster icon logo design cat dog tree house sky sun moon water wooden glass metal"
 ).split()
 
 # Words that carry the meaning are one piece each, never a colour and a shape that share their syllables.
-WORDS = sorted({w for w in (*scenes.PALETTE, *scenes.SHAPES, "background", "on", "the", "at", "an", "small", "large")}) + [
-    "left", "right", "top", "bottom", "above", "below", "of"
-]  # fmt: skip
+WORDS = (
+    *sorted((*scenes.PALETTE, *scenes.SHAPES, "background", "on", "the", "at", "an", "small", "large")),
+    *("left", "right", "top", "bottom", "above", "below", "of"),
+)
 
 
 def _unknown_word(rng: random.Random) -> str:
@@ -68,21 +78,47 @@ def corpus(count: int = 20_000) -> list[str]:
     return lines + [" ".join(string.ascii_letters + string.digits + string.punctuation)] * 3 + list(FILLERS) * 20
 
 
+def byte_pair_merges(lines: list[str]) -> list[tuple[str, str]]:
+    """The byte pairs to merge, most frequent first (arXiv 1508.07909), over words seen at least 50 times.
+
+    Ties go to the alphabetically first pair, so that the result is the same on every machine.
+    """
+    cleaning = clip_pipeline(Tokenizer(BPE()))
+    counts = Counter(
+        word
+        for line in lines
+        for word, _ in cleaning.pre_tokenizer.pre_tokenize_str(cleaning.normalizer.normalize_str(line))  # pyright: ignore
+    )
+    words = {(*word[:-1], word[-1] + "</w>"): count for word, count in counts.items() if count >= 50}
+    merges: list[tuple[str, str]] = []
+    while True:
+        pairs: Counter[tuple[str, str]] = Counter()
+        for parts, count in words.items():
+            for pair in pairwise(parts):
+                pairs[pair] += count
+        if not pairs:
+            return merges
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        words = {_merged(parts, best): count for parts, count in words.items()}
+
+
+def _merged(parts: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
+    merged: list[str] = []
+    for part in parts:
+        if merged and (merged[-1], part) == pair:
+            merged[-1] += part
+        else:
+            merged.append(part)
+    return tuple(merged)
+
+
 def train_tokenizers(folder: Path) -> None:
-    """Write `tokenizer/vocab.json`, `tokenizer/merges.txt` (CLIP) and `tokenizer_2/spiece.model` (T5) below `folder`."""
+    """Write CLIP's `tokenizer/vocab.json` and `merges.txt`, and T5's `tokenizer_2/spiece.model`, below `folder`."""
     (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer_2").mkdir(parents=True, exist_ok=True)
     lines = corpus()
-    trained = clip_pipeline(Tokenizer(BPE(end_of_word_suffix="</w>")))
-    trainer = BpeTrainer(
-        vocab_size=CLIP_VOCABULARY,
-        initial_alphabet=ByteLevel.alphabet(),
-        end_of_word_suffix="</w>",
-        special_tokens=[],
-        show_progress=False,
-    )
-    trained.train_from_iterator(lines, trainer)
-    merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
+    merges = byte_pair_merges(lines)
     # The order of the published vocabulary: bytes, bytes that end a word, merges, the two special tokens.
     alphabet = sorted(ByteLevel.alphabet())
     tokens = [*alphabet, *(c + "</w>" for c in alphabet), *("".join(pair) for pair in merges), CLIP_START, CLIP_END]
@@ -90,9 +126,10 @@ def train_tokenizers(folder: Path) -> None:
     (folder / "tokenizer" / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), "utf-8")
     text = "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges)
     (folder / "tokenizer" / "merges.txt").write_text(text, "utf-8")
+    pieces = BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
-        model_prefix=str(folder / "tokenizer_2" / "spiece"),
+        model_writer=pieces,
         model_type="unigram",
         vocab_size=NANO.t5.vocab_size,
         hard_vocab_limit=False,
@@ -105,7 +142,7 @@ def train_tokenizers(folder: Path) -> None:
         user_defined_symbols=["\u2581" + word for word in WORDS],
         minloglevel=2,
     )
-    (folder / "tokenizer_2" / "spiece.vocab").unlink()
+    (folder / "tokenizer_2" / "spiece.model").write_bytes(pieces.getvalue())
 
 
 class TextEncoders(nn.Module):
@@ -131,5 +168,3 @@ class TextEncoders(nn.Module):
     def longest(self, prompts: list[str]) -> int:
         """T5 tokens of the longest prompt, at most the default length."""
         return min(T5_LENGTH, max(len(self.t5_tokenizer.tokens(p)) for p in prompts))
-
-

@@ -1,0 +1,82 @@
+"""The bundled models: official layouts, small files, and pictures that show what was asked for."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+import miniflux
+from miniflux.checkpoints import inspect, open_tensors
+from miniflux.checkpoints.finding import BUNDLED
+from miniflux.nano import scenes
+from miniflux.nano.recipe.adherence import judge
+from miniflux.pipeline import Pipeline
+
+
+@pytest.fixture(scope="module", params=["nano-dev", "nano-schnell"])
+def pipe(request: pytest.FixtureRequest) -> Pipeline:
+    return miniflux.load(request.param)
+
+
+def test_all_files_together_are_at_most_24_megabytes() -> None:
+    assert sum(file.stat().st_size for file in BUNDLED.rglob("*") if file.is_file()) <= 24_000_000
+
+
+def test_every_file_is_an_official_layout_without_problems() -> None:
+    found = {part.variant: part for part in inspect(BUNDLED).parts}
+    assert {part.network for part in found.values()} == {"Flux1", "Autoencoder", "ClipTextEncoder", "T5Encoder"}
+    assert all(part.layout == "original" and not part.problems for part in found.values())
+    for file in BUNDLED.rglob("*.safetensors"):
+        assert {entry.dtype for entry in open_tensors(file).entries.values()} == {torch.bfloat16}
+
+
+def share(pipe: Pipeline, wanted: list[scenes.Scene], **settings: int) -> float:
+    result = pipe.generate([scene.caption for scene in wanted], seed=1000, **settings)
+    return sum(judge(image, scene).all for image, scene in zip(result.images, wanted, strict=True)) / len(wanted)
+
+
+def test_one_object_is_drawn_as_asked(pipe: Pipeline) -> None:
+    """Background, colour, shape and position, with pairs that training never showed among them."""
+    rng = random.Random(5)
+    assert share(pipe, [scenes.one_object(rng, held_out=i % 4 == 0) for i in range(24)]) >= 0.9
+
+
+def test_two_objects_are_drawn_as_asked(pipe: Pipeline) -> None:
+    rng = random.Random(6)
+    assert share(pipe, [scenes.two_objects(rng) for _ in range(16)]) >= 0.7
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 160), (192, 64), (192, 192)])
+def test_other_sizes_are_drawn_as_asked(pipe: Pipeline, size: tuple[int, int]) -> None:
+    rng = random.Random(7)
+    wanted = [scenes.one_object(rng) for _ in range(4)]
+    result = pipe.generate([scene.caption for scene in wanted], width=size[0], height=size[1])
+    verdicts = [judge(image, scene) for image, scene in zip(result.images, wanted, strict=True)]
+    assert sum(v.background and v.colour and v.position for v in verdicts) >= 3
+
+
+def test_unknown_words_do_no_harm(pipe: Pipeline) -> None:
+    """Words the model never read leave the scene as asked for."""
+    rng = random.Random(8)
+    wanted = [scenes.one_object(rng) for _ in range(8)]
+    prompts = [f"Please, a splendid picture of {scene.caption}, 8k, bokeh" for scene in wanted]
+    result = pipe.generate(prompts)
+    verdicts = [judge(image, scene) for image, scene in zip(result.images, wanted, strict=True)]
+    assert sum(v.background and v.colour for v in verdicts) >= 7
+
+
+def test_seeds_give_different_pictures_of_the_same_thing(pipe: Pipeline) -> None:
+    images = [np.asarray(image, float) for image in pipe.generate("a red circle on a blue background", images=3).images]
+    for i in range(3):
+        for j in range(i):
+            assert np.abs(images[i] - images[j]).mean() > 0.3
+
+
+def test_flat_means_flat(pipe: Pipeline) -> None:
+    """The background is one colour, close to the palette's, clean enough to print."""
+    image = np.asarray(pipe.generate("a white square on a green background").images[0], float)
+    edge = np.concatenate([image[:10].reshape(-1, 3), image[-10:].reshape(-1, 3)])
+    assert np.abs(edge.mean(axis=0) - scenes.PALETTE["green"]).max() < 16 and edge.std(axis=0).max() < 5
