@@ -19,7 +19,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from miniflux.checkpoints.files import DTYPES, TensorFile, TensorSource, open_tensors, shard_paths, tensor_paths
+from miniflux.checkpoints.files import (
+    DTYPES,
+    TensorFile,
+    TensorSource,
+    open_tensors,
+    shard_paths,
+    tensor_paths,
+    write_tensors,
+)
 from miniflux.errors import CheckpointError
 from tests.checkpoints.raw import entry, raw
 from tests.tiny import randn
@@ -75,6 +83,21 @@ def test_reads_back_bitwise_what_the_reference_library_wrote(tensors: dict[str, 
             check(source, key, tensor)
 
 
+@given(TENSORS, METADATA)
+def test_the_reference_library_reads_bitwise_what_was_written(tensors: dict[str, Tensor], metadata: Any) -> None:
+    """And so do programs on machines that insist on aligned numbers."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "a.safetensors")
+        write_tensors(path, tensors, metadata or {})
+        found = load_file(path)
+        assert set(found) == set(tensors)
+        for key, tensor in tensors.items():
+            assert (found[key].dtype, found[key].shape, bits(found[key])) == (tensor.dtype, tensor.shape, bits(tensor))
+        source = open_tensors(path)
+        assert source.metadata == (metadata or {})
+        assert not [key for key, entry in source.entries.items() if entry.start % entry.dtype.itemsize]
+
+
 @pytest.mark.parametrize("pad", [1, 2, 3, 5])
 def test_a_misaligned_header_still_reads(tmp_path: Path, pad: int) -> None:
     """Old writers did not pad the header, so that float32 values begin at odd addresses."""
@@ -95,7 +118,7 @@ def test_a_misaligned_header_still_reads(tmp_path: Path, pad: int) -> None:
 
 
 def test_writing_to_a_view_leaves_the_file_alone(tmp_path: Path) -> None:
-    """Training in place must not eat the checkpoint; other views of the same opened file do see the change."""
+    """Training in place must not eat the checkpoint."""
     path = tmp_path / "a.safetensors"
     save_file({"a": torch.ones(1000)}, path)
     before = path.read_bytes()
@@ -137,20 +160,29 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "number": (raw(5), "no JSON object"),
     "nothing": (raw({}), "holds no tensors"),
     "metadata only": (raw({"__metadata__": {"format": "pt"}}), "holds no tensors"),
-    "metadata of another kind": (raw({"__metadata__": ["pt"], **GOOD}, b"\0" * 24), "__metadata__ is not a JSON object"),
+    "metadata of another kind": (
+        raw({"__metadata__": ["pt"], **GOOD}, b"\0" * 24),
+        "__metadata__ is not a JSON object",
+    ),
     "metadata of numbers": (raw({"__metadata__": {"a": 1}, **GOOD}, b"\0" * 24), "__metadata__ is not a JSON object"),
     "entry of another kind": (raw({"a": 5}), "entry of 'a' is malformed: 5"),
     "entry without shape": (raw({"a": {"dtype": "F32", "data_offsets": [0, 8]}}), "entry of 'a' is malformed"),
     "one offset": (raw({"a": {**entry(0, 8), "data_offsets": [0]}}), "entry of 'a' is malformed"),
     "offsets of text": (raw({"a": {**entry(0, 8), "data_offsets": "08"}}, b"\0" * 8), "entry of 'a' is malformed"),
-    "fractional offset": (raw({"a": {**entry(0, 8), "data_offsets": [0, 8.0]}}, b"\0" * 8), "entry of 'a' is malformed"),
+    "fractional offset": (
+        raw({"a": {**entry(0, 8), "data_offsets": [0, 8.0]}}, b"\0" * 8),
+        "entry of 'a' is malformed",
+    ),
     "shape of text": (raw({"a": entry(0, 8, shape="2")}, b"\0" * 8), "entry of 'a' is malformed"),
     "fractional shape": (raw({"a": entry(0, 8, shape=[2.5])}, b"\0" * 8), "entry of 'a' is malformed"),
     "no shape": (raw({"a": entry(0, 8, shape=None)}, b"\0" * 8), "entry of 'a' is malformed"),
     "overflowing shape": (raw({"a": entry(0, 0, shape=[2**62, 4, 0])}), "entry of 'a' is malformed"),
     "dtype of another kind": (raw({"a": entry(0, 8, dtype=["F32"])}, b"\0" * 8), "entry of 'a' is malformed"),
     "unknown dtype": (raw({"a": entry(0, 8, dtype="Q4_K")}, b"\0" * 8), "'a' has the unknown dtype 'Q4_K'"),
-    "misdeclared shape": (raw({"a": entry(0, 8, shape=[3])}, b"\0" * 8), r"'a' of shape \[3\].* needs 12 bytes.* says 8"),
+    "misdeclared shape": (
+        raw({"a": entry(0, 8, shape=[3])}, b"\0" * 8),
+        r"'a' of shape \[3\].* needs 12 bytes.* says 8",
+    ),
     "negative shape": (raw({"a": entry(0, 8, shape=[-1, -2])}, b"\0" * 8), r"'a' of shape \[-1, -2\]"),
     "misdeclared dtype": (raw({"a": entry(0, 8, dtype="F16")}, b"\0" * 8), "dtype F16 needs 4 bytes.* says 8"),
     "negative offset": (raw({"a": entry(-8, 0)}, b"\0" * 8), "'a' .*"),
@@ -173,10 +205,9 @@ def test_a_broken_file_is_refused_with_its_name_and_the_reason(tmp_path: Path, n
     with pytest.raises(CheckpointError, match=reason) as caught:
         open_tensors(path)
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
-    with pytest.raises(SafetensorError):  # the reference library refuses all of these too, bar files without tensors
-        load_file(path)
-        if name in ("metadata only", "nothing"):
-            raise SafetensorError
+    if name not in ("nothing", "metadata only"):  # the reference library refuses all the others too
+        with pytest.raises(SafetensorError):
+            load_file(path)
 
 
 GOOD_FILE = raw({"__metadata__": {"k": "v"}, "one": entry(0, 8), "two": entry(8, 12, "BF16", [2])}, bytes(range(12)))
@@ -274,11 +305,14 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
         open_tensors(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "content",
-    ["", "not json", "[]", "5", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": 5}}']
-    + ['{"weight_map": {"a": null, "b": "x"}}', '{"weight_map": {"a": ["x"]}}', '{"weight_map": "x"}', "[" * 100_000],
+NO_INDEX = (
+    *("", "not json", "[]", "5", "{}", "[" * 100_000),
+    *('{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": "x"}', '{"weight_map": {"a": 5}}'),
+    *('{"weight_map": {"a": null, "b": "x"}}', '{"weight_map": {"a": ["x"]}}'),
 )
+
+
+@pytest.mark.parametrize("content", NO_INDEX, ids=range(len(NO_INDEX)))
 def test_a_malformed_index_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "model.safetensors.index.json"
     path.write_text(content, "utf-8")

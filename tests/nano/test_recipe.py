@@ -12,6 +12,7 @@ import miniflux
 from miniflux.nano import scenes
 from miniflux.nano.recipe import __main__ as recipe
 from miniflux.nano.recipe import autoencoder as stage1
+from miniflux.nano.recipe import flow
 from miniflux.nano.recipe.flow import Phase
 from miniflux.nano.recipe.text import train_tokenizers, varied
 from miniflux.text import load_clip_tokenizer, load_t5_tokenizer
@@ -29,6 +30,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     patch.setattr(stage1, "POOL", 4)
     for name in ("TEACHER", "DEV", "SCHNELL"):
         patch.setattr(recipe, name, [Phase(name.lower(), 2, SMALL, 2, 1e-3)])
+    patch.setattr(flow, "COMPILE", False)
     patch.setattr(recipe, "POOL", 8)
     patch.setattr(recipe, "REPORT", {"teacher": 2, "dev": 2, "schnell": 2})
     patch.setattr(recipe, "SHEET", 2)

@@ -24,6 +24,7 @@ from miniflux.models.autoencoder import Autoencoder, AutoencoderConfig
 from miniflux.models.clip import ClipTextConfig, ClipTextEncoder
 from miniflux.models.flux1 import Flux1, Flux1Config
 from miniflux.models.t5 import T5Config, T5Encoder
+from miniflux.sampling.latents import PATCH
 from miniflux.text import Text, load_clip_tokenizer, load_t5_tokenizer
 from miniflux.variants import ALIASES, VARIANTS, Variant, variant, variant_of
 
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 
 # Settings of diffusers' scheduler that `flux1_schedule` has built in: where they differ, pictures would.
 SCHEDULER: dict[str, Any] = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
     "base_shift": 0.5,
     "max_shift": 1.15,
     "base_image_seq_len": 256,
@@ -84,6 +86,7 @@ def assemble(
         t5=_config(files.t5, T5Config, chosen.t5),
         autoencoder=_autoencoder_config(files.autoencoder, chosen.autoencoder),
     )
+    _check_widths(chosen, files)
 
     # 3. Which precision, from what the transformer's file stores.
     source = open_tensors(files.transformer)
@@ -115,6 +118,20 @@ def assemble(
         time.monotonic() - started,
     )
     return parts
+
+
+def _check_widths(chosen: Variant, files: Files) -> None:
+    """Refuse parts of different models, and transformers that take more than the noisy picture (Fill, Canny ...)."""
+    takes = chosen.transformer
+    for what, wanted, path, given in (
+        ("image tokens", takes.in_channels, files.autoencoder, PATCH**2 * chosen.autoencoder.z_channels),
+        ("text tokens", takes.context_in_dim, files.t5, chosen.t5.d_model),
+        ("text summaries", takes.vec_in_dim, files.clip, chosen.clip.hidden_size),
+    ):
+        if given != wanted:
+            raise CheckpointError(
+                f"{files.transformer} and {path} do not belong together: {what} of {wanted} and of {given} channels"
+            )
 
 
 def locate(name_or_path: str | Path, first: list[Path], given: dict[str, Path]) -> tuple[Variant, Files]:
@@ -201,7 +218,7 @@ def _json(path: Path) -> dict[str, Any]:
 def _config(path: Path, kind: type[Config], default: Config) -> Config:
     """A text encoder's config from the `config.json` beside its weights; `default` where there is none."""
     content = _json(path / "config.json") if path.is_dir() else {}
-    content = content.get("text_config", content)
+    content = content.get("text_config") or content
     if not content:
         return default
     try:

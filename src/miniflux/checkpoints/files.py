@@ -137,7 +137,7 @@ class TensorFile:
     def read(self, key: str, out: Tensor) -> None:
         """Copy the tensor into `out`: contiguous, of the same dtype and number of elements."""
         entry = self.entries[key]
-        buffer = out.view(-1).view(torch.uint8).numpy()
+        buffer: Any = out.view(-1).view(torch.uint8).numpy()  # a buffer, but not to type checkers before 3.12
         try:
             with self.path.open("rb", buffering=0) as file:
                 file.seek(entry.start)
@@ -149,6 +149,30 @@ class TensorFile:
                     done += count
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file: the same tensors always give the same bytes.
+
+    Not by the safetensors library, which shuffles the metadata and makes files that only their owner may read.
+    """
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    order = sorted(tensors, key=lambda key: (-tensors[key].dtype.itemsize, key))  # large items first: all are aligned
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for key in order:
+        start, end = end, end + tensors[key].numel() * tensors[key].dtype.itemsize
+        header[key] = {
+            "dtype": names[tensors[key].dtype],
+            "shape": list(tensors[key].shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for key in order:
+            file.write(tensors[key].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 class TensorSource(Mapping[str, Tensor]):

@@ -128,33 +128,28 @@ def _recognise(source: TensorSource) -> tuple[str, str, LoadReport | None]:
         ClipTextEncoder: lambda v: v.clip,
         T5Encoder: lambda v: v.t5,
     }
-    configs: dict[str, Any] = {}
+    names: dict[Any, list[str]] = {}  # of the variants that share a config
     for variant in VARIANTS.values():
-        configs.setdefault(variant.name, getters[kind](variant))
+        names.setdefault(getters[kind](variant), []).append(variant.name)
+    candidates = list(names)
     if kind is Flux1:
-        configs.update(OTHER_TRANSFORMERS)
-    best: tuple[str, LoadReport] | None = None
-    fitting: list[str] = []
-    for name, config in configs.items():
+        names.update({config: [name] for name, config in OTHER_TRANSFORMERS.items()})
+        try:
+            candidates = [flux1_config(source.entries, source.metadata)]
+        except CheckpointError:
+            candidates = list(names)
+    best: tuple[Any, LoadReport] | None = None
+    for config in candidates:
         with torch.device("meta"):
             report = compare(kind(config), source)
-        if not report.problems:
-            fitting.append(name)
         if best is None or _wrong(report) < _wrong(best[1]):
-            best = (name, report)
+            best = (config, report)
     assert best is not None
-    name, report = best
-    if fitting:
-        return kind.__name__, " or ".join(fitting), report
-    if kind is Flux1:
-        try:
-            own = flux1_config(source.entries, source.metadata)
-        except CheckpointError:
-            own = None
-        if own is not None and own not in configs.values():
-            with torch.device("meta"):
-                return kind.__name__, describe(source), compare(Flux1(own), source)
-    return kind.__name__, f"none known; closest is {name}", report
+    config, report = best
+    if config not in names:
+        return kind.__name__, describe(source), report
+    known = " or ".join(names[config])
+    return kind.__name__, f"none known; closest is {known}" if report.problems else known, report
 
 
 def _wrong(report: LoadReport) -> int:
@@ -173,7 +168,7 @@ def describe(source: TensorSource) -> str:
     """A few words on what a file holds: a variant, a FLUX.1 of other sizes, another network."""
     kind = network_of(source.entries)
     if kind is not Flux1:
-        return f"a {kind.__name__}" if kind else "no network known here"
+        return f"the tensors of {kind.__name__}" if kind else "no network known here"
     try:
         config = flux1_config(source.entries, source.metadata)
     except CheckpointError as error:

@@ -108,7 +108,8 @@ def _autoencoder_rows() -> list[Row]:
         rows += [_row(f"{ours}.{a}.*", f"{theirs}.{b}.*", how="1x1") for a, b in names]
     for ours, theirs in blocks:
         rows += [_row(f"{ours}.{name}.*", f"{theirs}.{name}.*") for name in ("norm1", "conv1", "norm2", "conv2")]
-        rows.append(_row(f"{ours}.nin_shortcut.*", f"{theirs}.conv_shortcut.*"))
+    for ours, theirs in places:
+        rows.append(_row(f"{ours}.block.{{j}}.nin_shortcut.*", f"{theirs}.resnets.{{j}}.conv_shortcut.*"))
     rows.append(_row("encoder.down.{i}.downsample.conv.*", "encoder.down_blocks.{i}.downsamplers.0.conv.*"))
     rows.append(_row("decoder.up.{i}.upsample.conv.*", "decoder.up_blocks.{-i}.upsamplers.0.conv.*"))
     return rows

@@ -145,7 +145,8 @@ def _fetch(source: Mapping[str, Tensor], origin: Origin, shape: tuple[int, ...],
         return to_ours([source[key] for key in origin.keys], origin.how, shape)
     entries = [source.entries[key] for key in origin.keys]
     if origin.how == "rows":
-        stacked = torch.empty(shape, dtype=entries[0].dtype)
+        kinds = {entry.dtype for entry in entries}
+        stacked = torch.empty(shape, dtype=kinds.pop() if len(kinds) == 1 else torch.float32)
         parts = stacked.split([entry.shape[0] for entry in entries])
         for key, entry, part in zip(origin.keys, entries, parts, strict=True):
             if entry.dtype == part.dtype:

@@ -6,12 +6,11 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import nn
 
+from miniflux.checkpoints.files import write_tensors
 from miniflux.checkpoints.layouts import ORIGINAL, to_layout
-from miniflux.errors import OutputError
+from miniflux.errors import InputError, OutputError
 from miniflux.models.flux1 import Flux1
 
 
@@ -28,22 +27,24 @@ def save(
     Raises:
         OutputError: the path has another ending or cannot be written.
         CheckpointError: the network has no such layout.
+        InputError: metadata that are not strings.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise OutputError(f"{path}: a checkpoint is written as .safetensors, got the ending {path.suffix!r}")
     tensors = to_layout(module, module.state_dict(), layout)
     about = {"format": "pt", **({"axes_dim": json.dumps(module.config.axes_dim)} if isinstance(module, Flux1) else {})}
-    about.update(metadata or {})
+    for key, value in (metadata or {}).items():
+        if not isinstance(value, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InputError(f"metadata of a file are strings, got {value!r} for {key!r}")
+        about[key] = value
     beside = path.with_name(path.name + ".part")
     try:
-        beside.touch()
-        permissions = beside.stat().st_mode  # the library makes files that nobody else may read
         try:
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, beside, about)
-            beside.chmod(permissions)
+            write_tensors(beside, tensors, about)
             beside.replace(path)
-        finally:
+        except BaseException:
             beside.unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
+            raise
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error

@@ -53,7 +53,7 @@ def choose_dtype(
     """
     if dtype is not None:
         chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-        if chosen not in DTYPES.values():
+        if chosen is None or chosen not in DTYPES.values():
             raise InputError(f"dtype {str(dtype)!r} is not one of {', '.join(DTYPES)}")
         return chosen
     if stored not in (torch.bfloat16, torch.float16):

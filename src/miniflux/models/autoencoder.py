@@ -134,10 +134,16 @@ class Middle(nn.Module):
 class Level(nn.Module):
     """The residual blocks of one resolution and, except at the end, the step to the next one."""
 
-    def __init__(self, in_channels: int, out_channels: int, blocks: int, groups: int) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, blocks: int, groups: int, down: bool = False, up: bool = False
+    ) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * blocks
         self.block = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in pairwise(widths))
+        if down:
+            self.downsample = Downsample(out_channels)
+        if up:
+            self.upsample = Upsample(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.block:
@@ -158,10 +164,8 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(config.in_channels, config.ch, 3, padding=1)
         self.down = nn.ModuleList()
         for i, width in enumerate(widths):
-            level = Level(widths[i - 1] if i else config.ch, width, config.num_res_blocks, groups)
-            if i < len(widths) - 1:
-                level.downsample = Downsample(width)
-            self.down.append(level)
+            before, last = widths[i - 1] if i else config.ch, i == len(widths) - 1
+            self.down.append(Level(before, width, config.num_res_blocks, groups, down=not last))
         self.mid = Middle(widths[-1], groups)
         self.norm_out = _norm(widths[-1], groups)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
@@ -183,11 +187,8 @@ class Decoder(nn.Module):
         self.mid = Middle(widths[-1], groups)
         self.up = nn.ModuleList()
         for i, width in enumerate(widths):
-            last = i == len(widths) - 1
-            level = Level(width if last else widths[i + 1], width, config.num_res_blocks + 1, groups)
-            if i > 0:
-                level.upsample = Upsample(width)
-            self.up.append(level)
+            before = width if i == len(widths) - 1 else widths[i + 1]
+            self.up.append(Level(before, width, config.num_res_blocks + 1, groups, up=i > 0))
         self.norm_out = _norm(widths[0], groups)
         self.conv_out = nn.Conv2d(widths[0], config.out_ch, 3, padding=1)
 

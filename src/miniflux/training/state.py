@@ -6,12 +6,14 @@ import copy
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from miniflux.errors import CheckpointError
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def cosine_rate(step: int, total: int, warmup: int = 200, floor: float = 0.02) -> float:
@@ -22,7 +24,7 @@ def cosine_rate(step: int, total: int, warmup: int = 200, floor: float = 0.02) -
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-class TrainingState:
+class TrainingState(Generic[M]):
     """A network, its running average, its optimiser and the step count, saved together.
 
     Args:
@@ -34,11 +36,12 @@ class TrainingState:
     """
 
     def __init__(
-        self, model: nn.Module, path: Path, rate: float, about: dict[str, Any], decay: float = 0.999, clip: float = 1.0
+        self, model: M, path: Path, rate: float, about: dict[str, Any], decay: float = 0.999, clip: float = 1.0
     ) -> None:
-        self.model, self.path, self.rate, self.decay, self.clip = model, path.with_suffix(".pt"), rate, decay, clip
+        self.model: M = model
+        self.path, self.rate, self.decay, self.clip = path.with_suffix(".pt"), rate, decay, clip
         self.about = json.dumps(about, sort_keys=True)
-        self.average = copy.deepcopy(model).requires_grad_(False)
+        self.average: M = copy.deepcopy(model).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
         self.step = 0
 

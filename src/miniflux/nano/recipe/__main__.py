@@ -13,6 +13,7 @@ import random
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -32,12 +33,14 @@ from miniflux.text import Text, load_clip_tokenizer, load_t5_tokenizer
 from miniflux.training.state import TrainingState
 from miniflux.variants import VARIANTS
 
+M = TypeVar("M", bound=nn.Module)
+
 log = logging.getLogger(__name__)
 
 MAIN = (128, 128)
-TEACHER = [Phase("teacher 64", 4000, SMALL, 128, 1.5e-3), Phase("teacher 128", 5500, (MAIN, *OTHERS), 64, 1.0e-3)]
-DEV = [Phase("dev", 1000, (MAIN, *OTHERS), 64, 4e-4)]
-SCHNELL = [Phase("schnell", 1000, (MAIN, *OTHERS), 64, 4e-4)]
+TEACHER = [Phase("teacher 64", 2500, SMALL, 128, 1.5e-3), Phase("teacher 128", 4000, (MAIN, *OTHERS), 64, 1.0e-3)]
+DEV = [Phase("dev", 600, (MAIN, *OTHERS), 64, 4e-4)]
+SCHNELL = [Phase("schnell", 600, (MAIN, *OTHERS), 64, 4e-4)]
 
 POOL = 12_000  # pictures of the main canvas kept as latents
 REPORT = {"teacher": 1000, "dev": 500, "schnell": 500}  # steps between sheets
@@ -60,7 +63,7 @@ def report(name: str, flux: Flux1, encoders: TextEncoders, autoencoder: Autoenco
     return right
 
 
-def averaged(state: TrainingState) -> nn.Module:
+def averaged(state: TrainingState[M]) -> M:
     """The running average of a finished run, to be used as it is."""
     return copy.deepcopy(state.average).eval().requires_grad_(False)
 
@@ -72,7 +75,7 @@ def make(folder: Path) -> None:
     clip_tokenizer = load_clip_tokenizer(folder / "text" / "tokenizer")
     t5_tokenizer = load_t5_tokenizer(folder / "text" / "tokenizer_2")
 
-    autoencoder = stage1.train(folder).requires_grad_(False).to(memory_format=torch.channels_last)
+    autoencoder = stage1.train(folder).requires_grad_(False).to(memory_format=torch.channels_last)  # pyright: ignore
     stated = VARIANTS["nano-dev"].autoencoder
     if autoencoder.config != stated:
         log.warning("write these into variants.py: scale_factor %s, shift_factor %s",
@@ -89,7 +92,6 @@ def make(folder: Path) -> None:
 
     run(state, TEACHER, autoencoder, partial(teacher_loss, teacher), 3, POOL, (REPORT["teacher"], teacher_report))
     teacher = averaged(state)
-    assert isinstance(teacher, Teacher)
 
     dev_state = TrainingState(dev_from(teacher), folder / "dev", DEV[0].rate, {"stage": "dev"}, decay=0.998)
     dev_state.resume()
@@ -97,11 +99,9 @@ def make(folder: Path) -> None:
     def dev_report(step: int) -> None:
         report("dev", dev_state.average, teacher.text, autoencoder, folder, step)
 
-    assert isinstance(dev_state.model, Flux1)
     loss = partial(guidance_loss, dev_state.model, teacher)
     run(dev_state, DEV, autoencoder, loss, 4, POOL, (REPORT["dev"], dev_report))
     dev = averaged(dev_state)
-    assert isinstance(dev, Flux1)
 
     schnell_state = TrainingState(
         schnell_from(teacher), folder / "schnell", SCHNELL[0].rate, {"stage": "schnell"}, decay=0.998
@@ -111,7 +111,6 @@ def make(folder: Path) -> None:
     def schnell_report(step: int) -> None:
         report("schnell", schnell_state.average, teacher.text, autoencoder, folder, step)
 
-    assert isinstance(schnell_state.model, Flux1)
     loss = partial(steps_loss, schnell_state.model, dev, teacher)
     run(schnell_state, SCHNELL, autoencoder, loss, 5, POOL, (REPORT["schnell"], schnell_report))
 

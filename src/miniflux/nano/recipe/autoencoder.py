@@ -118,7 +118,7 @@ def crop_of(picture: np.ndarray, phase: Phase, rng: random.Random) -> np.ndarray
 def train(folder: Path, seed: int = 1) -> Autoencoder:
     """Train, or go on training, in `folder`; returns the averaged network with its measured scale and shift."""
     torch.manual_seed(seed)
-    model = Autoencoder(CONFIG).to(memory_format=torch.channels_last)
+    model = Autoencoder(CONFIG).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     with torch.no_grad():  # the half that predicts the log-variance is not trained: it states the fixed width
         model.encoder.conv_out.weight[CONFIG.z_channels :] = 0
         model.encoder.conv_out.bias[CONFIG.z_channels :] = 2 * math.log(POSTERIOR_STD)

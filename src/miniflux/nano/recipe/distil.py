@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miniflux.models.flux1 import Flux1
-from miniflux.nano.recipe.flow import DEV, SCHNELL, Teacher, text_length, velocity
+from miniflux.nano.recipe.flow import DEV, SCHNELL, Teacher, embed, velocity
 from miniflux.sampling import euler_step
 from miniflux.training.flow import logit_normal_sigmas, mix
 
@@ -43,10 +43,10 @@ def guidance_loss(
     strength = torch.empty(len(x0)).uniform_(*GUIDANCE_RANGE)
     x = mix(x0, torch.randn_like(x0), sigmas)
     with torch.no_grad():
-        length = text_length(teacher.text, captions, rng)
-        text = teacher.text(captions, length)
+        text = embed(teacher.text, captions, rng)
+        empty = teacher.text([""] * len(x0), text.txt.shape[1], masked=text.mask is not None)
         v_c = velocity(teacher.flux, x, size, sigmas, text).float()
-        v_u = velocity(teacher.flux, x, size, sigmas, teacher.text([""] * len(x0), length)).float()
+        v_u = velocity(teacher.flux, x, size, sigmas, empty).float()
         target = v_u + strength[:, None, None] * (v_c - v_u)
     return F.mse_loss(velocity(student, x, size, sigmas, text, guidance=strength).float(), target)
 
@@ -66,7 +66,7 @@ def steps_loss(
     strength = torch.full((len(x0),), SCHNELL_GUIDANCE)
     width = 1 / (SCHNELL_STEPS * SUBSTEPS)
     with torch.no_grad():
-        text = teacher.text(captions, text_length(teacher.text, captions, rng))
+        text = embed(teacher.text, captions, rng)
         for i in range(SUBSTEPS):
             v = velocity(dev, x, size, at - i * width, text, guidance=strength).float()
             x = euler_step(x, v, 0.0, -width)

@@ -7,6 +7,8 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from miniflux.models.flux1 import Flux1
 from miniflux.nano import scenes
 from miniflux.nano.recipe.text import T5_LENGTH, TextEncoders, varied
 from miniflux.sampling import image_ids, pack, text_ids
+from miniflux.text import TextEmbedding
 from miniflux.training.flow import logit_normal_sigmas, mix
 from miniflux.training.state import TrainingState, cosine_rate
 from miniflux.variants import VARIANTS
@@ -40,6 +43,9 @@ class Phase:
 
 
 SMALL = ((64, 64),)
+SHORT = 32  # T5 tokens that nearly every caption fits in
+COMPILE = True  # train the teacher with torch.compile on these canvases, which make most of the batches
+COMPILED_SIZES = ((64, 64), (128, 128))
 OTHERS = (
     (64, 64),
     (96, 96),
@@ -125,17 +131,25 @@ class Data:
 
 
 def velocity(
-    model: Flux1, x: Tensor, size: tuple[int, int], sigmas: Tensor, text: tuple[Tensor, Tensor], **more: Tensor
+    model: Callable[..., Tensor], x: Tensor, size: tuple[int, int], sigmas: Tensor, text: TextEmbedding, **more: Tensor
 ) -> Tensor:
     """The network's prediction for packed latents of a canvas (width, height)."""
-    txt, pooled = text
     ids = image_ids(len(x), size[1] // 16, size[0] // 16)
-    return model(x, ids, txt, text_ids(len(x), txt.shape[1]), sigmas, pooled, **more)
+    if text.mask is not None:
+        more["txt_mask"] = text.mask
+    return model(x, ids, text.txt, text_ids(len(x), text.txt.shape[1]), sigmas, text.vec, **more)
 
 
-def text_length(encoders: TextEncoders, captions: list[str], rng: random.Random) -> int:
-    """The default length or, in half of the batches, the longest prompt: both kinds of padding are learned."""
-    return T5_LENGTH if rng.random() < 0.5 else encoders.longest(captions)
+def embed(encoders: TextEncoders, captions: list[str], rng: random.Random) -> TextEmbedding:
+    """Captions with one of the paddings that users may choose: as released at two lengths, or masked."""
+    chance = rng.random()
+    return encoders(captions, T5_LENGTH if chance < 0.4 else SHORT, masked=chance >= 0.8)
+
+
+@cache
+def compiled(model: nn.Module) -> Callable[..., Tensor]:
+    """The same network as a fused program: 1.6 times as fast to train on a CPU, after a minute of compiling a shape."""
+    return torch.compile(model, dynamic=False)
 
 
 class Teacher(nn.Module):
@@ -153,13 +167,14 @@ def teacher_loss(
     """Flow matching with one caption in ten left out, so that guidance has something to compare with."""
     captions = ["" if rng.random() < 0.1 else caption for caption in captions]
     sigmas, noise = logit_normal_sigmas(len(x0), mean=0.3), torch.randn_like(x0)
-    text = teacher.text(captions, text_length(teacher.text, captions, rng))
-    v = velocity(teacher.flux, mix(x0, noise, sigmas), size, sigmas, text)
+    text = embed(teacher.text, captions, rng)
+    flux = compiled(teacher.flux) if COMPILE and size in COMPILED_SIZES and text.mask is None else teacher.flux
+    v = velocity(flux, mix(x0, noise, sigmas), size, sigmas, text)
     return F.mse_loss(v.float(), noise - x0)
 
 
 def run(
-    state: TrainingState,
+    state: TrainingState[Any],
     phases: list[Phase],
     autoencoder: Autoencoder,
     loss_of: Callable[[list[str], Tensor, tuple[int, int], random.Random], Tensor],

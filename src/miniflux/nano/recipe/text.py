@@ -14,11 +14,12 @@ import sentencepiece
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
-from torch import Tensor, nn
+from torch import nn
 
 from miniflux.models.clip import ClipTextEncoder
 from miniflux.models.t5 import T5Encoder
 from miniflux.nano import scenes
+from miniflux.text import TextEmbedding
 from miniflux.text.tokenizers import CLIP_END, CLIP_START, TextTokenizer, clip_pipeline
 from miniflux.variants import VARIANTS
 
@@ -158,13 +159,11 @@ class TextEncoders(nn.Module):
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.5 if module is self.t5.shared else 0.05)
 
-    def forward(self, prompts: list[str], length: int = T5_LENGTH) -> tuple[Tensor, Tensor]:
-        """T5's tokens (B, length, 128) and CLIP's pooled vector (B, 64)."""
+    def forward(self, prompts: list[str], length: int = T5_LENGTH, masked: bool = False) -> TextEmbedding:
+        """What the transformer reads: T5's `length` tokens, with their padding masked or not, and CLIP's vector."""
         ids = self.clip_tokenizer(prompts, CLIP_LENGTH)
         used = int((ids == self.clip_tokenizer.end).int().argmax(dim=1).max()) + 1  # the rest is causally invisible
         _, pooled = self.clip(ids[:, :used])
-        return self.t5(self.t5_tokenizer(prompts, length)), pooled
-
-    def longest(self, prompts: list[str]) -> int:
-        """T5 tokens of the longest prompt, at most the default length."""
-        return min(T5_LENGTH, max(len(self.t5_tokenizer.tokens(p)) for p in prompts))
+        tokens = self.t5_tokenizer(prompts, length)
+        mask = tokens != self.t5_tokenizer.pad if masked else None
+        return TextEmbedding(self.t5(tokens, mask), pooled, mask)

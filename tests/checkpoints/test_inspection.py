@@ -1,0 +1,209 @@
+"""What a file is, told from its header: published files at full size, which are holes on the disk."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from miniflux.checkpoints import inspect, layouts_of, open_tensors, save, to_layout
+from miniflux.checkpoints.inspection import describe, fits, flux1_config, network_of
+from miniflux.errors import CheckpointError
+from miniflux.models.autoencoder import Autoencoder
+from miniflux.models.clip import ClipTextEncoder
+from miniflux.models.flux1 import Flux1, Flux1Config
+from miniflux.models.t5 import T5Encoder
+from miniflux.variants import OTHER_TRANSFORMERS, VARIANTS
+from tests.checkpoints.raw import sparse
+from tests.tiny import AUTOENCODER, CLIP, FLUX1, T5
+
+Manifest = Callable[[str], dict[str, list[int]]]
+DEV = "flux1-dev or flux1-krea-dev"
+OFFICIAL = "flux1-dev or flux1-schnell or flux1-krea-dev"  # they share text encoders and autoencoder
+CANNY = "flux1-canny-dev or flux1-depth-dev"
+
+# manifest: network, variant, layout, parameters where they were published or can be counted by hand
+PUBLISHED = {
+    "bfl-flux1-dev": ("Flux1", DEV, "original", 11_901_408_320),
+    "bfl-flux1-schnell": ("Flux1", "flux1-schnell", "original", 11_891_178_560),
+    "bfl-flux1-fill-dev": ("Flux1", "flux1-fill-dev", "original", 11_901_408_320 + 320 * 3072),
+    "bfl-flux1-canny-dev": ("Flux1", CANNY, "original", 11_901_408_320 + 64 * 3072),
+    "diffusers-flux1-dev": ("Flux1", DEV, "diffusers", 11_901_408_320),
+    "diffusers-flux1-schnell": ("Flux1", "flux1-schnell", "diffusers", 11_891_178_560),
+    "diffusers-flux1-fill-dev": ("Flux1", "flux1-fill-dev", "diffusers", 11_901_408_320 + 320 * 3072),
+    "diffusers-flux1-canny-dev": ("Flux1", CANNY, "diffusers", 11_901_408_320 + 64 * 3072),
+    "bfl-flux1-ae": ("Autoencoder", OFFICIAL, "original", 83_819_683),
+    "diffusers-flux1-vae": ("Autoencoder", OFFICIAL, "diffusers", 83_819_683),
+    "te-clip-l": ("ClipTextEncoder", OFFICIAL, "original", 123_060_480),
+    "te-t5-xxl": ("T5Encoder", OFFICIAL, "original", 4_762_310_656),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_files_are_named(name: str, manifest: Manifest, tmp_path: Path) -> None:
+    """Twenty gigabytes are told in a moment, because only the header is read."""
+    path = sparse(tmp_path / "a.safetensors", manifest(name))
+    started = time.process_time()
+    found = inspect(path)
+    assert time.process_time() - started < 2
+    (part,) = found.parts
+    network, variant, layout, parameters = PUBLISHED[name]
+    assert (part.network, part.variant, part.layout, part.problems) == (network, variant, layout, [])
+    assert (part.parameters, part.bytes) == (parameters, 2 * parameters)
+    assert part.formats == {"bfloat16": len(manifest(name))} and part.tensors == len(manifest(name))
+    for word in (str(path), network, variant, layout, "bfloat16", f"{parameters:,}"):
+        assert word in str(found)
+
+
+@pytest.mark.parametrize("name", [*VARIANTS, *OTHER_TRANSFORMERS])
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+def test_the_config_of_a_transformer_is_read_from_its_shapes(name: str, layout: str, tmp_path: Path) -> None:
+    """`miniflux.load(FILE)` builds the network from it."""
+    config = VARIANTS[name].transformer if name in VARIANTS else OTHER_TRANSFORMERS[name]
+    with torch.device("meta"):
+        module = Flux1(config)
+    tensors = to_layout(module, module.state_dict(), layout)
+    path = sparse(tmp_path / "a.safetensors", {key: list(tensor.shape) for key, tensor in tensors.items()})
+    source = open_tensors(path)
+    assert flux1_config(source.entries, source.metadata) == config
+    assert fits(source, config) and not fits(source, replace(config, in_channels=8))
+
+
+TINY: list[nn.Module] = [Flux1(FLUX1), Autoencoder(AUTOENCODER), ClipTextEncoder(CLIP), T5Encoder(T5)]
+CASES = [(module, layout) for module in TINY for layout in layouts_of(module)]
+
+
+@pytest.mark.parametrize(("module", "layout"), CASES, ids=[f"{type(m).__name__}, {layout}" for m, layout in CASES])
+def test_networks_of_other_sizes(module: nn.Module, layout: str, tmp_path: Path) -> None:
+    """The network and the layout are recognised at any size; nobody claims that they are a released model."""
+    path = tmp_path / "a.safetensors"
+    save(module, path, layout=layout)
+    (part,) = inspect(path).parts
+    assert (part.network, part.layout) == (type(module).__name__, layout)
+    assert part.parameters == sum(p.numel() for p in module.parameters())
+    if isinstance(module, Flux1):
+        assert part.variant.startswith("a FLUX.1 of another size (in_channels 16, hidden size 32, 2 + 2 blocks, with")
+        assert part.problems == []
+    else:
+        assert part.variant.startswith("none known; closest is ") and part.problems
+
+
+def test_problems_are_listed(manifest: Manifest, tmp_path: Path) -> None:
+    """A published file with a tensor too few, one too many and one of another shape."""
+    shapes = manifest("bfl-flux1-dev")
+    del shapes["double_blocks.7.img_mlp.0.bias"]
+    shapes |= {"extra": [5], "final_layer.linear.bias": [65]}
+    path = sparse(tmp_path / "a.safetensors", shapes)
+    (part,) = inspect(path).parts
+    assert (part.network, part.variant, part.layout) == ("Flux1", f"none known; closest is {DEV}", "original")
+    assert part.problems == [
+        "missing: double_blocks.7.img_mlp.0.bias",
+        "unused: extra",
+        "misshapen: final_layer.linear.bias: [65] in the file, [64] expected",
+    ]
+    assert str(inspect(path)).count("  problem     ") == 3
+
+
+def test_json_is_the_same_for_programs(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save(Autoencoder(AUTOENCODER), path)
+    (told,), (part,) = json.loads(inspect(path).json()), inspect(path).parts
+    assert told == vars(part) and told["network"] == "Autoencoder" and told["path"] == str(path)
+
+
+def test_a_file_of_something_else(tmp_path: Path) -> None:
+    path = sparse(tmp_path / "a.safetensors", {"lora.down": [4, 8], "lora.up": [8, 4]}, "F16")
+    (part,) = inspect(path).parts
+    assert (part.network, part.variant, part.layout, part.problems) == ("unknown", "unknown", "unknown", [])
+    assert (part.formats, part.tensors, part.parameters, part.bytes) == ({"float16": 2}, 2, 64, 128)
+
+
+def test_mixed_formats_are_counted(tmp_path: Path) -> None:
+    """float8 files keep biases and norms in another dtype."""
+    module = Flux1(FLUX1)
+    for name, parameter in module.named_parameters():
+        parameter.data = parameter.data.to(torch.float8_e4m3fn if name.endswith("weight") else torch.bfloat16)
+    save(module, tmp_path / "a.safetensors")
+    (part,) = inspect(tmp_path / "a.safetensors").parts
+    weights = sum(name.endswith("weight") for name, _ in module.named_parameters())
+    assert part.formats == {"float8_e4m3fn": weights, "bfloat16": part.tensors - weights}
+
+
+def test_a_diffusers_folder_is_told_part_by_part(tmp_path: Path) -> None:
+    """Single files beside the folders come first, as in the published repositories."""
+    parts = {"transformer": (Flux1(FLUX1), "diffusers"), "vae": (Autoencoder(AUTOENCODER), "diffusers")}
+    parts |= {"text_encoder": (ClipTextEncoder(CLIP), "original"), "text_encoder_2": (T5Encoder(T5), "original")}
+    for name, (module, layout) in parts.items():
+        (tmp_path / name).mkdir()
+        save(module, tmp_path / name / "model.safetensors", layout=layout)
+    networks = ["Flux1", "Autoencoder", "ClipTextEncoder", "T5Encoder"]
+    assert [part.network for part in inspect(tmp_path).parts] == networks
+    save(Autoencoder(AUTOENCODER), tmp_path / "ae.safetensors")
+    first, *rest = inspect(tmp_path).parts
+    assert (first.network, first.layout) == ("Autoencoder", "original") and [part.network for part in rest] == networks
+    assert inspect(tmp_path / "vae").parts[0].network == "Autoencoder"
+
+
+def test_what_cannot_be_inspected(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such file"):
+        inspect(tmp_path / "gone.safetensors")
+    with pytest.raises(CheckpointError, match="found none"):
+        inspect(tmp_path)
+    (tmp_path / "a.safetensors").write_bytes(b"junk")
+    with pytest.raises(CheckpointError, match=r"a\.safetensors: 4 bytes are too few"):
+        inspect(tmp_path / "a.safetensors")
+
+
+def shapes_of(config: Flux1Config) -> dict[str, list[int]]:
+    with torch.device("meta"):
+        return {key: list(tensor.shape) for key, tensor in Flux1(config).state_dict().items()}
+
+
+HEAD = "single_blocks.0.norm.query_norm.scale"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"img_in.weight": None}, "neither img_in.weight nor x_embedder.weight"),
+        ({"txt_in.weight": None, HEAD: None}, f"incomplete FLUX.1 transformer: txt_in.weight, {HEAD} missing"),
+        ({"img_in.weight": [32]}, r"shape of img_in.weight \[32\]"),
+        ({"img_in.weight": []}, r"shape of img_in.weight \[\]"),
+        ({"img_in.weight": [0, 16]}, r"shape of img_in.weight \[0, 16\]"),
+        ({HEAD: [0]}, rf"shape of {HEAD} \[0\]"),
+        ({HEAD: [128, 1]}, rf"shape of {HEAD} \[128, 1\]"),
+        ({HEAD: [7]}, "heads of 7 channels: its rotary axes are not in the file; known are those of heads of 32, 128"),
+        ({HEAD: [128]}, "must be even numbers that sum to the head size"),
+        ({"img_in.weight": [100, 16], HEAD: [32]}, "hidden_size 100 is not a multiple of num_heads 3"),
+    ],
+)
+def test_a_transformer_that_is_none(change: dict[str, list[int] | None], message: str, tmp_path: Path) -> None:
+    """Shapes that make no sense are an error in words, not a division by zero."""
+    shapes = {key: shape for key, shape in {**shapes_of(FLUX1), **change}.items() if shape is not None}
+    source = open_tensors(sparse(tmp_path / "a.safetensors", shapes))
+    with pytest.raises(CheckpointError, match=message):
+        flux1_config(source.entries, source.metadata)
+    assert not fits(source, FLUX1)
+    assert isinstance(describe(source), str) and inspect(tmp_path / "a.safetensors").parts
+
+
+@pytest.mark.parametrize("axes", ["banana", "5", "[]", '["a"]', "[4, 6.0, 6]", "null", "[" * 100_000, "[true, 15]"])
+def test_rotary_axes_in_the_header_that_are_none(axes: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save(Flux1(FLUX1), path, metadata={"axes_dim": axes})
+    source = open_tensors(path)
+    with pytest.raises(CheckpointError, match="axes_dim in the header must be a JSON list of numbers, got") as caught:
+        flux1_config(source.entries, source.metadata)
+    assert len(str(caught.value)) < 200
+
+
+def test_other_networks_are_not_taken_for_known_ones(manifest: Manifest) -> None:
+    """A control LoRA or Redux file has names of its own."""
+    for name in ("bfl-flux1-redux-dev", "bfl-flux1-canny-dev-lora", "xlabs-flux-ip-adapter", "te-qwen3-4b"):
+        assert network_of(manifest(name)) is None

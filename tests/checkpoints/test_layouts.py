@@ -1,0 +1,228 @@
+"""Layouts as tables: there and back is the identity, and the published key lists map with nothing left over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from miniflux.checkpoints import from_layout, layouts_of, load_into, to_layout
+from miniflux.checkpoints.layouts import REDUNDANT, TABLES, detect, origins
+from miniflux.checkpoints.loading import compare
+from miniflux.errors import CheckpointError
+from miniflux.models.autoencoder import Autoencoder
+from miniflux.models.clip import ClipTextEncoder
+from miniflux.models.flux1 import Flux1
+from miniflux.models.t5 import T5Encoder
+from miniflux.variants import FLUX1_AUTOENCODER, OTHER_TRANSFORMERS, VARIANTS
+from tests.tiny import AUTOENCODER, CLIP, FLUX1, T5, randn
+
+Manifest = Callable[[str], dict[str, list[int]]]
+DEV, SCHNELL = VARIANTS["flux1-dev"], VARIANTS["flux1-schnell"]
+FILL, CANNY = OTHER_TRANSFORMERS["flux1-fill-dev"], OTHER_TRANSFORMERS["flux1-canny-dev or flux1-depth-dev"]
+
+FLUX1_SIZES = st.builds(
+    lambda **change: Flux1(replace(FLUX1, **change)),
+    depth=st.integers(0, 3),
+    depth_single_blocks=st.integers(0, 12),
+    mlp_ratio=st.sampled_from([1.0, 2.5, 4.0]),
+    qkv_bias=st.booleans(),
+    guidance_embed=st.booleans(),
+)
+AUTOENCODER_SIZES = st.builds(
+    lambda **change: Autoencoder(replace(AUTOENCODER, **change)),
+    ch_mult=st.lists(st.sampled_from([1, 2, 3]), min_size=1, max_size=4),
+    num_res_blocks=st.integers(1, 2),
+)
+
+
+def meta(build: Callable[[Any], nn.Module], config: Any) -> nn.Module:
+    with torch.device("meta"):
+        return build(config)
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(a[key].shape == b[key].shape and torch.equal(a[key], b[key]) for key in a)
+
+
+def there_and_back(module: nn.Module, layout: str) -> dict[str, Tensor]:
+    """Their tensors, after checking both directions bitwise and that nobody touched what they were given."""
+    ours = {key: tensor.clone() for key, tensor in module.state_dict().items()}
+    given_ours, copy_ours = dict(ours), {key: tensor.clone() for key, tensor in ours.items()}
+    theirs = to_layout(module, given_ours, layout)
+    assert list(given_ours) == list(ours) and all(given_ours[key] is ours[key] for key in ours)
+
+    given_theirs, copy_theirs = dict(theirs), {key: tensor.clone() for key, tensor in theirs.items()}
+    back = from_layout(module, given_theirs, layout)
+    assert list(given_theirs) == list(theirs) and all(given_theirs[key] is theirs[key] for key in theirs)
+
+    assert same(back, ours) and same(ours, copy_ours) and same(theirs, copy_theirs)
+    assert same(to_layout(module, back, layout), theirs)
+    return theirs
+
+
+@settings(max_examples=20)
+@given(FLUX1_SIZES)
+def test_flux1_there_and_back(module: Flux1) -> None:
+    """Any depth (also ten and more, where `1` is a prefix of `10`), MLP width, with and without bias and guidance."""
+    theirs = there_and_back(module, "diffusers")
+    assert sum(tensor.numel() for tensor in theirs.values()) == sum(p.numel() for p in module.parameters())
+    assert not theirs.keys() & module.state_dict().keys()
+    assert detect(module, theirs) == "diffusers" and detect(module, module.state_dict()) == "original"
+
+
+@settings(max_examples=20)
+@given(AUTOENCODER_SIZES)
+def test_autoencoder_there_and_back(module: Autoencoder) -> None:
+    """Any number of levels: diffusers counts those of the decoder from the other end."""
+    theirs = there_and_back(module, "diffusers")
+    assert sum(tensor.numel() for tensor in theirs.values()) == sum(p.numel() for p in module.parameters())
+    assert detect(module, theirs) == "diffusers" and detect(module, module.state_dict()) == "original"
+
+
+TEXT = [(ClipTextEncoder(CLIP), "without prefix"), (T5Encoder(T5), "encoder embedding")]
+
+
+@pytest.mark.parametrize(("module", "layout"), TEXT, ids=["clip", "t5"])
+def test_text_encoders_there_and_back(module: nn.Module, layout: str) -> None:
+    theirs = there_and_back(module, layout)
+    assert detect(module, theirs) == layout and detect(module, module.state_dict()) == "original"
+
+
+FULL: dict[str, tuple[Callable[[Any], nn.Module], Any, str]] = {
+    "bfl-flux1-dev": (Flux1, DEV.transformer, "original"),
+    "bfl-flux1-schnell": (Flux1, SCHNELL.transformer, "original"),
+    "bfl-flux1-fill-dev": (Flux1, FILL, "original"),
+    "bfl-flux1-canny-dev": (Flux1, CANNY, "original"),
+    "diffusers-flux1-dev": (Flux1, DEV.transformer, "diffusers"),
+    "diffusers-flux1-schnell": (Flux1, SCHNELL.transformer, "diffusers"),
+    "diffusers-flux1-fill-dev": (Flux1, FILL, "diffusers"),
+    "diffusers-flux1-canny-dev": (Flux1, CANNY, "diffusers"),
+    "bfl-flux1-ae": (Autoencoder, FLUX1_AUTOENCODER, "original"),
+    "diffusers-flux1-vae": (Autoencoder, FLUX1_AUTOENCODER, "diffusers"),
+    "te-clip-l": (ClipTextEncoder, DEV.clip, "original"),
+    "te-t5-xxl": (T5Encoder, DEV.t5, "original"),
+}
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_published_keys_map_with_nothing_left_over(name: str, manifest: Manifest) -> None:
+    """Full size, on the meta device: every key is used, shapes become those of the network, and back exactly."""
+    build, config, layout = FULL[name]
+    shapes, module = manifest(name), meta(build, config)
+    theirs = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    report = compare(module, theirs)
+    assert (report.layout, report.problems) == (layout, {})
+    assert set(report.used) | set(report.redundant) == set(theirs)
+    ours = from_layout(module, theirs, layout)
+    assert {key: tensor.shape for key, tensor in ours.items()} == {k: t.shape for k, t in module.state_dict().items()}
+    back = to_layout(module, ours, layout)
+    assert {key: list(tensor.shape) for key, tensor in back.items()} == {k: shapes[k] for k in report.used}
+
+
+def test_diffusers_fused_rows_are_in_order() -> None:
+    """Which rows of our joined linears are q, k, v and the MLP; a permutation would pass every shape check."""
+    module = Flux1(FLUX1)
+    hidden, linear1 = FLUX1.hidden_size, "single_blocks.1.linear1.weight"
+    rows = torch.arange(module.state_dict()[linear1].shape[0])[:, None].expand(-1, hidden).float()
+    theirs = to_layout(module, module.state_dict() | {linear1: rows}, "diffusers")
+    names = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
+    starts = {name: float(theirs[f"single_transformer_blocks.1.{name}.weight"][0, 0]) for name in names}
+    assert starts == {"attn.to_q": 0, "attn.to_k": hidden, "attn.to_v": 2 * hidden, "proj_mlp": 3 * hidden}
+
+
+@pytest.mark.parametrize("build", TABLES)
+def test_every_row_of_a_table_is_used(build: type[nn.Module]) -> None:
+    """A row that matches nothing is a typing error that nobody would notice."""
+    config = {Flux1: FLUX1, Autoencoder: AUTOENCODER, ClipTextEncoder: CLIP, T5Encoder: T5}[build]
+    module = meta(build, config)
+    for layout, rows in TABLES[build].items():
+        theirs = [key for origin in origins(module, layout).values() for key in origin.keys]
+        assert len(theirs) == len(set(theirs))
+        for row in rows:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setitem(TABLES[build], layout, [other for other in rows if other is not row])
+                with pytest.raises(AssertionError, match="no row for"):
+                    origins(module, layout)
+
+
+def test_layouts_of_a_network() -> None:
+    assert layouts_of(meta(Flux1, FLUX1)) == ["original", "diffusers"]
+    assert layouts_of(nn.Linear(2, 2)) == ["original"]
+    with pytest.raises(CheckpointError, match="Flux1 has no layout 'banana'; known: original, diffusers"):
+        origins(meta(Flux1, FLUX1), "banana")
+
+
+def test_t5_embedding_twice_or_under_its_second_name() -> None:
+    """Files hold it as `shared`, as `encoder.embed_tokens`, or as both."""
+    second = "encoder.embed_tokens.weight"
+    state = {key: torch.full_like(tensor, i) for i, (key, tensor) in enumerate(T5Encoder(T5).state_dict().items())}
+    both = {**state, second: state["shared.weight"]}
+    alone = {key: tensor for key, tensor in both.items() if key != "shared.weight"}
+    for given_state, layout, redundant in [(both, "original", {second}), (alone, "encoder embedding", set())]:
+        module = meta(T5Encoder, T5)
+        report = load_into(module, given_state)
+        assert (report.layout, set(report.redundant)) == (layout, redundant)
+        assert same(dict(module.state_dict()), state)
+
+
+@pytest.mark.parametrize("build", REDUNDANT)
+def test_redundant_tensors_are_accepted_and_reported(build: type[nn.Module], caplog: pytest.LogCaptureFixture) -> None:
+    """Published text encoders carry them; refusing would make the files unloadable, silence would hide a difference."""
+    config = {ClipTextEncoder: CLIP, T5Encoder: T5}[build]
+    state = build(config).state_dict() | {key: randn(3) for key in REDUNDANT[build]}
+    with caplog.at_level("INFO"):
+        report = load_into(meta(build, config), state)
+    assert report.redundant == REDUNDANT[build]
+    assert not set(report.used) & set(report.redundant)
+    for key, why in REDUNDANT[build].items():
+        assert f"{key} is not needed: {why}" in caplog.text and f"not needed: {key} ({why})" in str(report)
+
+
+def test_what_is_redundant_for_one_network_is_unused_in_another() -> None:
+    state = Autoencoder(AUTOENCODER).state_dict() | {"logit_scale": torch.ones(1)}
+    with pytest.raises(CheckpointError, match="unused: logit_scale"):
+        load_into(meta(Autoencoder, AUTOENCODER), state)
+
+
+def test_rows_of_other_heights_are_misshapen() -> None:
+    """q, k and v that add up to the right height but are not equally high belong to another kind of attention."""
+    module = Flux1(FLUX1)
+    theirs = to_layout(module, module.state_dict(), "diffusers")
+    q, k = "transformer_blocks.0.attn.to_q.weight", "transformer_blocks.0.attn.to_k.weight"
+    theirs |= {q: randn(FLUX1.hidden_size + 8, FLUX1.hidden_size), k: randn(FLUX1.hidden_size - 8, FLUX1.hidden_size)}
+    with pytest.raises(CheckpointError, match=r"misshapen: double_blocks\.0\.img_attn\.qkv\.weight: \[40, 32\]"):
+        load_into(meta(Flux1, FLUX1), theirs)
+
+
+def test_convolutions_of_old_diffusers_files() -> None:
+    """Some files keep the two trailing axes of the attention's 1x1 convolutions."""
+    module = Autoencoder(AUTOENCODER)
+    theirs = to_layout(module, module.state_dict(), "diffusers")
+    four = {k: t[..., None, None] if ".attentions." in k and t.ndim == 2 else t for k, t in theirs.items()}
+    assert sum(tensor.ndim == 4 for tensor in four.values()) == 8 + sum(tensor.ndim == 4 for tensor in theirs.values())
+    other = meta(Autoencoder, AUTOENCODER)
+    load_into(other, four)
+    assert same(dict(other.state_dict()), dict(module.state_dict()))
+
+
+def test_variants_share_their_tables() -> None:
+    """Every registered model can be read and written in every layout of its networks."""
+    for chosen in VARIANTS.values():
+        parts: list[tuple[Callable[[Any], nn.Module], Any]] = [
+            (Flux1, chosen.transformer),
+            (Autoencoder, chosen.autoencoder),
+            (ClipTextEncoder, chosen.clip),
+            (T5Encoder, chosen.t5),
+        ]
+        for build, config in parts:
+            module = meta(build, config)
+            for layout in layouts_of(module):
+                theirs = to_layout(module, module.state_dict(), layout)
+                assert not compare(module, theirs).problems

@@ -1,0 +1,107 @@
+"""The registry of models equals what was published."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from miniflux.errors import InputError
+from miniflux.variants import ALIASES, OTHER_TRANSFORMERS, VARIANTS, names, variant, variant_of
+
+OFFICIAL = ("flux1-dev", "flux1-schnell", "flux1-krea-dev")
+
+
+def fields_of(config: Any) -> dict[str, Any]:
+    return {key: list(x) if isinstance(x, tuple) else x for key, x in dataclasses.asdict(config).items()}
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_sizes_and_defaults_are_the_published_ones(name: str, published: dict[str, Any]) -> None:
+    """A wrong width loads nothing; a wrong default draws worse pictures, which nobody would trace back."""
+    found, expected = VARIANTS[name], published["flux1"][name]
+    assert fields_of(found.transformer) == expected["params"]
+    assert (found.repository, found.file) == (expected["hf_repo"], expected["file"])
+    assert (found.steps, found.guidance) == (expected["steps"], expected["guidance_default"])
+    assert (found.t5_length, found.shift) == (expected["t5_max_length"], expected["shift"]["used"])
+    assert (found.guidance is None) == (not found.transformer.guidance_embed)
+    assert not found.bundled and found.size == 1024
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_text_encoders_and_autoencoder_are_the_published_ones(name: str, published: dict[str, Any]) -> None:
+    """Every field that the published config has and ours has too."""
+    chosen, encoders, vae = VARIANTS[name], published["text_encoders"], published["vae"]["flux1-ae"]
+    for config, expected, count in [
+        (chosen.clip, encoders["clip-l"], 8),
+        (chosen.t5, encoders["t5-v1_1-xxl-encoder"], 9),
+        (chosen.autoencoder, vae["params"], 8),
+    ]:
+        ours = fields_of(config)
+        shared = ours.keys() & expected.keys()
+        assert len(shared) == count and {key: ours[key] for key in shared} == {key: expected[key] for key in shared}
+    assert (chosen.clip.eos_token_id, chosen.autoencoder.num_groups) == (encoders["clip-l"]["eos"], vae["norm_groups"])
+
+
+def test_transformers_that_need_a_picture(published: dict[str, Any]) -> None:
+    """Fill, Canny and Depth are told apart by their channels."""
+    for name in ("flux1-fill-dev", "flux1-canny-dev", "flux1-depth-dev"):
+        (config,) = (config for key, config in OTHER_TRANSFORMERS.items() if name in key.split(" or "))
+        assert fields_of(config) == published["flux1"][name]["params"]
+
+
+def test_the_bundled_models_are_small_and_share_their_parts() -> None:
+    """Different only in what schnell differs from dev."""
+    dev, schnell = VARIANTS["nano-dev"], VARIANTS["nano-schnell"]
+    assert (dev.clip, dev.t5, dev.autoencoder) == (schnell.clip, schnell.t5, schnell.autoencoder)
+    assert dataclasses.replace(dev.transformer, guidance_embed=False) == schnell.transformer
+    assert (schnell.steps, schnell.guidance, schnell.shift) == (4, None, False)
+    assert dev.shift and dev.transformer.guidance_embed and dev.bundled and schnell.bundled
+
+
+def test_names_aliases_and_repositories_resolve() -> None:
+    """Each to its own variant; no name is taken twice."""
+    assert names() == list(VARIANTS)
+    for name, found in VARIANTS.items():
+        assert found.name == name and variant(name) is found
+        if found.repository:
+            assert variant(found.repository) is found
+    for alias, name in ALIASES.items():
+        assert variant(alias) is VARIANTS[name] and alias not in VARIANTS
+    every = [key for v in VARIANTS.values() for key in (v.name, v.repository or v.file)]
+    assert len(every) == len(set(every))
+
+
+@pytest.mark.parametrize("name", ["", "flux", "FLUX1-DEV", "flux1-dev ", "nano-dev.safetensors", "None"])
+def test_unknown_names_are_refused(name: str) -> None:
+    """With all that are known; the empty name is none, though bundled models have an empty repository."""
+    with pytest.raises(
+        InputError, match=rf"unknown model {name!r}; known: flux1-dev, flux1-schnell, .*nano-dev.*, nano$"
+    ):
+        variant(name)
+
+
+def test_a_config_leads_to_its_variant() -> None:
+    for found in VARIANTS.values():
+        assert variant_of(found.transformer).transformer == found.transformer  # type: ignore[union-attr]
+    assert variant_of(VARIANTS["nano-schnell"].transformer) is VARIANTS["nano-schnell"]
+    assert variant_of(OTHER_TRANSFORMERS["flux1-fill-dev"]) is None
+
+
+def test_a_variant_cannot_be_changed() -> None:
+    """It is shared by every pipeline; a copy with other numbers is made by `dataclasses.replace`."""
+    for field in ("steps", "transformer"):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(VARIANTS["nano-dev"], field, None)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        VARIANTS["nano-dev"].transformer.depth = 1  # type: ignore[misc]
+
+
+def test_every_official_file_is_in_the_list_of_weights() -> None:
+    """The message about missing files sends people there."""
+    text = (Path(__file__).parents[1] / "weights" / "README.md").read_text("utf-8")
+    for name in OFFICIAL:
+        found = VARIANTS[name]
+        assert found.file in text and found.repository in text and found.licence.removeprefix("FLUX.1 [dev] ") in text
