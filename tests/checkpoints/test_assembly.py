@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import miniflux
-from miniflux.checkpoints import save
+from miniflux.checkpoints import loading, save
 from miniflux.checkpoints.finding import BUNDLED
 from miniflux.errors import CheckpointError, InputError, MinifluxError, WeightsNotFoundError
 from miniflux.memory import compute
@@ -163,6 +163,25 @@ def test_precision(folder: Path) -> None:
         pipe = miniflux.load(folder, dtype=asked, device="cpu")
         dtypes = {p.dtype for n in (pipe.transformer, pipe.text.clip, pipe.text.t5) for p in n.parameters()}
         assert dtypes == {computed} and {p.dtype for p in pipe.autoencoder.parameters()} == {decoded}
+
+
+def test_large_models_keep_bfloat16_but_not_their_autoencoder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the CPU is quick at it; the autoencoder was published in float32."""
+    monkeypatch.setattr(compute, "SMALL", 0)
+    monkeypatch.setattr(compute, "bfloat16_slowness", lambda: 0.5)
+    save(Flux1(CONFIG).to(torch.bfloat16), folder / "transformer" / "model.safetensors")
+    pipe = miniflux.load(folder)
+    assert (pipe.dtype, pipe.text.t5.shared.weight.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert {p.dtype for p in pipe.autoencoder.parameters()} == {torch.float32}
+
+
+def test_weights_come_before_the_folder_of_the_model(folder: Path, tmp_path: Path) -> None:
+    """What the caller names wins over what lies beside the transformer."""
+    other = randomise(Autoencoder(AUTOENCODER), seed=9)
+    shutil.copytree(folder / "vae", tmp_path / "mine" / "vae")
+    save(other, tmp_path / "mine" / "vae" / "model.safetensors")
+    pipe = miniflux.load(folder, weights=tmp_path / "mine")
+    assert same(pipe.autoencoder, other) and same(pipe.transformer, PARTS["transformer"][0])
 
 
 def test_shards(folder: Path) -> None:
@@ -360,6 +379,7 @@ def test_the_wrong_file_for_a_variant_is_named(nano: Path) -> None:
 def official(manifest: Callable[[str], dict[str, list[int]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """All parts of FLUX.1 dev at full size, as holes on the disk."""
     monkeypatch.setattr(compute, "bfloat16_slowness", lambda: 0.5)
+    monkeypatch.setattr(loading, "_fetch", lambda *_: pytest.fail("would read 24 GB"))
     for name in ("MINIFLUX_WEIGHTS", "HF_HUB_CACHE"):
         monkeypatch.setenv(name, str(tmp_path))
     names = {"flux1-dev": "bfl-flux1-dev", "ae": "bfl-flux1-ae", "clip_l": "te-clip-l", "t5xxl_fp16": "te-t5-xxl"}
@@ -452,7 +472,7 @@ def test_arguments_that_make_no_sense(arguments: dict[str, Any], message: str) -
     assert isinstance(caught.value, InputError) or "gone" in message
 
 
-def test_names_aliases_repositories(official: Path) -> None:
+def test_names_aliases_repositories() -> None:
     """Every registered name leads to its own variant."""
     assert miniflux.load("nano").variant.name == "nano-dev"
     assert miniflux.load("nano-schnell", memory="resident").variant.name == "nano-schnell"

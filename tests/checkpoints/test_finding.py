@@ -162,6 +162,13 @@ def test_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert places(DEV, [given]) == [given, root / "flux1-dev", root, place]
 
 
+def test_an_earlier_place_wins_under_any_name(tmp_path: Path) -> None:
+    """A folder `vae` in the first place, before `ae.safetensors` in the second."""
+    first, second = folders(tmp_path / "first"), singles(tmp_path / "second")
+    assert find(DEV, [first, second]).autoencoder == first / "vae"
+    assert find(DEV, [second, first]).autoencoder == second / "ae.safetensors"
+
+
 def test_the_bundled_model_needs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And is not replaced by official files that lie in the user's folder under the same names."""
     monkeypatch.setenv("MINIFLUX_WEIGHTS", str(singles(tmp_path)))

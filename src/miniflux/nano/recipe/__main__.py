@@ -127,7 +127,8 @@ def main() -> None:
     arguments.add_argument("folder", type=Path, nargs="?", default=Path("runs/nano"))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     # Attention over a hundred tokens trains faster as plain matrix products than with the CPU's flash kernel.
-    with sdpa_kernel(SDPBackend.MATH):
+    # One thread for forward and backward passes: two would each keep a team of workers, which wait for each other.
+    with sdpa_kernel(SDPBackend.MATH), torch.autograd.set_multithreading_enabled(False):
         make(arguments.parse_args().folder)
 
 
