@@ -42,8 +42,8 @@ TEACHER = [Phase("teacher 64", 2500, SMALL, 128, 1.5e-3), Phase("teacher 128", 4
 DEV = [Phase("dev", 600, (MAIN, *OTHERS), 64, 4e-4)]
 SCHNELL = [Phase("schnell", 600, (MAIN, *OTHERS), 64, 4e-4)]
 
-POOL = 12_000  # pictures of the main canvas kept as latents
-REPORT = {"teacher": 1000, "dev": 500, "schnell": 500}  # steps between sheets
+POOL = 12_000  # pictures of the main canvas kept as latents; a quarter for the short stages
+REPORT = {"teacher": 1000, "dev": 300, "schnell": 300}  # steps between sheets
 SHEET = 36  # pictures on a sheet
 
 
@@ -100,7 +100,7 @@ def make(folder: Path) -> None:
         report("dev", dev_state.average, teacher.text, autoencoder, folder, step)
 
     loss = partial(guidance_loss, dev_state.model, teacher)
-    run(dev_state, DEV, autoencoder, loss, 4, POOL, (REPORT["dev"], dev_report))
+    run(dev_state, DEV, autoencoder, loss, 4, POOL // 4, (REPORT["dev"], dev_report))
     dev = averaged(dev_state)
 
     schnell_state = TrainingState(
@@ -112,7 +112,7 @@ def make(folder: Path) -> None:
         report("schnell", schnell_state.average, teacher.text, autoencoder, folder, step)
 
     loss = partial(steps_loss, schnell_state.model, dev, teacher)
-    run(schnell_state, SCHNELL, autoencoder, loss, 5, POOL, (REPORT["schnell"], schnell_report))
+    run(schnell_state, SCHNELL, autoencoder, loss, 5, POOL // 4, (REPORT["schnell"], schnell_report))
 
     weights = folder / "weights"
     export_encoders(teacher.text, folder / "text", weights)

@@ -1,0 +1,49 @@
+"""How often the bundled models draw what was asked for, by kind of prompt, on prompts that training never used."""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections import Counter
+
+import miniflux
+from miniflux.nano import scenes
+from miniflux.nano.recipe.adherence import judge
+
+WHAT = ("all", "background", "colour", "shape", "position")
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--prompts", type=int, default=100, help="prompts of each kind")
+    arguments.add_argument("--models", nargs="+", default=["nano-dev", "nano-schnell"])
+    arguments.add_argument("--guidance", type=float)
+    arguments.add_argument("--steps", type=int)
+    options = arguments.parse_args()
+    kinds = {
+        "one object": lambda rng: scenes.one_object(rng),
+        "one object, held-out pair": lambda rng: scenes.one_object(rng, held_out=True),
+        "two objects": lambda rng: scenes.two_objects(rng),
+        "two objects, one held-out pair": lambda rng: scenes.two_objects(rng, held_out=True),
+    }
+    print(
+        f"{'model':<13} {'prompts':<31} {'all right':>9} {'background':>10} {'colour':>7} {'shape':>6} {'position':>8}"
+    )
+    for name in options.models:
+        pipe = miniflux.load(name)
+        guidance = options.guidance if pipe.variant.guidance is not None else None
+        for kind, make in kinds.items():
+            rng = random.Random(f"{kind} 2026")
+            right: Counter[str] = Counter()
+            for i in range(options.prompts):
+                scene = make(rng)
+                image = pipe.generate(scene.caption, seed=50_000 + i, guidance=guidance, steps=options.steps).images[0]
+                verdict = judge(image, scene)
+                for what in WHAT:
+                    right[what] += getattr(verdict, what)
+            shares = " ".join(f"{100 * right[what] / options.prompts:9.1f}%" for what in WHAT)
+            print(f"{name:<13} {kind:<31} {shares}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
