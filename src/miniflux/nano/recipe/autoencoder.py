@@ -19,23 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miniflux.models.autoencoder import Autoencoder, AutoencoderConfig
+from miniflux.models.autoencoder import Autoencoder
 from miniflux.nano import scenes
 from miniflux.training.state import TrainingState, cosine_rate
+from miniflux.variants import VARIANTS
 
 log = logging.getLogger(__name__)
 
-CONFIG = AutoencoderConfig(
-    in_channels=3,
-    ch=32,
-    out_ch=3,
-    ch_mult=(1, 2, 2, 2),
-    num_res_blocks=1,
-    z_channels=16,
-    scale_factor=1.0,  # measured at the end
-    shift_factor=0.0,
-    num_groups=4,
-)
+# Scale and shift of the latents are measured at the end.
+CONFIG = replace(VARIANTS["nano-dev"].autoencoder, scale_factor=1.0, shift_factor=0.0)
 POSTERIOR_STD = 0.1
 
 
