@@ -300,6 +300,14 @@ def child(work):
         return json.load(file)
 
 
+def peak():
+    """Highest resident memory so far. Linux's ru_maxrss may still count the process that started this one."""
+    if os.path.exists("/proc/self/status"):
+        lines = open("/proc/self/status").read().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * UNIT
+
+
 def write(layout):
     model = Flux1(config).to(torch.bfloat16)
     save(model, f"{folder}/{layout}.safetensors", layout=layout)
@@ -310,9 +318,9 @@ def write(layout):
 def load(layout, dtype):
     with torch.device("meta"):
         model = Flux1(config)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * UNIT
+    before = peak()
     load_into(model, f"{folder}/{layout}.safetensors", dtype=dtype)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * UNIT - before, str(model.img_in.weight.dtype)
+    return peak() - before, str(model.img_in.weight.dtype)
 
 
 found = {"sizes": [child(lambda: write(layout)) for layout in ("original", "diffusers")]}
