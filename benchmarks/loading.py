@@ -1,6 +1,6 @@
-"""How much memory loading takes: the peak of a fresh process against the size of the file.
+"""How much memory loading takes: the peak of a fresh process against the size of the file. Linux only: it reads /proc.
 
-Linux only: it reads /proc. Writes a FLUX.1 transformer of about a gigabyte with random weights (hidden size 1024), then loads it from both layouts.
+Writes a FLUX.1 transformer of about a gigabyte with random weights (hidden size 1024), then loads it from both layouts.
 """
 
 from __future__ import annotations
