@@ -6,11 +6,9 @@ import torch
 from torch import Tensor
 
 
-def logit_normal_sigmas(
-    batch: int, mean: float = 0.0, std: float = 1.0, generator: torch.Generator | None = None
-) -> Tensor:
+def logit_normal_sigmas(batch: int, mean: float = 0.0, std: float = 1.0) -> Tensor:
     """Noise levels (B,) in (0, 1): sigmoid of a normal variable (arXiv 2403.03206, section 3.1)."""
-    return torch.sigmoid(mean + std * torch.randn(batch, generator=generator))
+    return torch.sigmoid(mean + std * torch.randn(batch))
 
 
 def mix(x0: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Make the nano models: `python -m miniflux.nano.recipe [FOLDER]` (or `make nano`).
 
-Stages run in order, each resumable; about three hours on two CPU cores. Everything that is made on the way stays in
+Stages run in order, each resumable; several hours on two CPU cores. Everything that is made on the way stays in
 the folder (default runs/nano); the finished files go to its `weights` folder, to be copied over the package's own.
 """
 
