@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 from miniflux.version import __version__
 
 if TYPE_CHECKING:
-    from miniflux import checkpoints, errors, models, sampling, text, variants
+    from miniflux import checkpoints, errors, lora, models, sampling, text, variants
     from miniflux.pipeline import Pipeline, Result, load
 
 _FROM_PIPELINE = ("Pipeline", "Result", "load")
-_ROOMS = ("checkpoints", "errors", "models", "sampling", "text", "variants")
+_ROOMS = ("checkpoints", "errors", "lora", "models", "sampling", "text", "variants")
 
 __all__ = [
     "Pipeline",
@@ -27,6 +27,7 @@ __all__ = [
     "checkpoints",
     "errors",
     "load",
+    "lora",
     "models",
     "sampling",
     "text",

@@ -31,3 +31,7 @@ class TokenizerError(MinifluxError):
 
 class OutputError(MinifluxError):
     """A result cannot be written where it was asked to be."""
+
+
+class LoraError(MinifluxError):
+    """A LoRA file is damaged, of no known dialect, made for another model, or would change nothing."""

@@ -194,6 +194,25 @@ OTHER_TRANSFORMERS: dict[str, Flux1Config] = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Flux2Sizes:
+    """What tells the FLUX.2 models apart, for refusing their LoRAs by name (`flux2/model.py` of the release)."""
+
+    hidden_size: int
+    depth: int
+    depth_single_blocks: int
+    context_in_dim: int
+    in_channels: int = 128
+    mlp_ratio: float = 3.0
+
+
+FLUX2_SIZES: dict[str, Flux2Sizes] = {
+    "FLUX.2 dev": Flux2Sizes(hidden_size=6144, depth=8, depth_single_blocks=48, context_in_dim=15360),
+    "FLUX.2 klein 4B": Flux2Sizes(hidden_size=3072, depth=5, depth_single_blocks=20, context_in_dim=7680),
+    "FLUX.2 klein 9B": Flux2Sizes(hidden_size=4096, depth=8, depth_single_blocks=24, context_in_dim=12288),
+}
+
+
 def names() -> list[str]:
     """Names of all models that `miniflux.load` knows."""
     return list(VARIANTS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from miniflux.errors import CheckpointError
 
 M = TypeVar("M", bound=nn.Module)
+
+MATRIX_RATE = 4.0  # Muon's rate in units of AdamW's: the best of 2, 4 and 8 on the nano teacher
 
 
 def cosine_rate(step: int, total: int, warmup: int = 200, floor: float = 0.02) -> float:
@@ -25,7 +28,7 @@ def cosine_rate(step: int, total: int, warmup: int = 200, floor: float = 0.02) -
 
 
 class TrainingState(Generic[M]):
-    """A network, its running average, its optimiser and the step count, saved together.
+    """A network, its running average, its optimisers and the step count, saved together.
 
     Args:
         model: the network to train, float32.
@@ -33,26 +36,46 @@ class TrainingState(Generic[M]):
         rate: AdamW's learning rate, before the schedule's factor.
         about: what the run was started with; a saved run that differs is refused.
         decay: of the running average (EMA), reached gradually from the start.
+        matrices: says by its name whether a weight matrix is trained by Muon (orthogonalised momentum,
+            https://kellerjordan.github.io/posts/muon) instead of AdamW; without it none is.
     """
 
     def __init__(
-        self, model: M, path: Path, rate: float, about: dict[str, Any], decay: float = 0.999, clip: float = 1.0
+        self,
+        model: M,
+        path: Path,
+        rate: float,
+        about: dict[str, Any],
+        decay: float = 0.999,
+        clip: float = 1.0,
+        matrices: Callable[[str], bool] | None = None,
     ) -> None:
         self.model: M = model
         self.path, self.rate, self.decay, self.clip = path.with_suffix(".pt"), rate, decay, clip
         self.about = json.dumps(about, sort_keys=True)
         self.average: M = copy.deepcopy(model).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
+        named = dict(model.named_parameters())
+        chosen = {name for name, p in named.items() if matrices is not None and p.ndim == 2 and matrices(name)}
+        rest = [p for name, p in named.items() if name not in chosen]
+        self.optimizers: list[tuple[float, torch.optim.Optimizer]] = [
+            (1.0, torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.99), weight_decay=0.01))
+        ]
+        if chosen:
+            muon = torch.optim.Muon(
+                [named[name] for name in sorted(chosen)], lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+            )
+            self.optimizers.append((MATRIX_RATE, muon))
         self.step = 0
 
     def optimise(self, loss: Tensor, factor: float) -> None:
-        """One step of AdamW at rate * factor, gradients clipped to norm 1, and of the running average."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * factor
-        self.optimizer.zero_grad(set_to_none=True)
+        """One step at rate * factor, gradients clipped to norm 1, and of the running average."""
+        self.model.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
-        self.optimizer.step()
+        for scale, optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.rate * factor * scale
+            optimizer.step()
         self.step += 1
         decay = min(self.decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
@@ -67,7 +90,7 @@ class TrainingState(Generic[M]):
                 "step": self.step,
                 "model": self.model.state_dict(),
                 "average": self.average.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
+                "optimizers": [optimizer.state_dict() for _, optimizer in self.optimizers],
                 "rng": torch.get_rng_state(),
             },
             beside,
@@ -88,6 +111,7 @@ class TrainingState(Generic[M]):
         self.step = saved["step"]
         self.model.load_state_dict(saved["model"])
         self.average.load_state_dict(saved["average"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        for (_, optimizer), state in zip(self.optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         torch.set_rng_state(saved["rng"])
         return True

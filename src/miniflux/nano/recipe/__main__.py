@@ -10,6 +10,7 @@ import argparse
 import copy
 import logging
 import random
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import miniflux
 from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.flux1 import Flux1
 from miniflux.nano import scenes
@@ -38,12 +40,16 @@ M = TypeVar("M", bound=nn.Module)
 log = logging.getLogger(__name__)
 
 MAIN = (128, 128)
-TEACHER = [Phase("teacher 64", 2500, SMALL, 128, 1.5e-3), Phase("teacher 128", 4000, (MAIN, *OTHERS), 64, 1.0e-3)]
-DEV = [Phase("dev", 600, (MAIN, *OTHERS), 64, 4e-4)]
-SCHNELL = [Phase("schnell", 600, (MAIN, *OTHERS), 64, 4e-4)]
+TEACHER = [
+    Phase("teacher 64", 6500, SMALL, 128, 1.5e-3),
+    Phase("teacher 128", 9_000, (MAIN, *OTHERS), 48, 7.5e-4, main=0.9),
+]
+START = 6500  # steps that a teacher which starts from finished weights need not make
+DEV = [Phase("dev", 1000, (MAIN, *OTHERS), 64, 4e-4)]
+SCHNELL = [Phase("schnell", 1000, (MAIN, *OTHERS), 64, 4e-4)]
 
-POOL = 12_000  # pictures of the main canvas kept as latents; a quarter for the short stages
-REPORT = {"teacher": 1000, "dev": 300, "schnell": 300}  # steps between sheets
+POOL = 8_000  # pictures of the main canvas kept as latents; a quarter for the short stages
+REPORT = {"teacher": 2000, "dev": 300, "schnell": 300}  # steps between sheets
 SHEET = 36  # pictures on a sheet
 
 
@@ -68,14 +74,24 @@ def averaged(state: TrainingState[M]) -> M:
     return copy.deepcopy(state.average).eval().requires_grad_(False)
 
 
-def make(folder: Path) -> None:
-    """All stages, from wherever the last run stopped."""
+def matrices(name: str) -> bool:
+    """Weights that Muon trains: the matrices inside the blocks. The rest, embeddings among it, is AdamW's."""
+    return "blocks" in name or "encoder.block" in name or "encoder.layers" in name
+
+
+def make(folder: Path, start: Path | None = None) -> None:
+    """All stages, from wherever the last run stopped; or the later ones, from the weights in the folder `start`."""
+    before = None if start is None else miniflux.load("nano-dev", weights=start)
+    if start is not None and not (folder / "text").exists():
+        for name in ("tokenizer", "tokenizer_2"):
+            shutil.copytree(start / name, folder / "text" / name)
     if not (folder / "text").exists():
         train_tokenizers(folder / "text")
     clip_tokenizer = load_clip_tokenizer(folder / "text" / "tokenizer")
     t5_tokenizer = load_t5_tokenizer(folder / "text" / "tokenizer_2")
 
-    autoencoder = stage1.train(folder).requires_grad_(False).to(memory_format=torch.channels_last)  # pyright: ignore
+    autoencoder = stage1.train(folder) if before is None else before.autoencoder.float()
+    autoencoder = autoencoder.requires_grad_(False).to(memory_format=torch.channels_last)  # pyright: ignore
     stated = VARIANTS["nano-dev"].autoencoder
     if autoencoder.config != stated:
         log.warning("write these into variants.py: scale_factor %s, shift_factor %s",
@@ -84,8 +100,12 @@ def make(folder: Path) -> None:
 
     torch.manual_seed(3)
     teacher = Teacher(TextEncoders(clip_tokenizer, t5_tokenizer))
-    state = TrainingState(teacher, folder / "teacher", TEACHER[0].rate, {"stage": "teacher"}, decay=0.9995)
-    state.resume()
+    if before is not None:
+        teacher.start_from(before)
+    about = {"stage": "teacher"}
+    state = TrainingState(teacher, folder / "teacher", TEACHER[0].rate, about, decay=0.9995, matrices=matrices)
+    if not state.resume() and before is not None:
+        state.step = START
 
     def teacher_report(step: int) -> None:
         report("teacher", state.average.flux, state.average.text, autoencoder, folder, step)
@@ -125,11 +145,13 @@ def make(folder: Path) -> None:
 def main() -> None:
     arguments = argparse.ArgumentParser(prog="miniflux.nano.recipe", description=__doc__)
     arguments.add_argument("folder", type=Path, nargs="?", default=Path("runs/nano"))
+    arguments.add_argument("--start", type=Path, help="a folder of finished weights, to train them further")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     # Attention over a hundred tokens trains faster as plain matrix products than with the CPU's flash kernel.
     # One thread for forward and backward passes: two would each keep a team of workers, which wait for each other.
     with sdpa_kernel(SDPBackend.MATH), torch.autograd.set_multithreading_enabled(False):
-        make(arguments.parse_args().folder)
+        options = arguments.parse_args()
+        make(options.folder, options.start)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miniflux.models.flux1 import Flux1
-from miniflux.nano.recipe.flow import DEV, SCHNELL, Teacher, embed, velocity
+from miniflux.nano.recipe.flow import DEV, SCHNELL, Teacher, embed, noise_levels, velocity
 from miniflux.sampling import euler_step
-from miniflux.training.flow import logit_normal_sigmas, mix
+from miniflux.training.flow import mix
 
 GUIDANCE_RANGE = (1.0, 6.0)
 SCHNELL_STEPS = 4
@@ -39,7 +39,7 @@ def guidance_loss(
     Target: v_u + g * (v_c - v_u), for a random strength g per picture.
     """
     captions = ["" if rng.random() < 0.05 else caption for caption in captions]
-    sigmas = logit_normal_sigmas(len(x0), mean=0.3)
+    sigmas = noise_levels(len(x0))
     strength = torch.empty(len(x0)).uniform_(*GUIDANCE_RANGE)
     x = mix(x0, torch.randn_like(x0), sigmas)
     with torch.no_grad():

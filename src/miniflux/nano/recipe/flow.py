@@ -16,9 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miniflux.models.autoencoder import Autoencoder
-from miniflux.models.flux1 import Flux1
+from miniflux.models.flux1 import TIME_FEATURES, Flux1
+from miniflux.models.layers import timestep_embedding
 from miniflux.nano import scenes
 from miniflux.nano.recipe.text import T5_LENGTH, TextEncoders, varied
+from miniflux.pipeline import Pipeline
 from miniflux.sampling import image_ids, pack, text_ids
 from miniflux.text import TextEmbedding
 from miniflux.training.flow import logit_normal_sigmas, mix
@@ -40,6 +42,7 @@ class Phase:
     sizes: tuple[tuple[int, int], ...]
     batch: int
     rate: float
+    main: float = 0.75  # share of the batches that show the first canvas
 
 
 SMALL = ((64, 64),)
@@ -118,7 +121,7 @@ class Data:
         ]
         self.rng = random.Random(seed)
 
-    def draw(self, batch: int, main: float = 0.75) -> tuple[list[str], Tensor, tuple[int, int]]:
+    def draw(self, batch: int, main: float) -> tuple[list[str], Tensor, tuple[int, int]]:
         """A batch of one canvas: the first one mostly. Smaller canvases fill larger batches."""
         pool = self.pools[0]
         if len(self.pools) > 1 and self.rng.random() > main:
@@ -128,6 +131,11 @@ class Data:
         pool.renew(max(1, batch // 16))
         captions, x0 = pool.draw(batch)
         return captions, x0, pool.size
+
+
+def noise_levels(batch: int) -> Tensor:
+    """Mostly high ones. What a shape will be is decided above 0.8: below, the picture itself shows it."""
+    return logit_normal_sigmas(batch, mean=1.2, std=1.3)
 
 
 def velocity(
@@ -143,7 +151,7 @@ def velocity(
 def embed(encoders: TextEncoders, captions: list[str], rng: random.Random) -> TextEmbedding:
     """Captions with one of the paddings that users may choose: as released at two lengths, or masked."""
     chance = rng.random()
-    return encoders(captions, T5_LENGTH if chance < 0.4 else SHORT, masked=chance >= 0.8)
+    return encoders(captions, T5_LENGTH if chance < 0.15 else SHORT, masked=chance >= 0.95)
 
 
 @cache
@@ -160,13 +168,23 @@ class Teacher(nn.Module):
         self.flux, self.text = Flux1(SCHNELL), encoders
         initial_weights(self.flux)
 
+    @torch.no_grad()
+    def start_from(self, pipe: Pipeline) -> None:
+        """Take over the weights of a finished nano-dev at guidance 1, where it is the teacher."""
+        dev = pipe.transformer.float()
+        guidance = dev.guidance_in(timestep_embedding(torch.ones(1), TIME_FEATURES))[0]
+        self.flux.load_state_dict({k: v for k, v in dev.state_dict().items() if not k.startswith("guidance_in.")})
+        self.flux.vector_in.out_layer.bias += guidance
+        self.text.clip.load_state_dict(pipe.text.clip.float().state_dict())
+        self.text.t5.load_state_dict(pipe.text.t5.float().state_dict())
+
 
 def teacher_loss(
     teacher: Teacher, captions: list[str], x0: Tensor, size: tuple[int, int], rng: random.Random
 ) -> Tensor:
     """Flow matching with one caption in ten left out, so that guidance has something to compare with."""
     captions = ["" if rng.random() < 0.1 else caption for caption in captions]
-    sigmas, noise = logit_normal_sigmas(len(x0), mean=0.3), torch.randn_like(x0)
+    sigmas, noise = noise_levels(len(x0)), torch.randn_like(x0)
     text = embed(teacher.text, captions, rng)
     flux = compiled(teacher.flux) if COMPILE and size in COMPILED_SIZES and text.mask is None else teacher.flux
     v = velocity(flux, mix(x0, noise, sigmas), size, sigmas, text)
@@ -194,7 +212,7 @@ def run(
         started, first, mean = time.monotonic(), state.step, 0.0
         state.rate = phase.rate
         while state.step < end:
-            captions, x0, size = data.draw(phase.batch)
+            captions, x0, size = data.draw(phase.batch, phase.main)
             with torch.autocast("cpu", torch.bfloat16):
                 loss = loss_of(captions, x0, size, rng)
             floor = 0.4 if number + 1 < len(phases) else 0.02

@@ -1,0 +1,360 @@
+"""How LoRA files name what they change, as tables.
+
+A key is `prefix + module + suffix`. The suffix says what the tensor is (`.lora_A.weight`: the down projection); prefix
+and module say where it belongs, in one of four spellings of the network's modules: the original release's, diffusers',
+XLabs' and the text encoders' own. A dialect is a prefix with a spelling, perhaps with underscores for dots.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+from miniflux.checkpoints.layouts import FLUX1_DIFFUSERS, Row
+from miniflux.errors import LoraError
+
+Network = Literal["transformer", "clip", "t5"]
+Spelling = Literal["original", "diffusers", "xlabs", "clip", "t5"]
+
+# What the end of a key says about its tensor. Longer endings are tried first.
+SUFFIXES: dict[str, str] = {
+    ".lora_A.weight": "down",
+    ".lora_B.weight": "up",
+    ".lora_A.default.weight": "down",
+    ".lora_B.default.weight": "up",
+    ".lora_A": "down",
+    ".lora_B": "up",
+    ".lora_down.weight": "down",
+    ".lora_up.weight": "up",
+    ".lora.down.weight": "down",  # diffusers before PEFT
+    ".lora.up.weight": "up",
+    ".lora_linear_layer.down.weight": "down",
+    ".lora_linear_layer.up.weight": "up",
+    ".down.weight": "down",  # XLabs
+    ".up.weight": "up",
+    ".lora_B.bias": "bias",
+    ".diff_b": "bias",
+    ".alpha": "alpha",
+    ".dora_scale": "magnitude",
+    ".lora_magnitude_vector": "magnitude",
+    ".lora_magnitude_vector.weight": "magnitude",
+    ".lora_magnitude_vector.default.weight": "magnitude",
+    ".hada_w1_a": "hada_w1_a",
+    ".hada_w1_b": "hada_w1_b",
+    ".hada_w2_a": "hada_w2_a",
+    ".hada_w2_b": "hada_w2_b",
+    ".lokr_w1": "lokr_w1",
+    ".lokr_w1_a": "lokr_w1_a",
+    ".lokr_w1_b": "lokr_w1_b",
+    ".lokr_w2": "lokr_w2",
+    ".lokr_w2_a": "lokr_w2_a",
+    ".lokr_w2_b": "lokr_w2_b",
+    ".diff": "diff",
+    ".w_norm": "diff",  # LyCORIS, of norms
+    ".set_weight": "replace",
+    ".reshape_weight": "reshape",
+}
+_ENDINGS = sorted(SUFFIXES, key=len, reverse=True)
+NORM_PARAMETER = "scale"  # of QK norms
+# A plain norm weight, which takes the place of the model's: BFL's control LoRAs, and what diffusers makes of them.
+_NORM_WEIGHT = re.compile(rf"(.+(?:query_norm|key_norm))\.{NORM_PARAMETER}|(.+\.norm_(?:added_)?[qk])\.weight")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A module of ours, or a slice of its output rows.
+
+    Attributes:
+        network: which network it belongs to.
+        target: its name there.
+        first, last, parts: rows from part `first` up to part `last` of `parts` that are stacked (0, 1, 1: all).
+        swap: the two halves of the rows change places.
+    """
+
+    network: Network
+    target: str
+    first: int = 0
+    last: int = 1
+    parts: int = 1
+    swap: bool = False
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """A spelling of a module, `{i}` for block numbers, and the place it means."""
+
+    theirs: str
+    place: Place
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """A way of naming modules.
+
+    Attributes:
+        name: what a receipt calls it.
+        prefix: what every key begins with.
+        spelling: how modules are named after that.
+        flat: whether underscores stand for the dots of the module name.
+        tail: what comes after the module name.
+    """
+
+    name: str
+    prefix: str
+    spelling: Spelling
+    flat: bool = False
+    tail: str = ""
+
+    @property
+    def network(self) -> Network:
+        return self.spelling if self.spelling in ("clip", "t5") else "transformer"
+
+    def place(self, module: str) -> Place | None:
+        """The place that the part of a key before its suffix means; None if it is not of this dialect."""
+        if not module.startswith(self.prefix) or not module.endswith(self.tail):
+            return None
+        name = module[len(self.prefix) : len(module) - len(self.tail)]
+        for pattern, rule in _index(self.spelling, self.flat).get(_shape_of(name), ()):
+            match = pattern.fullmatch(name)
+            if match is not None:
+                target = _numbered(rule.place.target, match.groups())
+                return Place(rule.place.network, target, rule.place.first, rule.place.last, rule.place.parts,
+                             rule.place.swap)  # fmt: skip
+        return None
+
+    def module(self, place: Place) -> str | None:
+        """The inverse: what comes before the suffix for a place; None if this dialect has no name for it."""
+        for rule in RULES[self.spelling]:
+            same = (rule.place.first, rule.place.last, rule.place.parts, rule.place.swap) == (
+                place.first,
+                place.last,
+                place.parts,
+                place.swap,
+            )
+            match = _regex(rule.place.target).fullmatch(place.target) if same else None
+            if match is not None and rule.place.network == place.network:
+                name = _numbered(rule.theirs, match.groups())
+                return self.prefix + (name.replace(".", "_") if self.flat else name) + self.tail
+        return None
+
+
+# FLUX.2 in the spelling of the original release and of diffusers; rows that it shares with FLUX.1 are in that table.
+FLUX2_DIFFUSERS: list[tuple[str, str]] = [
+    ("time_in.in_layer", "time_guidance_embed.timestep_embedder.linear_1"),
+    ("time_in.out_layer", "time_guidance_embed.timestep_embedder.linear_2"),
+    ("guidance_in.in_layer", "time_guidance_embed.guidance_embedder.linear_1"),
+    ("guidance_in.out_layer", "time_guidance_embed.guidance_embedder.linear_2"),
+    ("double_stream_modulation_img.lin", "double_stream_modulation_img.linear"),
+    ("double_stream_modulation_txt.lin", "double_stream_modulation_txt.linear"),
+    ("single_stream_modulation.lin", "single_stream_modulation.linear"),
+    ("double_blocks.{i}.img_mlp.0", "transformer_blocks.{i}.ff.linear_in"),
+    ("double_blocks.{i}.img_mlp.2", "transformer_blocks.{i}.ff.linear_out"),
+    ("double_blocks.{i}.txt_mlp.0", "transformer_blocks.{i}.ff_context.linear_in"),
+    ("double_blocks.{i}.txt_mlp.2", "transformer_blocks.{i}.ff_context.linear_out"),
+    ("single_blocks.{i}.linear1", "single_transformer_blocks.{i}.attn.to_qkv_mlp_proj"),
+    ("single_blocks.{i}.linear2", "single_transformer_blocks.{i}.attn.to_out"),
+    ("single_blocks.{i}.linear2", "single_transformer_blocks.{i}.attn.to_out.0"),  # as LyCORIS has it
+]
+
+# XLabs' attention processors: 1 is the picture's half of a double block, 2 the text's. (place, spelling)
+XLABS: list[tuple[Place, str]] = [
+    (Place("transformer", "double_blocks.{i}.img_attn.qkv"), "double_blocks.{i}.processor.qkv_lora1"),
+    (Place("transformer", "double_blocks.{i}.img_attn.proj"), "double_blocks.{i}.processor.proj_lora1"),
+    (Place("transformer", "double_blocks.{i}.txt_attn.qkv"), "double_blocks.{i}.processor.qkv_lora2"),
+    (Place("transformer", "double_blocks.{i}.txt_attn.proj"), "double_blocks.{i}.processor.proj_lora2"),
+    (Place("transformer", "single_blocks.{i}.linear1", 0, 3, 4), "single_blocks.{i}.processor.qkv_lora"),
+    (Place("transformer", "single_blocks.{i}.linear2"), "single_blocks.{i}.processor.proj_lora"),
+]
+
+CLIP_LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
+T5_ATTENTION = ("q", "k", "v", "o")
+T5_MLP = ("wi_0", "wi_1", "wo")
+
+
+def _stem(name: str) -> str:
+    """A row of a checkpoint table without the parameter at its end."""
+    return name.removesuffix(".*").removesuffix(".scale").removesuffix(".weight")
+
+
+def _from_rows(rows: Iterable[Row]) -> list[_Rule]:
+    return [
+        _Rule(_stem(theirs), Place("transformer", _stem(row.ours), n, n + 1, len(row.theirs), row.how == "swap halves"))
+        for row in rows
+        for n, theirs in enumerate(row.theirs)
+    ]
+
+
+def _original() -> list[_Rule]:
+    """The network's own names; and OneTrainer's, which number the parts of a fused module: `img_attn.qkv.0`."""
+    rules = [_Rule(_stem(row.ours), Place("transformer", _stem(row.ours))) for row in FLUX1_DIFFUSERS]
+    known = {rule.theirs for rule in rules}
+    rules += [
+        _Rule(ours, Place("transformer", ours))
+        for ours in dict.fromkeys(ours for ours, _ in FLUX2_DIFFUSERS)
+        if ours not in known
+    ]
+    for row in FLUX1_DIFFUSERS:
+        for n in range(len(row.theirs) if len(row.theirs) > 1 else 0):
+            rules.append(
+                _Rule(f"{_stem(row.ours)}.{n}", Place("transformer", _stem(row.ours), n, n + 1, len(row.theirs)))
+            )
+    return rules
+
+
+RULES: dict[Spelling, list[_Rule]] = {
+    "original": _original(),
+    "diffusers": _from_rows(FLUX1_DIFFUSERS)
+    + [_Rule(theirs, Place("transformer", ours)) for ours, theirs in FLUX2_DIFFUSERS],
+    "xlabs": [_Rule(theirs, place) for place, theirs in XLABS],
+    "clip": [
+        _Rule(name, Place("clip", name))
+        for name in (f"text_model.encoder.layers.{{i}}.{linear}" for linear in CLIP_LINEARS)
+    ],
+    "t5": [
+        _Rule(name, Place("t5", name))
+        for name in (
+            *(f"encoder.block.{{i}}.layer.0.SelfAttention.{linear}" for linear in T5_ATTENTION),
+            *(f"encoder.block.{{i}}.layer.1.DenseReluDense.{linear}" for linear in T5_MLP),
+        )
+    ],
+}
+
+DIALECTS: list[Dialect] = [
+    Dialect("diffusers", "transformer.", "diffusers"),
+    Dialect("diffusers without prefix", "", "diffusers"),
+    Dialect("SimpleTuner", "transformer.base_model.model.", "diffusers"),
+    Dialect("PEFT", "base_model.model.", "original"),  # fal, BFL's own trainer
+    Dialect("PEFT with diffusers names", "base_model.model.", "diffusers"),
+    Dialect("BFL", "", "original"),
+    Dialect("ComfyUI", "diffusion_model.", "original"),
+    Dialect("ComfyUI with diffusers names", "diffusion_model.", "diffusers"),
+    Dialect("OneTrainer with original names", "transformer.", "original"),
+    Dialect("XLabs", "", "xlabs"),
+    Dialect("XLabs in ComfyUI", "diffusion_model.", "xlabs"),
+    Dialect("kohya", "lora_unet_", "original", flat=True),
+    Dialect("kohya with diffusers names", "lora_unet_", "diffusers", flat=True, tail="_"),
+    Dialect("kohya with diffusers names", "lora_unet_", "diffusers", flat=True),
+    Dialect("OneTrainer", "lora_transformer_", "diffusers", flat=True),
+    Dialect("LyCORIS", "lycoris_", "diffusers", flat=True),
+    Dialect("LyCORIS with original names", "lycoris_", "original", flat=True),
+    # Text encoders: their keys stand beside those of any dialect above.
+    Dialect("diffusers", "text_encoder.", "clip"),
+    Dialect("diffusers", "text_encoder_2.", "t5"),
+    Dialect("ComfyUI", "text_encoders.clip_l.transformer.", "clip"),
+    Dialect("ComfyUI", "text_encoders.t5xxl.transformer.", "t5"),
+    Dialect("kohya", "lora_te1_", "clip", flat=True),
+    Dialect("kohya", "lora_te_", "clip", flat=True),
+    Dialect("kohya", "lora_te3_", "t5", flat=True),
+    Dialect("OneTrainer", "lora_te2_", "t5", flat=True),
+]
+MISPRINTS = {"diffusion_model.sformer_blocks.": "diffusion_model.transformer_blocks."}  # some FLUX.2 exports
+
+
+@cache
+def _regex(name: str) -> re.Pattern[str]:
+    return re.compile(re.escape(name).replace(r"\{i\}", r"(\d+)"))
+
+
+def _numbered(name: str, numbers: Sequence[str]) -> str:
+    for number in numbers:
+        name = name.replace("{i}", number, 1)
+    return name
+
+
+def _shape_of(name: str) -> str:
+    """A name with its numbers blanked out: what rules are looked up by."""
+    return re.sub(r"\d+", "#", name)
+
+
+@cache
+def _index(spelling: Spelling, flat: bool) -> dict[str, list[tuple[re.Pattern[str], _Rule]]]:
+    found: dict[str, list[tuple[re.Pattern[str], _Rule]]] = {}
+    for rule in RULES[spelling]:
+        name = rule.theirs.replace(".", "_") if flat else rule.theirs
+        found.setdefault(_shape_of(name.replace("{i}", "0")), []).append((_regex(name), rule))
+    return found
+
+
+def split(key: str) -> tuple[str, str] | None:
+    """(module, what the tensor is) of a key; None if its ending says nothing we know."""
+    for wrong, right in MISPRINTS.items():
+        if key.startswith(wrong):
+            key = right + key[len(wrong) :]
+    for ending in _ENDINGS:
+        if key.endswith(ending) and len(key) > len(ending):
+            return key[: -len(ending)].removesuffix("." + NORM_PARAMETER), SUFFIXES[ending]
+    match = _NORM_WEIGHT.fullmatch(key)
+    return (match[1] or match[2], "replace") if match else None
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """What a set of keys is.
+
+    Attributes:
+        dialect: name of the way it was written; text encoder parts do not count.
+        groups: for every module that the file changes: its place, and its tensors as {what it is: key}.
+        unmatched: keys that mean nothing in this dialect.
+    """
+
+    dialect: str
+    groups: dict[str, tuple[Place, dict[str, str]]]
+    unmatched: list[str]
+
+
+def recognise(keys: Collection[str]) -> Recognised:
+    """Parse every key of a file.
+
+    Raises:
+        LoraError: no key is of any known dialect, or the file mixes several; the message lists the groups.
+    """
+    parts = {key: split(key) for key in keys}
+    modules = {part[0] for part in parts.values() if part is not None}
+    understood: dict[Dialect, dict[str, Place]] = {}
+    for dialect in DIALECTS:
+        places = {module: place for module in modules if (place := dialect.place(module)) is not None}
+        if places:
+            understood[dialect] = places
+    chosen: dict[Dialect, dict[str, Place]] = {}
+    for network in ("transformer", "clip", "t5"):
+        candidates = {dialect: places for dialect, places in understood.items() if dialect.network == network}
+        chosen.update(_cover(candidates))
+    if not chosen:
+        shown = ", ".join(sorted(keys)[:3])
+        raise LoraError(f"none of the {len(keys)} keys is of a known LoRA dialect; they begin with {shown}")
+    names = [dialect.name for dialect in chosen if dialect.network == "transformer"] or [d.name for d in chosen]
+    groups: dict[str, tuple[Place, dict[str, str]]] = {}
+    unmatched: list[str] = []
+    everywhere = {module: place for places in chosen.values() for module, place in places.items()}
+    for key, part in parts.items():
+        if part is None or part[0] not in everywhere:
+            unmatched.append(key)
+            continue
+        module, what = part
+        tensors = groups.setdefault(module, (everywhere[module], {}))[1]
+        if what in tensors:
+            raise LoraError(f"{tensors[what]!r} and {key!r} both give the {what} of {module}")
+        tensors[what] = key
+    return Recognised(names[0], groups, sorted(unmatched))
+
+
+def _cover(candidates: Mapping[Dialect, Mapping[str, Place]]) -> dict[Dialect, dict[str, Place]]:
+    """The dialect that explains all modules that any of them explains.
+
+    Raises:
+        LoraError: it takes more than one.
+    """
+    if not candidates:
+        return {}
+    best = max(candidates, key=lambda dialect: len(candidates[dialect]))
+    rest: dict[Dialect, set[str]] = {
+        dialect: left for dialect, places in candidates.items() if (left := set(places) - set(candidates[best]))
+    }
+    if rest:
+        groups = {best: set(candidates[best]), **rest}
+        listed = "; ".join(f"{d.name}: {len(names)} modules, such as {min(names)}" for d, names in groups.items())
+        raise LoraError(f"the file mixes dialects ({listed}): it was put together from several files")
+    return {best: dict(candidates[best])}

@@ -1,0 +1,284 @@
+"""LoRA files: tensors and their alphas, grouped by the module they change."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from miniflux.checkpoints.files import TensorSource, open_tensors
+from miniflux.checkpoints.loading import is_finite
+from miniflux.errors import CheckpointError, LoraError
+from miniflux.lora.dialects import Place, recognise
+
+Form = Literal["LoRA", "LoHa", "LoKr", "diff", "replace"]
+
+# The tensors of each form: those that must be there, and those that may.
+FORMS: dict[Form, tuple[set[str], set[str]]] = {
+    "LoRA": ({"down", "up"}, {"alpha", "bias", "magnitude", "reshape"}),
+    "LoHa": ({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}, {"alpha", "bias", "magnitude"}),
+    "LoKr": (
+        set(),
+        {"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "alpha", "bias", "magnitude"},
+    ),
+    "diff": (set(), {"diff", "bias"}),
+    "replace": ({"replace"}, set()),
+}
+PEFT_METADATA = "lora_adapter_metadata"  # header entry of diffusers: JSON with PEFT's config per network
+PEFT_CONFIG = "adapter_config.json"  # beside the file, as PEFT itself saves it
+PEFT_PREFIXES = {"transformer": "transformer", "clip": "text_encoder", "t5": "text_encoder_2"}
+
+
+@dataclass(frozen=True)
+class Group:
+    """All tensors of a file that belong to one module.
+
+    Attributes:
+        module: what their keys begin with.
+        place: where the change goes.
+        form: how the change is written.
+        tensors: by what they are ("down", "up" ...), without alpha.
+        factor: alpha / rank; 1 where the file states none.
+        keys: the keys of the file, by what they are.
+    """
+
+    module: str
+    place: Place
+    form: Form
+    tensors: dict[str, Tensor]
+    factor: float
+    keys: dict[str, str]
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA file, understood but not yet compared with a model.
+
+    Attributes:
+        source: the path, or "the given tensors".
+        dialect: how it names things.
+        groups: what it changes.
+        unmatched: keys that mean nothing.
+    """
+
+    source: str
+    dialect: str
+    groups: list[Group]
+    unmatched: list[str]
+
+
+def read(path_or_tensors: str | Path | Mapping[str, Tensor]) -> LoraFile:
+    """Read a LoRA. Tensors stay views of the mapped file, in its dtype.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+        LoraError: it is of no dialect or of several, one half of a pair is missing, ranks disagree, an alpha is zero or
+            not a number, a tensor is not finite.
+    """
+    metadata: Mapping[str, str] = {}
+    config: dict[str, Any] | None = None
+    if isinstance(path_or_tensors, Mapping):
+        source, name = path_or_tensors, "the given tensors"
+        if isinstance(source, TensorSource):
+            metadata, name = source.metadata, str(source)
+    else:
+        path = Path(path_or_tensors)
+        source = open_tensors(path)
+        metadata, name = source.metadata, str(path)
+        config = _peft_config(path if path.is_dir() else path.parent, path)
+    found = recognise(list(source))
+    said = _alphas_said(metadata, config)
+    groups: list[Group] = []
+    for module, (place, keys) in sorted(found.groups.items()):
+        tensors = {what: source[key] for what, key in keys.items()}
+        for what, key in keys.items():
+            if not tensors[what].is_floating_point():
+                raise LoraError(f"{name}: {key} has the dtype {_named(tensors[what])}; expected floating-point numbers")
+            if not is_finite(tensors[what]):
+                raise LoraError(f"{name}: {key} holds numbers that are not finite (NaN or infinite)")
+        form = _form(name, module, keys)
+        _check_ranks(name, module, form, tensors)
+        factor = _factor(name, module, form, tensors, said(place, module))
+        kept = {what: tensor for what, tensor in tensors.items() if what not in ("alpha", "reshape")}
+        groups.append(Group(module, place, form, kept, factor, dict(keys)))
+    return LoraFile(name, found.dialect, groups, found.unmatched)
+
+
+def _named(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _form(name: str, module: str, keys: Mapping[str, str]) -> Form:
+    """The form that a module's tensors are of.
+
+    Raises:
+        LoraError: they are of several, or incomplete.
+    """
+    present = set(keys)
+    own: dict[Form, set[str]] = {
+        "LoRA": {"down", "up"},
+        "LoHa": FORMS["LoHa"][0],
+        "LoKr": {what for what in FORMS["LoKr"][1] if what.startswith("lokr")},
+        "replace": {"replace"},
+        "diff": {"diff"},
+    }
+    forms = [form for form, marks in own.items() if marks & present]
+    if not forms and present == {"bias"}:
+        forms = ["diff"]
+    if len(forms) != 1:
+        what = " and ".join(forms) if forms else f"only {', '.join(sorted(present))}"
+        raise LoraError(f"{name}: {module} has {what}; expected the tensors of one kind of change")
+    form = forms[0]
+    needed, allowed = FORMS[form]
+    missing = sorted(needed - present)
+    if form == "LoKr":
+        missing = [
+            f"lokr_w{n} (or both of lokr_w{n}_a and lokr_w{n}_b)"
+            for n in (1, 2)
+            if f"lokr_w{n}" not in present and not {f"lokr_w{n}_a", f"lokr_w{n}_b"} <= present
+        ]
+    if missing:
+        halves = ", ".join(keys[what] for what in sorted(present & own[form]))
+        raise LoraError(f"{name}: {module} has {halves} but lacks its {' and '.join(missing)}")
+    extra = sorted(present - needed - allowed)
+    if extra:
+        raise LoraError(f"{name}: {keys[extra[0]]} cannot stand beside the {form} tensors of {module}")
+    return form
+
+
+def _check_ranks(name: str, module: str, form: Form, tensors: Mapping[str, Tensor]) -> None:
+    pairs = {
+        "LoRA": [("down", "up")],
+        "LoHa": [("hada_w1_b", "hada_w1_a"), ("hada_w2_b", "hada_w2_a")],
+        "LoKr": [(f"lokr_w{n}_b", f"lokr_w{n}_a") for n in (1, 2) if f"lokr_w{n}_b" in tensors],
+    }.get(form, [])
+    for what, tensor in tensors.items():
+        wanted = 2 if what in ("down", "up") or what.startswith(("hada", "lokr")) else None
+        if wanted is not None and tensor.ndim != wanted and not (tensor.ndim == 4 and tensor.shape[2:] == (1, 1)):
+            raise LoraError(f"{name}: the {what} of {module} has the shape {list(tensor.shape)}; expected a matrix")
+    for down, up in pairs:
+        rank, other = tensors[down].shape[0], tensors[up].shape[1]
+        if rank != other:
+            raise LoraError(
+                f"{name}: the ranks of {module} disagree: {down} {list(tensors[down].shape)} says {rank}, "
+                f"{up} {list(tensors[up].shape)} says {other}"
+            )
+
+
+def _rank_of(form: Form, tensors: Mapping[str, Tensor]) -> int | None:
+    """The rank that alpha is divided by; None where alpha does not count."""
+    for what in ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
+        if what in tensors:
+            return tensors[what].shape[0]
+    return None
+
+
+def _factor(name: str, module: str, form: Form, tensors: Mapping[str, Tensor], said: float | None) -> float:
+    """alpha / rank. Without an alpha, alpha is the rank; whole Kronecker factors have no rank and ignore theirs.
+
+    Raises:
+        LoraError: alpha is zero, not a number, or not a single one.
+    """
+    rank, alpha = _rank_of(form, tensors), tensors.get("alpha")
+    if alpha is not None and alpha.numel() != 1:
+        raise LoraError(f"{name}: the alpha of {module} has the shape {list(alpha.shape)}; expected one number")
+    if alpha is None or alpha.is_meta:
+        return 1.0 if said is None or rank is None else said / rank
+    value = float(alpha)
+    if value == 0:
+        raise LoraError(f"{name}: the alpha of {module} is 0: the change would do nothing")
+    return 1.0 if rank is None else value / rank
+
+
+def _peft_config(folder: Path, path: Path) -> dict[str, Any] | None:
+    """PEFT's own config, if it lies beside a file that PEFT named."""
+    file = folder / PEFT_CONFIG
+    if not file.is_file() or not (path.is_dir() or path.name.startswith("adapter_model")):
+        return None
+    return _json(str(file), file.read_text("utf-8"))
+
+
+def _json(what: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{what}: is not JSON") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{what}: is not a JSON object")
+    return value
+
+
+class _alphas_said:
+    """Alphas that stand in the header, or in PEFT's config: (place, module) -> alpha, or None."""
+
+    def __init__(self, metadata: Mapping[str, str], config: dict[str, Any] | None) -> None:
+        self.configs: dict[str, dict[str, Any]] = {}
+        if config is not None:
+            self.configs["transformer"] = config
+        if PEFT_METADATA in metadata:
+            for key, value in _json(f"the header's {PEFT_METADATA}", metadata[PEFT_METADATA]).items():
+                network, dot, field = key.partition(".")
+                if dot:
+                    self.configs.setdefault(network, {})[field] = value
+
+    def __call__(self, place: Place, module: str) -> float | None:
+        config = self.configs.get(PEFT_PREFIXES[place.network])
+        if config is None:
+            return None
+        alpha = _patterned(config.get("alpha_pattern"), module, config.get("lora_alpha"))
+        if alpha is None:
+            return None
+        if not isinstance(alpha, (int, float)) or not math.isfinite(alpha) or alpha == 0:
+            raise LoraError(f"the lora_alpha of {module} in the file's metadata is {alpha!r}; expected a number, not 0")
+        rank = _patterned(config.get("rank_pattern"), module, config.get("r"))
+        if config.get("use_rslora") and isinstance(rank, int) and rank > 0:
+            return float(alpha) * math.sqrt(rank)  # divided by the rank later: alpha / sqrt(rank) in all
+        return float(alpha)
+
+
+def _patterned(patterns: Any, module: str, default: Any) -> Any:
+    """PEFT's per-module values: the longest pattern that the module's name ends with, else the default."""
+    if isinstance(patterns, dict):
+        fitting = [p for p in patterns if isinstance(p, str) and (module == p or module.endswith("." + p))]
+        if fitting:
+            return patterns[max(fitting, key=len)]
+    return default
+
+
+def squeezed(tensor: Tensor) -> Tensor:
+    """A matrix; some writers keep the two trailing axes of a 1x1 convolution."""
+    return tensor.flatten(1) if tensor.ndim == 4 else tensor
+
+
+def halves_swapped(tensor: Tensor) -> Tensor:
+    """Upper and lower half of the rows change places."""
+    return torch.cat(tensor.chunk(2)[::-1])
+
+
+def shape_of(tensors: Mapping[str, Tensor]) -> tuple[int, int] | None:
+    """(rows, columns) of the change that the tensors of a module make; (0, 0) if they contradict each other; None
+    if they only concern its bias."""
+    if "up" in tensors:
+        return tensors["up"].shape[0], tensors["down"].shape[1]
+    if "hada_w1_a" in tensors:
+        shapes = {(tensors[f"hada_w{n}_a"].shape[0], tensors[f"hada_w{n}_b"].shape[1]) for n in (1, 2)}
+        return shapes.pop() if len(shapes) == 1 else (0, 0)
+    if "diff" in tensors:
+        shape = tensors["diff"].shape
+        return (shape[0], shape[1]) if len(shape) == 2 else (0, 0)
+    if not any(what.startswith("lokr") for what in tensors):
+        return None
+    (rows1, columns1), (rows2, columns2) = (_half(tensors, n) for n in (1, 2))
+    return rows1 * rows2, columns1 * columns2
+
+
+def _half(tensors: Mapping[str, Tensor], n: int) -> tuple[int, int]:
+    if f"lokr_w{n}" in tensors:
+        return tensors[f"lokr_w{n}"].shape[0], tensors[f"lokr_w{n}"].shape[1]
+    return tensors[f"lokr_w{n}_a"].shape[0], tensors[f"lokr_w{n}_b"].shape[1]

@@ -1,0 +1,83 @@
+"""Which model a LoRA was made for, told from the widths in its file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+
+import torch
+from torch import nn
+
+from miniflux.checkpoints.layouts import hidden_size, stacked_rows
+from miniflux.lora.dialects import Place
+from miniflux.lora.files import Group, shape_of
+from miniflux.models.flux1 import Flux1
+from miniflux.variants import FLUX2_SIZES, OTHER_TRANSFORMERS, VARIANTS, Flux2Sizes
+
+
+@cache
+def _flux1_shapes(name: str) -> dict[str, tuple[int, int]]:
+    config = VARIANTS[name].transformer if name in VARIANTS else OTHER_TRANSFORMERS[name]
+    with torch.device("meta"):
+        model = Flux1(config)
+    return {
+        key: (module.out_features, module.in_features)
+        for key, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+
+
+def _flux2_shape(sizes: Flux2Sizes, target: str) -> tuple[int, int] | None:
+    """(out, in) of a linear of FLUX.2; None if it has no such layer. Its MLPs are gated: twice as wide inside."""
+    root, _, rest = target.partition(".")
+    number, _, name = rest.partition(".")
+    h, inner = sizes.hidden_size, int(sizes.mlp_ratio * sizes.hidden_size)
+    if root == "double_blocks" and int(number) < sizes.depth:
+        kind = name.partition("_")[2]
+        shapes = {"attn.qkv": (3 * h, h), "attn.proj": (h, h), "mlp.0": (2 * inner, h), "mlp.2": (h, inner)}
+        return shapes.get(kind)
+    if root == "single_blocks" and int(number) < sizes.depth_single_blocks:
+        return {"linear1": (3 * h + 2 * inner, h), "linear2": (h, h + inner)}.get(name)
+    return {
+        "img_in": (h, sizes.in_channels),
+        "txt_in": (h, sizes.context_in_dim),
+        "double_stream_modulation_img.lin": (6 * h, h),
+        "double_stream_modulation_txt.lin": (6 * h, h),
+        "single_stream_modulation.lin": (3 * h, h),
+        "final_layer.linear": (sizes.in_channels, h),
+        "final_layer.adaLN_modulation.1": (2 * h, h),
+    }.get(target)
+
+
+def _agrees(shape: tuple[int, int] | None, place: Place, hidden: int, given: tuple[int, int]) -> bool:
+    if shape is None:
+        return False
+    heights = stacked_rows(place.parts, shape[0], hidden)
+    rows = sum(heights[place.first : place.last])
+    return given == (rows, shape[1])
+
+
+def fitting_models(groups: Sequence[Group], found: Mapping[str, nn.Module]) -> str:
+    """A sentence that names the models whose widths a file has; empty if there is none, or only the given one."""
+    asked = [
+        (group.place, shape)
+        for group in groups
+        if group.place.network == "transformer" and (shape := shape_of(group.tensors)) is not None
+    ]
+    if not asked:
+        return ""
+    scores: dict[str, int] = {}
+    for name in [*VARIANTS, *OTHER_TRANSFORMERS]:
+        shapes = _flux1_shapes(name)
+        config = VARIANTS[name].transformer if name in VARIANTS else OTHER_TRANSFORMERS[name]
+        scores[name] = sum(_agrees(shapes.get(p.target), p, config.hidden_size, given) for p, given in asked)
+    for name, sizes in FLUX2_SIZES.items():
+        scores[name] = sum(_agrees(_flux2_shape(sizes, p.target), p, sizes.hidden_size, given) for p, given in asked)
+    best = max(scores.values())
+    if best == 0:
+        widths = sorted({given[1] for _, given in asked})
+        return f"; its widths ({', '.join(map(str, widths[:4]))}) are those of no model known here"
+    names = [name for name, score in scores.items() if score == best]
+    network = found.get("transformer")
+    own = f", not for this one of width {hidden_size(network)}" if network is not None else ""
+    return f"; its widths are those of {' or '.join(names)}{own}"
