@@ -121,8 +121,15 @@ class Hadamard(Change):
     b2: Tensor
 
     def __init__(
-        self, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, rows: Rows, factor: float = 1.0, bias: Tensor | None = None
-    ) -> None:  # fmt: skip
+        self,
+        a1: Tensor,
+        b1: Tensor,
+        a2: Tensor,
+        b2: Tensor,
+        rows: Rows,
+        factor: float = 1.0,
+        bias: Tensor | None = None,
+    ) -> None:
         super().__init__(rows, factor, bias)
         self.keep(a1=a1, b1=b1, a2=a2, b2=b2)
 

@@ -1,0 +1,98 @@
+"""What is attached to a network: the records that adapters leave on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from torch import nn
+
+from miniflux.errors import InputError, LoraError
+from miniflux.lora.dialects import Network
+from miniflux.models.clip import ClipTextEncoder
+from miniflux.models.flux1 import Flux1
+from miniflux.models.t5 import T5Encoder
+from miniflux.pipeline import Pipeline
+
+Target = Pipeline | nn.Module
+Scale = float | Mapping[str, float] | Callable[[str], float]
+"""One number for all; or numbers by the beginning of a module's name, 1 for the rest; or a function of the name."""
+
+ADAPTERS = "_lora_adapters"  # attribute of a network: name -> Adapter
+
+
+@dataclass
+class Adapter:
+    """What is attached to one network under one name.
+
+    Attributes:
+        layers: names of the changed layers.
+        saved: parameters that it replaced: (module, parameter) -> (the old one, the new one).
+        config: the network's config before its input was widened, or None.
+        scale: as given.
+        schedule: a function of the noise level that multiplies the scale, or None.
+        merged: whether the changes are in the weights now.
+    """
+
+    name: str
+    source: str
+    layers: list[str]
+    saved: dict[tuple[str, str], tuple[nn.Parameter, nn.Parameter]] = field(default_factory=dict)
+    config: Any = None
+    scale: Scale = 1.0
+    schedule: Callable[[float], float] | None = None
+    merged: bool = False
+
+
+def networks(target: Target) -> dict[Network, nn.Module]:
+    """The networks that adapters can change: all three of a pipeline, or the one given.
+
+    Raises:
+        InputError: it is neither a pipeline nor a network of ours.
+    """
+    if isinstance(target, Pipeline):
+        return {"transformer": target.transformer, "clip": target.text.clip, "t5": target.text.t5}
+    kinds: tuple[tuple[type[nn.Module], Network], ...] = (
+        (Flux1, "transformer"),
+        (ClipTextEncoder, "clip"),
+        (T5Encoder, "t5"),
+    )
+    for kind, network in kinds:
+        if isinstance(target, kind):
+            return {network: target}
+    raise InputError(f"a LoRA goes onto a pipeline, a transformer or a text encoder, got {type(target).__name__}")
+
+
+def adapters_of(network: nn.Module) -> dict[str, Adapter]:
+    """What is attached to a network, in the order of attaching."""
+    return cast("dict[str, Adapter]", network.__dict__.setdefault(ADAPTERS, {}))
+
+
+def attached(target: Target) -> dict[str, Scale]:
+    """Names and scales of the adapters of a pipeline or network."""
+    return {
+        adapter.name: adapter.scale
+        for network in networks(target).values()
+        for adapter in adapters_of(network).values()
+    }
+
+
+def checked_name(name: str) -> str:
+    """The name, if it can be one.
+
+    Raises:
+        InputError: it is empty or no string.
+    """
+    if not isinstance(name, str) or not name:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InputError(f"the name of a LoRA must be a string of at least one character, got {name!r}")
+    return name
+
+
+def named(target: Target, name: str) -> list[tuple[nn.Module, Adapter]]:
+    name = checked_name(name)
+    found = [(n, adapters_of(n)[name]) for n in networks(target).values() if name in adapters_of(n)]
+    if not found:
+        names = ", ".join(attached(target)) or "none"
+        raise LoraError(f"no LoRA named {name!r} is attached; attached: {names}")
+    return found
