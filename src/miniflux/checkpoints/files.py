@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,23 +156,38 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
     Not by the safetensors library, which shuffles the metadata and makes files that only their owner may read.
     """
+    kinds = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+    stream_tensors(path, kinds, tensors.__getitem__, metadata)
+
+
+def stream_tensors(
+    path: Path,
+    kinds: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    tensor_of: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a safetensors file whose tensors are made one after the other, so that only one is in memory.
+
+    Args:
+        kinds: dtype and shape of every tensor.
+        tensor_of: makes the tensor of a key; called once for each.
+    """
     names = {dtype: name for name, dtype in DTYPES.items()}
-    order = sorted(tensors, key=lambda key: (-tensors[key].dtype.itemsize, key))  # large items first: all are aligned
+    order = sorted(kinds, key=lambda key: (-kinds[key][0].itemsize, key))  # large items first: all are aligned
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for key in order:
-        start, end = end, end + tensors[key].numel() * tensors[key].dtype.itemsize
-        header[key] = {
-            "dtype": names[tensors[key].dtype],
-            "shape": list(tensors[key].shape),
-            "data_offsets": [start, end],
-        }
+        dtype, shape = kinds[key]
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[key] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for key in order:
-            file.write(tensors[key].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+            tensor = tensor_of(key)
+            assert (tensor.dtype, tuple(tensor.shape)) == kinds[key], f"{key} is not what was announced"
+            file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 class TensorSource(Mapping[str, Tensor]):

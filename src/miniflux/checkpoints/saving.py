@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch import nn
@@ -29,19 +29,38 @@ def save(
         CheckpointError: the network has no such layout.
         InputError: metadata that are not strings.
     """
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        raise OutputError(f"{path}: a checkpoint is written as .safetensors, got the ending {path.suffix!r}")
+    path = checkpoint_path(path)
     tensors = to_layout(module, module.state_dict(), layout)
     about = {"format": "pt", **({"axes_dim": json.dumps(module.config.axes_dim)} if isinstance(module, Flux1) else {})}
     for key, value in (metadata or {}).items():
         if not isinstance(value, str):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InputError(f"metadata of a file are strings, got {value!r} for {key!r}")
         about[key] = value
+    write_beside(path, lambda beside: write_tensors(beside, tensors, about))
+
+
+def checkpoint_path(path: str | Path) -> Path:
+    """The path of a file of tensors to be written.
+
+    Raises:
+        OutputError: it does not end in `.safetensors`.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise OutputError(f"{path}: a checkpoint is written as .safetensors, got the ending {path.suffix!r}")
+    return path
+
+
+def write_beside(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a file beside `path`, then rename it: there is never half a file, and what was there stays.
+
+    Raises:
+        OutputError: the place cannot be written to.
+    """
     beside = path.with_name(path.name + ".part")
     try:
         try:
-            write_tensors(beside, tensors, about)
+            write(beside)
             beside.replace(path)
         except BaseException:
             beside.unlink(missing_ok=True)

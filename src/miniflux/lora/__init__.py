@@ -8,17 +8,28 @@ print(miniflux.lora.attach(pipe, "realism", scale=0.8))
 
 from miniflux.lora.adapters import attached
 from miniflux.lora.attaching import attach, detach, set_scale, set_schedule
+from miniflux.lora.encoding import save
 from miniflux.lora.files import LoraFile, read
+from miniflux.lora.merging import merge, unmerge
 from miniflux.lora.receipt import ModuleReceipt, Receipt
+from miniflux.lora.rewriting import Extracted, convert, extract, inspect, merge_files
 
 __all__ = [
+    "Extracted",
     "LoraFile",
     "ModuleReceipt",
     "Receipt",
     "attach",
     "attached",
+    "convert",
     "detach",
+    "extract",
+    "inspect",
+    "merge",
+    "merge_files",
     "read",
+    "save",
     "set_scale",
     "set_schedule",
+    "unmerge",
 ]

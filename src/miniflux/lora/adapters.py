@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -96,3 +97,20 @@ def named(target: Target, name: str) -> list[tuple[nn.Module, Adapter]]:
         names = ", ".join(attached(target)) or "none"
         raise LoraError(f"no LoRA named {name!r} is attached; attached: {names}")
     return found
+
+
+def scale_of(scale: Scale, layer: str) -> float:
+    """The strength that a scale states for one layer; the longest beginning of a name wins.
+
+    Raises:
+        InputError: a function returned something that is not finite.
+    """
+    if isinstance(scale, Mapping):
+        fitting = [start for start in scale if layer.startswith(start)]
+        return float(scale[max(fitting, key=len)]) if fitting else 1.0
+    if not callable(scale):
+        return float(scale)
+    value = float(scale(layer))
+    if not math.isfinite(value):
+        raise InputError(f"the scale of {layer} must be a finite number, got {value!r}")
+    return value

@@ -13,7 +13,17 @@ from torch import Tensor, nn
 
 from miniflux.checkpoints.finding import BUNDLED
 from miniflux.errors import InputError, LoraError
-from miniflux.lora.adapters import ADAPTERS, Adapter, Scale, Target, adapters_of, checked_name, named, networks
+from miniflux.lora.adapters import (
+    ADAPTERS,
+    Adapter,
+    Scale,
+    Target,
+    adapters_of,
+    checked_name,
+    named,
+    networks,
+    scale_of,
+)
 from miniflux.lora.files import read
 from miniflux.lora.layer import Change, add_changes, changes_of, remove_changes
 from miniflux.lora.planning import WIDENED, planned
@@ -160,23 +170,6 @@ def set_schedule(target: Target, name: str, schedule: Callable[[float], float] |
     _watch(network, adapter, schedule)
     if schedule is None:
         _apply_scale(network, adapter, adapter.scale, 1.0)
-
-
-def scale_of(scale: Scale, layer: str) -> float:
-    """The strength that a scale states for one layer; the longest beginning of a name wins.
-
-    Raises:
-        InputError: a function returned something that is not finite.
-    """
-    if isinstance(scale, Mapping):
-        fitting = [start for start in scale if layer.startswith(start)]
-        return float(scale[max(fitting, key=len)]) if fitting else 1.0
-    if not callable(scale):
-        return float(scale)
-    value = float(scale(layer))
-    if not math.isfinite(value):
-        raise InputError(f"the scale of {layer} must be a finite number, got {value!r}")
-    return value
 
 
 def _check_scale(scale: Scale) -> None:

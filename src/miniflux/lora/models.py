@@ -9,10 +9,27 @@ import torch
 from torch import nn
 
 from miniflux.checkpoints.layouts import hidden_size, stacked_rows
-from miniflux.lora.dialects import Place
+from miniflux.lora.dialects import Network, Place
 from miniflux.lora.files import Group, shape_of
+from miniflux.models.clip import ClipTextEncoder
 from miniflux.models.flux1 import Flux1
-from miniflux.variants import FLUX2_SIZES, OTHER_TRANSFORMERS, VARIANTS, Flux2Sizes
+from miniflux.models.t5 import T5Encoder
+from miniflux.variants import FLUX2_SIZES, OTHER_TRANSFORMERS, VARIANTS, Flux2Sizes, variant
+
+
+def stand_ins(model: str) -> dict[Network, nn.Module]:
+    """The networks of a variant, on the meta device.
+
+    Raises:
+        InputError: an unknown model.
+    """
+    sizes = variant(model)
+    with torch.device("meta"):
+        return {
+            "transformer": Flux1(sizes.transformer),
+            "clip": ClipTextEncoder(sizes.clip),
+            "t5": T5Encoder(sizes.t5),
+        }
 
 
 @cache

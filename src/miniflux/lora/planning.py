@@ -91,7 +91,7 @@ def _fit(plan: Plan, network: nn.Module, group: Group) -> str | None:
     rows = (sum(heights[: place.first]), sum(heights[: place.last]))
     tensors = {what: squeezed(tensor) for what, tensor in group.tensors.items()}
     if place.swap:
-        tensors = _swapped(tensors)
+        tensors = swapped(tensors)
     expected = (rows[1] - rows[0], width)
     shape = shape_of(tensors) or expected
     widened = place.target == WIDENED and group.form == "LoRA" and shape[0] == expected[0] and shape[1] > width
@@ -113,8 +113,8 @@ def _fit(plan: Plan, network: nn.Module, group: Group) -> str | None:
         if not weight.dtype.is_floating_point:
             return f"{group.module}: DoRA needs the numbers of the weight, which is quantised ({weight.dtype})"
         base = weight[rows[0] : rows[1]].detach().float()
-        if change.scale.is_meta != base.is_meta:
-            base = base.to(change.scale.device)
+        if base.is_meta and not change.scale.is_meta:  # a model without numbers: its norms are not known
+            base = torch.zeros(base.shape)
         change = Magnitude(change, magnitude, base)
     if widened:
         old = cast(Tensor, module.weight)
@@ -144,7 +144,7 @@ def _fit_parameter(plan: Plan, network: nn.Module, module: nn.Module, group: Gro
     return None
 
 
-def _swapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def swapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors that run over output rows, with their halves in our order."""
     over_rows = ("up", "bias", "hada_w1_a", "hada_w2_a", "lokr_w1_a", "diff")
     swapped = {what: halves_swapped(t) if what in over_rows else t for what, t in tensors.items()}

@@ -1,0 +1,263 @@
+"""Files from files: a base with LoRAs merged in, a LoRA in other names, a LoRA taken out of a tuned model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from miniflux.checkpoints.files import TensorSource, open_tensors, stream_tensors
+from miniflux.checkpoints.inspection import flux1_config
+from miniflux.checkpoints.layouts import hidden_size, origins, to_ours, to_theirs
+from miniflux.checkpoints.loading import LoadReport, compare
+from miniflux.checkpoints.saving import checkpoint_path, write_beside
+from miniflux.errors import CheckpointError, InputError, LoraError
+from miniflux.lora.adapters import Scale, scale_of
+from miniflux.lora.attaching import resolved
+from miniflux.lora.dialects import NORM_PARAMETER
+from miniflux.lora.encoding import Contents, encode, write
+from miniflux.lora.files import read
+from miniflux.lora.layer import Change, Dense, LowRank
+from miniflux.lora.merging import merged_bias, merged_weight
+from miniflux.lora.models import stand_ins
+from miniflux.lora.planning import WIDENED, planned
+from miniflux.lora.receipt import Receipt
+from miniflux.models.flux1 import Flux1
+from miniflux.variants import VARIANTS
+
+
+def network_of_file(source: TensorSource) -> tuple[Flux1, LoadReport]:
+    """The transformer that a checkpoint is of, on the meta device, and how its tensors fit.
+
+    Raises:
+        CheckpointError: the file holds no transformer, or not all of one.
+    """
+    head = next((source.entries[key] for key in _HEADS if key in source.entries), None)
+    axes = None if head is None or len(head.shape) != 1 or head.shape[0] % 2 else (head.shape[0],)
+    with torch.device("meta"):  # rotary axes do not matter here: nothing is run
+        network = Flux1(flux1_config(source.entries, source.metadata, axes))
+    report = compare(network, source)
+    if report.problems:
+        raise CheckpointError(str(report))
+    return network, report
+
+
+_HEADS = ("single_blocks.0.norm.query_norm.scale", "single_transformer_blocks.0.attn.norm_q.weight")
+
+
+def merge_files(
+    base: str | Path, loras: Sequence[tuple[str | Path | Mapping[str, Tensor], Scale]], path: str | Path
+) -> list[Receipt]:
+    """Write a checkpoint with LoRAs merged in, in the base's own layout and dtypes, one tensor in memory at a time.
+
+    Args:
+        base: a transformer: a file, an index or folder of shards.
+        loras: what `attach` takes, each with its scale.
+        path: ends in `.safetensors`.
+
+    Raises:
+        CheckpointError: the base cannot be read or is no transformer.
+        LoraError: a LoRA does not fit; or it changes text encoders, which the base does not hold.
+        OutputError: the path cannot be written.
+    """
+    path = checkpoint_path(path)
+    source = open_tensors(base)
+    network, report = network_of_file(source)
+    weights = _Weights(network, source, report.layout)
+    files = [read(resolved(lora)) for lora, _ in loras]
+    for group in (group for file in files for group in file.groups if "magnitude" in group.tensors):
+        weights.fill(group.place.target)  # DoRA looks at the weight that it changes
+    plans = [planned({"transformer": network}, file, strict=True) for file in files]
+    for plan, (_, scale) in zip(plans, loras, strict=True):
+        for layer, change in plan.changes.get("transformer", []):
+            weights.changes.setdefault(layer, []).append((change, scale_of(scale, layer)))
+        for (module, parameter), tensor in plan.replaced.get("transformer", {}).items():
+            weights.replace(f"{module}.{parameter}", tensor)
+    write_beside(path, lambda beside: stream_tensors(beside, weights.kinds, weights.tensor, source.metadata))
+    return [plan.receipt(file.source, {"transformer": network}) for plan, file in zip(plans, files, strict=True)]
+
+
+class _Weights:
+    """The tensors of a base checkpoint by their own keys, changed when they are asked for."""
+
+    def __init__(self, network: Flux1, source: TensorSource, layout: str) -> None:
+        self.network, self.source, self.hidden = network, source, hidden_size(network)
+        self.shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+        self.plan = origins(network, layout)
+        self.home = {theirs: ours for ours, origin in self.plan.items() for theirs in origin.keys}
+        self.kinds = {key: (entry.dtype, entry.shape) for key, entry in source.entries.items()}
+        self.changes: dict[str, list[tuple[Change, float]]] = {}
+        self.replaced: dict[str, Tensor] = {}
+        self.last: tuple[str, list[Tensor]] = ("", [])
+
+    def ours(self, key: str) -> Tensor:
+        """One of the network's tensors, as the base has it."""
+        origin = self.plan[key]
+        return to_ours([self.source[k] for k in origin.keys], origin.how, self.shapes[key])
+
+    def fill(self, layer: str) -> None:
+        """Give a layer of the network its weight."""
+        if f"{layer}.weight" in self.plan:
+            value = nn.Parameter(self.ours(f"{layer}.weight"), requires_grad=False)
+            self.network.get_submodule(layer).register_parameter("weight", value)
+
+    def replace(self, key: str, tensor: Tensor) -> None:
+        """Put another tensor in the place of one of the network's: a norm, or a wider input with the old one in it."""
+        (theirs,) = self.plan[key].keys
+        dtype, shape = self.kinds[theirs]
+        if tuple(tensor.shape) != shape:
+            wider = torch.zeros(tensor.shape, dtype=dtype)
+            wider[:, : shape[1]] = self.source[theirs]
+            tensor = wider
+        self.kinds[theirs] = (dtype, tuple(tensor.shape))
+        self.replaced[key] = tensor.to(dtype)
+
+    def tensor(self, theirs: str) -> Tensor:
+        """The tensor of one of the file's keys."""
+        ours = self.home.get(theirs, "")
+        layer, _, parameter = ours.rpartition(".")
+        if ours not in self.replaced and layer not in self.changes:
+            return self.source[theirs]
+        origin = self.plan[ours]
+        if self.last[0] != ours:
+            value = self.replaced[ours] if ours in self.replaced else self.ours(ours)
+            if layer in self.changes:
+                combine = merged_weight if parameter == "weight" else merged_bias
+                value = combine(value, self.changes[layer])
+            self.last = (ours, to_theirs(value, origin.how, len(origin.keys), self.hidden))
+        return self.last[1][origin.keys.index(theirs)]
+
+
+def inspect(path_or_tensors: str | Path | Mapping[str, Tensor], model: str | None = None) -> Receipt:
+    """The receipt of a LoRA file, without loading a model.
+
+    Args:
+        model: the variant to compare it with; None for the first one that it fits.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+        LoraError: it is damaged, or fits no model; the message says which it was made for.
+        InputError: an unknown model.
+    """
+    file = read(resolved(path_or_tensors))
+    if model is None:
+        for candidate in (v.name for v in VARIANTS.values()):
+            networks = stand_ins(candidate)
+            try:
+                return planned(networks, file, strict=True).receipt(f"{file.source} for {candidate}", networks)
+            except LoraError:
+                continue
+    networks = stand_ins(model or next(iter(VARIANTS)))
+    return planned(networks, file, strict=True).receipt(file.source, networks)
+
+
+def convert(
+    path_or_tensors: str | Path | Mapping[str, Tensor], path: str | Path, dialect: str, model: str = "flux1-dev"
+) -> int:
+    """Write a LoRA file in the names of another dialect; every change stays what it is to float32 rounding.
+
+    Args:
+        dialect: diffusers, kohya, comfyui or xlabs.
+        model: the variant that it is for, whose widths say where fused layers divide.
+
+    Returns:
+        The number of tensors written.
+
+    Raises:
+        LoraError: the file does not fit the model, or holds something that this dialect cannot say exactly.
+        InputError: an unknown dialect or model.
+        OutputError: the path cannot be written.
+    """
+    path = checkpoint_path(path)
+    networks = stand_ins(model)
+    plan = planned(networks, read(resolved(path_or_tensors)), strict=True)
+    return write(encode(Contents.of_plan(plan), dialect, networks), path)
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """What `extract` found in one module.
+
+    Attributes:
+        target: the module.
+        norm: Frobenius norm of the whole difference.
+        captured: share of its square that the chosen rank holds, 0 to 1.
+    """
+
+    target: str
+    norm: float
+    captured: float
+
+
+def extract(
+    base: str | Path, tuned: str | Path, path: str | Path, rank: int = 32, dialect: str = "kohya"
+) -> list[Extracted]:
+    """The difference of two checkpoints as a LoRA: the best approximation of each matrix at this rank (SVD).
+
+    Differences of biases and norms are stored whole. Modules that do not differ are left out.
+
+    Raises:
+        CheckpointError: a file cannot be read, or they are transformers of different sizes.
+        InputError: rank is not a positive number, or the files do not differ; or an unknown dialect.
+        LoraError: the dialect cannot say a difference (a norm in xlabs).
+        OutputError: the path cannot be written.
+    """
+    path = checkpoint_path(path)
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InputError(f"rank must be a whole number of at least 1, got {rank!r}")
+    sources = [open_tensors(file) for file in (base, tuned)]
+    (before, report), (after, other) = (network_of_file(source) for source in sources)
+    old, new = _Weights(before, sources[0], report.layout), _Weights(after, sources[1], other.layout)
+    differing = sorted(
+        key
+        for key in {*old.shapes, *new.shapes}
+        if old.shapes.get(key) != new.shapes.get(key) and key != f"{WIDENED}.weight"
+    )
+    if differing:
+        raise CheckpointError(f"{tuned} and {base} are transformers of different sizes: {differing[0]} differs")
+    contents = Contents()
+    found: list[Extracted] = []
+    for key in old.shapes:
+        module, _, parameter = key.rpartition(".")
+        a, b = old.ours(key).float(), new.ours(key).float()
+        if parameter == "weight" and a.shape != b.shape:
+            a = torch.cat([a, a.new_zeros(len(a), b.shape[1] - a.shape[1])], dim=1)
+        difference = b - a
+        norm = float(torch.linalg.vector_norm(difference.double()))
+        if norm == 0:
+            continue
+        rows = (0, len(difference))
+        if parameter == NORM_PARAMETER:
+            contents.replaced["transformer", module] = new.ours(key)
+            found.append(Extracted(module, norm, 1.0))
+        elif parameter == "bias":
+            contents.add("transformer", module, Dense(None, rows, difference))
+        else:
+            up, down, captured = _best_pair(difference, rank)
+            contents.add("transformer", module, LowRank(down, up, rows))
+            found.append(Extracted(module, norm, captured))
+    if not contents.changes and not contents.replaced:
+        raise InputError(f"{tuned} and {base} hold the same numbers: there is nothing to extract")
+    write(encode(contents, dialect, {"transformer": after}), path)
+    return found
+
+
+EXACT_SVD = 1024  # matrices whose smaller side is below this are decomposed whole; others by random projection
+
+
+def _best_pair(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """(up, down, share of the squared norm) of the best approximation of a rank."""
+    rank = min(rank, *matrix.shape)
+    if min(matrix.shape) <= EXACT_SVD:
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            u, s, v = torch.svd_lowrank(matrix, q=min(rank + 16, *matrix.shape), niter=6)
+        vh = v.T
+    root = s[:rank].sqrt()
+    captured = float(s[:rank].double().square().sum() / matrix.double().square().sum())
+    return (u[:, :rank] * root).contiguous(), (root[:, None] * vh[:rank]).contiguous(), min(1.0, captured)
