@@ -21,6 +21,7 @@ from torch import Tensor
 
 from miniflux.checkpoints.assembly import assemble
 from miniflux.errors import InputError, MinifluxError, OutputError
+from miniflux.lora.adapters import described
 from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.flux1 import Flux1
 from miniflux.sampling import denoise, flux1_schedule, image_ids, initial_noise, pack, text_ids, unpack
@@ -197,6 +198,7 @@ class Pipeline:
         pictures: list[Image.Image] = []
         latents: list[Tensor] = []
         settings: list[dict[str, Any]] = []
+        loras = described(self)
         total = len(prompts) * images
         for i in range(total):
             p = i // images
@@ -238,6 +240,7 @@ class Pipeline:
                     "sigmas": sigmas,
                     "dtype": str(self.dtype).removeprefix("torch."),
                     "device": self.device.type,
+                    "loras": loras,
                 }
             )
         return Result(pictures, torch.cat(latents), settings)

@@ -36,6 +36,14 @@ def _size(text: str) -> tuple[int, int]:
         raise argparse.ArgumentTypeError(f"a size looks like 1024x768 (width x height), got {text!r}") from None
 
 
+def _lora(text: str) -> tuple[str, float]:
+    path, colon, scale = text.rpartition(":")
+    try:
+        return (path, float(scale)) if colon else (text, 1.0)
+    except ValueError:  # a colon that belongs to the path
+        return text, 1.0
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line, with help that a newcomer can act on."""
     root = _Parser(
@@ -82,6 +90,14 @@ def parser() -> argparse.ArgumentParser:
         metavar="KIND",
         help="behind a short prompt: released (padding counts, the default), masked or trimmed",
     )
+    generate.add_argument(
+        "--lora",
+        action="append",
+        type=_lora,
+        default=[],
+        metavar="PATH[:SCALE]",
+        help="add a LoRA file, or the bundled one: realism:0.8; may be given several times",
+    )
     generate.add_argument("--device", metavar="NAME", help="cpu, cuda, mps ...; default the best there is")
     generate.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16; default what suits the device")
     generate.set_defaults(run=_generate)
@@ -95,7 +111,40 @@ def parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", action="store_true", help="the same for programs")
     inspect.set_defaults(run=_inspect)
 
-    for command in (generate, inspect):
+    lora = commands.add_parser("lora", help="look into, convert, merge and extract LoRA files")
+    actions = lora.add_subparsers(dest="action", metavar="ACTION", required=True)
+    inspect_lora = actions.add_parser(
+        "inspect", help="say what a LoRA file changes", description="Print the receipt of a LoRA file: every module it "
+        "changes, with rank, scale and strength. No model is loaded.",
+    )  # fmt: skip
+    inspect_lora.add_argument("file", metavar="FILE")
+    inspect_lora.add_argument("--model", metavar="NAME", help="compare with this model; default: the first that fits")
+    inspect_lora.set_defaults(run=_lora_inspect)
+
+    convert = actions.add_parser("convert", help="write a LoRA in the names of another program")
+    convert.add_argument("file", metavar="FILE")
+    convert.add_argument("-o", "--output", required=True, metavar="FILE", help="ends in .safetensors")
+    convert.add_argument("--to", required=True, metavar="DIALECT", help="diffusers, kohya, comfyui or xlabs")
+    convert.add_argument("--model", default="flux1-dev", metavar="NAME", help="what it is for; default %(default)s")
+    convert.set_defaults(run=_lora_convert)
+
+    merge = actions.add_parser("merge", help="write a checkpoint with LoRAs merged in")
+    merge.add_argument("base", metavar="BASE", help="a transformer's file, or folder with shards")
+    merge.add_argument("--lora", action="append", type=_lora, required=True, metavar="PATH[:SCALE]")
+    merge.add_argument("-o", "--output", required=True, metavar="FILE", help="ends in .safetensors")
+    merge.set_defaults(run=_lora_merge)
+
+    extract = actions.add_parser("extract", help="the difference of two checkpoints as a LoRA")
+    extract.add_argument("base", metavar="BASE")
+    extract.add_argument("tuned", metavar="TUNED")
+    extract.add_argument("-o", "--output", required=True, metavar="FILE", help="ends in .safetensors")
+    extract.add_argument("--rank", type=int, default=32, metavar="N", help="default %(default)s")
+    extract.add_argument(
+        "--to", default="kohya", metavar="DIALECT", help="diffusers, kohya (default), comfyui or xlabs"
+    )
+    extract.set_defaults(run=_lora_extract)
+
+    for command in (generate, inspect, inspect_lora, convert, merge, extract):
         command.add_argument("-v", "--verbose", action="store_true", help="say more about what is done")
     return root
 
@@ -139,6 +188,11 @@ def _generate(options: argparse.Namespace) -> None:
     if options.weights is not None and not Path(options.weights).is_dir():
         raise InputError(f"--weights {options.weights}: no such folder")
     pipe = load(options.model, weights=options.weights, device=options.device, dtype=options.dtype)
+    for path, scale in options.lora:
+        from miniflux.lora import attach
+
+        receipt = attach(pipe, path, scale)
+        logging.getLogger(__name__).info("%s", receipt)
     width, height = options.size or (None, None)
     with tqdm(unit="step", leave=False, disable=not sys.stderr.isatty()) as bar:
 
@@ -168,3 +222,32 @@ def _inspect(options: argparse.Namespace) -> None:
 
     found = inspect(options.path)
     print(found.json() if options.json else found)
+
+
+def _lora_inspect(options: argparse.Namespace) -> None:
+    from miniflux.lora import inspect
+
+    print(inspect(options.file, options.model))
+
+
+def _lora_convert(options: argparse.Namespace) -> None:
+    from miniflux.lora import convert
+
+    count = convert(options.file, options.output, options.to, options.model)
+    print(f"{options.output}: {count} tensors, {options.to}")
+
+
+def _lora_merge(options: argparse.Namespace) -> None:
+    from miniflux.lora import merge_files
+
+    receipts = merge_files(options.base, options.lora, options.output)
+    print(f"{options.output}: {sum(receipt.applied for receipt in receipts)} changes merged")
+
+
+def _lora_extract(options: argparse.Namespace) -> None:
+    from miniflux.lora import extract
+
+    found = extract(options.base, options.tuned, options.output, options.rank, options.to)
+    worst = min(found, key=lambda module: module.captured, default=None)
+    held = "" if worst is None else f"; at least {100 * worst.captured:.2f} % of each difference ({worst.target})"
+    print(f"{options.output}: {len(found)} modules at rank {options.rank}{held}")

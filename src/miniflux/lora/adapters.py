@@ -5,18 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from torch import nn
 
 from miniflux.errors import InputError, LoraError
 from miniflux.lora.dialects import Network
+from miniflux.lora.layer import Change
 from miniflux.models.clip import ClipTextEncoder
 from miniflux.models.flux1 import Flux1
 from miniflux.models.t5 import T5Encoder
-from miniflux.pipeline import Pipeline
+from miniflux.text import Text
 
-Target = Pipeline | nn.Module
+
+class Parts(Protocol):
+    """What a pipeline has that adapters can change."""
+
+    transformer: Flux1
+    text: Text
+
+
+Target = Parts | nn.Module
 Scale = float | Mapping[str, float] | Callable[[str], float]
 """One number for all; or numbers by the beginning of a module's name, 1 for the rest; or a function of the name."""
 
@@ -28,7 +37,7 @@ class Adapter:
     """What is attached to one network under one name.
 
     Attributes:
-        layers: names of the changed layers.
+        changes: name of the changed layer and its change, in the order of the file.
         saved: parameters that it replaced: (module, parameter) -> (the old one, the new one).
         config: the network's config before its input was widened, or None.
         scale: as given.
@@ -38,12 +47,17 @@ class Adapter:
 
     name: str
     source: str
-    layers: list[str]
+    changes: list[tuple[str, Change]] = field(default_factory=list)
     saved: dict[tuple[str, str], tuple[nn.Parameter, nn.Parameter]] = field(default_factory=dict)
     config: Any = None
     scale: Scale = 1.0
     schedule: Callable[[float], float] | None = None
     merged: bool = False
+
+    @property
+    def layers(self) -> list[str]:
+        """The changed layers, each once."""
+        return list(dict.fromkeys(layer for layer, _ in self.changes))
 
 
 def networks(target: Target) -> dict[Network, nn.Module]:
@@ -52,7 +66,7 @@ def networks(target: Target) -> dict[Network, nn.Module]:
     Raises:
         InputError: it is neither a pipeline nor a network of ours.
     """
-    if isinstance(target, Pipeline):
+    if not isinstance(target, nn.Module) and hasattr(target, "transformer") and hasattr(target, "text"):
         return {"transformer": target.transformer, "clip": target.text.clip, "t5": target.text.t5}
     kinds: tuple[tuple[type[nn.Module], Network], ...] = (
         (Flux1, "transformer"),
@@ -77,6 +91,20 @@ def attached(target: Target) -> dict[str, Scale]:
         for network in networks(target).values()
         for adapter in adapters_of(network).values()
     }
+
+
+def described(target: Target) -> list[dict[str, Any]]:
+    """What is attached, in plain JSON, for the settings of a picture."""
+    found: dict[str, dict[str, Any]] = {}
+    for network in networks(target).values():
+        for adapter in adapters_of(network).values():
+            about = found.setdefault(adapter.name, {"name": adapter.name, "source": adapter.source})
+            if callable(adapter.scale):
+                about["scale"] = {layer: scale_of(adapter.scale, layer) for layer in adapter.layers}
+            else:
+                about["scale"] = dict(adapter.scale) if isinstance(adapter.scale, Mapping) else adapter.scale
+            about["scheduled"] = about.get("scheduled", False) or adapter.schedule is not None
+    return list(found.values())
 
 
 def checked_name(name: str) -> str:

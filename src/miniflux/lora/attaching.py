@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from miniflux.checkpoints.finding import BUNDLED
@@ -25,11 +24,10 @@ from miniflux.lora.adapters import (
     scale_of,
 )
 from miniflux.lora.files import read
-from miniflux.lora.layer import Change, add_changes, changes_of, remove_changes
+from miniflux.lora.layer import add_changes, remove_changes, rescale
 from miniflux.lora.planning import WIDENED, planned
 from miniflux.lora.receipt import Receipt
 from miniflux.models.flux1 import Flux1
-from miniflux.pipeline import Pipeline
 
 BUNDLED_LORAS = BUNDLED / "loras"
 
@@ -91,18 +89,14 @@ def attach(
         for layer, _ in layers:
             scale_of(scale, layer)
     for kind, network in found.items():
-        adapter = Adapter(name, plan.file.source, [])
-        by_layer: dict[str, list[Change]] = {}
-        for layer, change in plan.changes.get(kind, []):
-            by_layer.setdefault(layer, []).append(change)
+        adapter = Adapter(name, plan.file.source, changes=plan.changes.get(kind, []))
         for (module, parameter), tensor in plan.replaced.get(kind, {}).items():
             _replace(network, adapter, module, parameter, tensor)
-        for layer, changes in by_layer.items():
+        for layer in adapter.layers:
             module = network.get_submodule(layer)
             device = cast(Tensor, module.weight).device
-            add_changes(module, name, [change.to(device) for change in changes])
-            adapter.layers.append(layer)
-        if adapter.layers or adapter.saved:
+            add_changes(module, name, [change.to(device) for at, change in adapter.changes if at == layer])
+        if adapter.changes or adapter.saved:
             adapters_of(network)[name] = adapter
     set_scale(target, name, scale)
     return plan.receipt(name, found)
@@ -181,18 +175,9 @@ def _check_scale(scale: Scale) -> None:
 
 
 def _apply_scale(network: nn.Module, adapter: Adapter, scale: Scale, times: float) -> None:
-    tensors: list[Tensor] = []
-    values: list[float] = []
-    for layer in adapter.layers:
-        value = scale_of(scale, layer)
-        for change in changes_of(network.get_submodule(layer))[adapter.name]:
-            change.active = value * times != 0
-            tensors.append(change.scale)
-            values.append(value * times)
-    with torch.no_grad():
-        for tensor, value in zip(tensors, values, strict=True):
-            tensor.fill_(value)
-    on = not values or any(values) if not isinstance(scale, (int, float)) else scale * times != 0
+    values = {layer: times * scale_of(scale, layer) for layer in adapter.layers}
+    rescale([change for _, change in adapter.changes], [values[layer] for layer, _ in adapter.changes])
+    on = times * scale != 0 if isinstance(scale, (int, float)) else any(values.values())
     for (module, parameter), (old, new) in adapter.saved.items():
         if module != WIDENED:  # the zero columns of a widened input change nothing
             _put(network, module, parameter, new if on else old)
@@ -214,7 +199,7 @@ def _watch(network: nn.Module, adapter: Adapter, schedule: Callable[[float], flo
 
 
 def _forget_prompts(target: Target) -> None:
-    if isinstance(target, Pipeline):
+    if not isinstance(target, nn.Module):
         target.text.clear()
 
 

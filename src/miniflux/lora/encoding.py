@@ -16,7 +16,7 @@ from miniflux.checkpoints.saving import checkpoint_path, write_beside
 from miniflux.errors import InputError, LoraError
 from miniflux.lora.adapters import Target, adapters_of, named, networks
 from miniflux.lora.dialects import DIALECTS, NORM_PARAMETER, RULES, Dialect, Network, Place
-from miniflux.lora.layer import Change, Dense, Hadamard, Kronecker, LowRank, Magnitude, Rows, changes_of
+from miniflux.lora.layer import Change, Dense, Hadamard, Kronecker, LowRank, Magnitude, Rows
 from miniflux.lora.planning import WIDENED, Plan, swapped
 
 # What a dialect can be asked for by, and what it is called in `DIALECTS`.
@@ -82,9 +82,8 @@ class Contents:
             adapter = adapters_of(network).get(name)
             if adapter is None:
                 continue
-            for layer in adapter.layers:
-                for change in changes_of(network.get_submodule(layer))[name]:
-                    contents.add(kind, layer, change)
+            for layer, change in adapter.changes:
+                contents.add(kind, layer, change)
             for (module, _), (_, new) in adapter.saved.items():
                 if module != WIDENED:
                     contents.replaced[kind, module] = new.detach()

@@ -34,9 +34,8 @@ def stand_ins(model: str) -> dict[Network, nn.Module]:
 
 @cache
 def _flux1_shapes(name: str) -> dict[str, tuple[int, int]]:
-    config = VARIANTS[name].transformer if name in VARIANTS else OTHER_TRANSFORMERS[name]
     with torch.device("meta"):
-        model = Flux1(config)
+        model = Flux1(OTHER_TRANSFORMERS[name] if name in OTHER_TRANSFORMERS else VARIANTS[name].transformer)
     return {
         key: (module.out_features, module.in_features)
         for key, module in model.named_modules()
@@ -86,8 +85,8 @@ def fitting_models(groups: Sequence[Group], found: Mapping[str, nn.Module]) -> s
     scores: dict[str, int] = {}
     for name in [*VARIANTS, *OTHER_TRANSFORMERS]:
         shapes = _flux1_shapes(name)
-        config = VARIANTS[name].transformer if name in VARIANTS else OTHER_TRANSFORMERS[name]
-        scores[name] = sum(_agrees(shapes.get(p.target), p, config.hidden_size, given) for p, given in asked)
+        hidden = shapes["img_in"][0]
+        scores[name] = sum(_agrees(shapes.get(p.target), p, hidden, given) for p, given in asked)
     for name, sizes in FLUX2_SIZES.items():
         scores[name] = sum(_agrees(_flux2_shape(sizes, p.target), p, sizes.hidden_size, given) for p, given in asked)
     best = max(scores.values())
@@ -96,5 +95,8 @@ def fitting_models(groups: Sequence[Group], found: Mapping[str, nn.Module]) -> s
         return f"; its widths ({', '.join(map(str, widths[:4]))}) are those of no model known here"
     names = [name for name, score in scores.items() if score == best]
     network = found.get("transformer")
-    own = f", not for this one of width {hidden_size(network)}" if network is not None else ""
+    known = {**OTHER_TRANSFORMERS, **{name: variant.transformer for name, variant in VARIANTS.items()}}
+    if isinstance(network, Flux1) and any(known.get(name) == network.config for name in names):
+        return ""  # the widths are right: something else is wrong
+    own = "" if network is None else f", this model's width is {hidden_size(network)}"
     return f"; its widths are those of {' or '.join(names)}{own}"
