@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
-
 import torch
 from diffusers import FluxTransformer2DModel
+from timing import median_times
 
 from miniflux.checkpoints import to_layout
 from miniflux.models.flux1 import Flux1, Flux1Config
 from miniflux.sampling import image_ids, text_ids
-
-ROUNDS = 15
-
-
-def median_times(*calls: Callable[[], object]) -> list[float]:
-    times: list[list[float]] = [[] for _ in calls]
-    for _ in range(ROUNDS):
-        for call, taken in zip(calls, times, strict=True):
-            start = time.perf_counter()
-            call()
-            taken.append(time.perf_counter() - start)
-    return [statistics.median(taken) for taken in times]
-
 
 @torch.inference_mode()
 def main() -> None:
