@@ -211,7 +211,7 @@ def _put(network: nn.Module, module: str, parameter: str, value: nn.Parameter) -
 
 
 def _replace(network: nn.Module, adapter: Adapter, module: str, parameter: str, tensor: Tensor) -> None:
-    old = cast(nn.Parameter, network.get_submodule(module).get_parameter(parameter))
+    old = network.get_submodule(module).get_parameter(parameter)
     new = nn.Parameter(tensor.to(old.device, old.dtype), requires_grad=False)
     adapter.saved[module, parameter] = (old, new)
     _put(network, module, parameter, new)

@@ -128,7 +128,7 @@ def _form(name: str, module: str, keys: Mapping[str, str]) -> Form:
         "replace": {"replace"},
         "diff": {"diff"},
     }
-    forms = [form for form, marks in own.items() if marks & present]
+    forms: list[Form] = [form for form, marks in own.items() if marks & present]
     if not forms and present == {"bias"}:
         forms = ["diff"]
     if len(forms) != 1:

@@ -288,7 +288,7 @@ def _name(key: str) -> str:
 def changes_of(layer: nn.Module) -> dict[str, list[Change]]:
     """The changes that hang on a layer, by the name of their adapter."""
     found = getattr(layer, CHANGES, None)
-    return {} if found is None else {_name(key): list(cast(Any, changes)) for key, changes in found.items()}
+    return {} if found is None else {_name(key): list(changes) for key, changes in found.items()}
 
 
 def add_changes(layer: nn.Module, name: str, changes: list[Change]) -> None:
@@ -317,8 +317,8 @@ def rescale(changes: Sequence[Change], scales: Sequence[float]) -> None:
         change.__dict__["active"] = scale != 0
     tensors = [cast(Tensor, change._buffers["scale"]) for change in changes]  # pyright: ignore[reportPrivateUsage]
     with torch.no_grad():
-        torch._foreach_zero_(tensors)  # pyright: ignore[reportPrivateUsage]
-        torch._foreach_add_(tensors, list(scales))  # pyright: ignore[reportPrivateUsage]
+        torch._foreach_zero_(tensors)  # pyright: ignore
+        torch._foreach_add_(tensors, list(scales))  # pyright: ignore
 
 
 def _add(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -141,7 +141,7 @@ def _check_mergeable(network: nn.Module, layer: str, adapter: str) -> None:
     if weight.dtype.itemsize == 1:
         warnings.warn(f"{layer} is {weight.dtype}: most of a LoRA is smaller than its rounding", stacklevel=3)
     for change in changes_of(module)[adapter]:
-        if change.bias is not None and module.bias is None:
+        if change.bias is not None and cast("Tensor | None", module.bias) is None:
             raise LoraError(f"{layer} has no bias, but LoRA {adapter!r} changes it: it cannot be merged")
 
 

@@ -73,7 +73,7 @@ def _agrees(shape: tuple[int, int] | None, place: Place, hidden: int, given: tup
     return given == (rows, shape[1])
 
 
-def fitting_models(groups: Sequence[Group], found: Mapping[str, nn.Module]) -> str:
+def fitting_models(groups: Sequence[Group], found: Mapping[Network, nn.Module]) -> str:
     """A sentence that names the models whose widths a file has; empty if there is none, or only the given one."""
     asked = [
         (group.place, shape)

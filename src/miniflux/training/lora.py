@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from miniflux.errors import InputError, LoraError
 from miniflux.lora.adapters import Adapter, adapters_of, checked_name
 from miniflux.lora.encoding import Contents, encode
-from miniflux.lora.layer import LowRank, add_changes
+from miniflux.lora.layer import Change, LowRank, add_changes
 from miniflux.models.flux1 import Flux1
 
 
@@ -51,7 +51,7 @@ class TrainableLora(nn.Module):
         for layer, change in zip(layers, changes, strict=True):
             add_changes(network.get_submodule(layer), name, [change])
         pairs = list(zip(layers, changes, strict=True))
-        adapters_of(network)[name] = Adapter(name, "training", changes=cast("list", pairs))
+        adapters_of(network)[name] = Adapter(name, "training", changes=cast("list[tuple[str, Change]]", pairs))
 
     def tensors(self, network: Flux1, dialect: str, dtype: torch.dtype) -> dict[str, Tensor]:
         """The tensors of a LoRA file; `network`: what it is for, on any device.
