@@ -10,6 +10,7 @@ from miniflux.checkpoints import to_layout
 from miniflux.models.flux1 import Flux1, Flux1Config
 from miniflux.sampling import image_ids, text_ids
 
+
 @torch.inference_mode()
 def main() -> None:
     print(f"{'hidden':>6} {'tokens':>6} {'miniflux ms':>12} {'diffusers ms':>13} {'ratio':>6}")

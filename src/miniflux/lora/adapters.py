@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -30,6 +30,7 @@ Scale = float | Mapping[str, float] | Callable[[str], float]
 """One number for all; or numbers by the beginning of a module's name, 1 for the rest; or a function of the name."""
 
 ADAPTERS = "_lora_adapters"  # attribute of a network: name -> Adapter
+ORIGINALS = "_lora_originals"  # attribute of a network: (layer, parameter) -> the original, or None if not kept
 
 
 @dataclass
@@ -84,6 +85,11 @@ def adapters_of(network: nn.Module) -> dict[str, Adapter]:
     return cast("dict[str, Adapter]", network.__dict__.setdefault(ADAPTERS, {}))
 
 
+def originals_of(network: nn.Module) -> dict[tuple[str, str], nn.Parameter | None]:
+    """The parameters that merging has replaced, as they were."""
+    return cast("dict[tuple[str, str], nn.Parameter | None]", network.__dict__.setdefault(ORIGINALS, {}))
+
+
 def attached(target: Target) -> dict[str, Scale]:
     """Names and scales of the adapters of a pipeline or network."""
     return {
@@ -100,7 +106,8 @@ def described(target: Target) -> list[dict[str, Any]]:
         for adapter in adapters_of(network).values():
             about = found.setdefault(adapter.name, {"name": adapter.name, "source": adapter.source})
             if callable(adapter.scale):
-                about["scale"] = {layer: scale_of(adapter.scale, layer) for layer in adapter.layers}
+                scales = {layer: scale_of(adapter.scale, layer) for layer in adapter.layers}
+                about["scale"] = {**about.get("scale", {}), **scales}
             else:
                 about["scale"] = dict(adapter.scale) if isinstance(adapter.scale, Mapping) else adapter.scale
             about["scheduled"] = about.get("scheduled", False) or adapter.schedule is not None
@@ -142,3 +149,22 @@ def scale_of(scale: Scale, layer: str) -> float:
     if not math.isfinite(value):
         raise InputError(f"the scale of {layer} must be a finite number, got {value!r}")
     return value
+
+
+def check_scale(scale: Scale, layers: Sequence[str], name: str) -> None:
+    """Refuse scales that mean nothing for a LoRA that changes `layers`.
+
+    Raises:
+        InputError: a scale is not a finite number, or a beginning of a name in a dict fits no layer.
+    """
+    values = list(scale.values()) if isinstance(scale, Mapping) else [] if callable(scale) else [scale]
+    for value in values:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not number or not math.isfinite(value):
+            raise InputError(f"the scale of a LoRA must be a finite number, got {value!r}")
+    if isinstance(scale, Mapping):
+        idle = [start for start in scale if not any(layer.startswith(start) for layer in layers)]
+        if idle:
+            raise InputError(f"no module that LoRA {name!r} changes begins with {idle[0]!r}")
+    for layer in layers:
+        scale_of(scale, layer)

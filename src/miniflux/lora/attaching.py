@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +10,14 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from miniflux.checkpoints.finding import BUNDLED
-from miniflux.errors import InputError, LoraError
+from miniflux.errors import LoraError
 from miniflux.lora.adapters import (
     ADAPTERS,
     Adapter,
     Scale,
     Target,
     adapters_of,
+    check_scale,
     checked_name,
     named,
     networks,
@@ -83,11 +83,8 @@ def attach(
     name = checked_name(name)
     if any(name in adapters_of(network) for network in found.values()):
         raise LoraError(f"a LoRA named {name!r} is attached already; detach it first, or give this one another name")
-    _check_scale(scale)
     plan = planned(found, read(where), strict)
-    for layers in plan.changes.values():
-        for layer, _ in layers:
-            scale_of(scale, layer)
+    check_scale(scale, [layer for changes in plan.changes.values() for layer, _ in changes], name)
     for kind, network in found.items():
         adapter = Adapter(name, plan.file.source, changes=plan.changes.get(kind, []))
         for (module, parameter), tensor in plan.replaced.get(kind, {}).items():
@@ -108,9 +105,10 @@ def detach(target: Target, name: str) -> None:
     Raises:
         LoraError: nothing of this name is attached; or it is merged, and must be unmerged first.
     """
-    for network, adapter in named(target, name):
-        if adapter.merged:
-            raise LoraError(f"LoRA {name!r} is merged into the weights: unmerge it before detaching")
+    found = named(target, name)
+    if any(adapter.merged for _, adapter in found):
+        raise LoraError(f"LoRA {name!r} is merged into the weights: unmerge it before detaching")
+    for network, adapter in found:
         for layer in adapter.layers:
             remove_changes(network.get_submodule(layer), adapter.name)
         for (module, parameter), (old, _) in adapter.saved.items():
@@ -134,17 +132,12 @@ def set_scale(target: Target, name: str, scale: Scale) -> None:
         InputError: a scale is not a finite number, or a beginning of a name in a dict fits no module of the LoRA.
     """
     found = named(target, name)
-    _check_scale(scale)
-    layers = [layer for _, adapter in found for layer in adapter.layers]
-    if isinstance(scale, Mapping):
-        idle = [start for start in scale if not any(layer.startswith(start) for layer in layers)]
-        if idle:
-            raise InputError(f"no module that LoRA {name!r} changes begins with {idle[0]!r}")
+    check_scale(scale, [layer for _, adapter in found for layer in adapter.layers], name)
+    if any(adapter.merged for _, adapter in found):
+        raise LoraError(f"LoRA {name!r} is merged into the weights: unmerge it before changing its scale")
     for network, adapter in found:
-        if adapter.merged:
-            raise LoraError(f"LoRA {name!r} is merged into the weights: unmerge it before changing its scale")
-        _apply_scale(network, adapter, scale, 1.0)
         adapter.scale = scale
+        apply_scale(network, adapter)
     _forget_prompts(target)
 
 
@@ -155,26 +148,21 @@ def set_schedule(target: Target, name: str, schedule: Callable[[float], float] |
         schedule: from the noise level, 1 (pure noise) to 0, to what the scale is multiplied by; None ends it.
 
     Raises:
-        LoraError: nothing of this name is attached to the transformer.
+        LoraError: nothing of this name is attached to the transformer, or it is merged.
     """
     network = networks(target).get("transformer")
     adapter = None if network is None else adapters_of(network).get(checked_name(name))
     if network is None or adapter is None:
         raise LoraError(f"no LoRA named {name!r} is attached to a transformer")
+    if adapter.merged:
+        raise LoraError(f"LoRA {name!r} is merged into the weights: unmerge it before giving it a schedule")
     _watch(network, adapter, schedule)
-    if schedule is None:
-        _apply_scale(network, adapter, adapter.scale, 1.0)
+    apply_scale(network, adapter)
 
 
-def _check_scale(scale: Scale) -> None:
-    values = list(scale.values()) if isinstance(scale, Mapping) else [] if callable(scale) else [scale]
-    for value in values:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)  # pyright: ignore[reportUnnecessaryIsInstance]
-        if not number or not math.isfinite(value):
-            raise InputError(f"the scale of a LoRA must be a finite number, got {value!r}")
-
-
-def _apply_scale(network: nn.Module, adapter: Adapter, scale: Scale, times: float) -> None:
+def apply_scale(network: nn.Module, adapter: Adapter, times: float = 1.0) -> None:
+    """Give the changes of an adapter its scale, multiplied by `times`."""
+    scale = adapter.scale
     values = {layer: times * scale_of(scale, layer) for layer in adapter.layers}
     rescale([change for _, change in adapter.changes], [values[layer] for layer, _ in adapter.changes])
     on = times * scale != 0 if isinstance(scale, (int, float)) else any(values.values())
@@ -193,7 +181,7 @@ def _watch(network: nn.Module, adapter: Adapter, schedule: Callable[[float], flo
 
     def before(_: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
         timesteps = options["timesteps"] if "timesteps" in options else inputs[4]
-        _apply_scale(network, adapter, adapter.scale, schedule(float(timesteps[0])))
+        apply_scale(network, adapter, schedule(float(timesteps[0])))
 
     network.__dict__[f"_lora_schedule_{adapter.name}"] = network.register_forward_pre_hook(before, with_kwargs=True)
 

@@ -84,10 +84,11 @@ class Place:
 
 @dataclass(frozen=True)
 class _Rule:
-    """A spelling of a module, `{i}` for block numbers, and the place it means."""
+    """A spelling of a module, `{i}` for block numbers, the place it means, and whether only FLUX.2 spells it so."""
 
     theirs: str
     place: Place
+    flux2: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,9 +126,12 @@ class Dialect:
                              rule.place.swap)  # fmt: skip
         return None
 
-    def module(self, place: Place) -> str | None:
-        """The inverse: what comes before the suffix for a place; None if this dialect has no name for it."""
+    def module(self, place: Place, flux2: bool = False) -> str | None:
+        """The inverse: what comes before the suffix for a place of a FLUX.1 (or FLUX.2); None if this dialect has no
+        name for it."""
         for rule in RULES[self.spelling]:
+            if rule.flux2 and not flux2:
+                continue
             same = (rule.place.first, rule.place.last, rule.place.parts, rule.place.swap) == (
                 place.first,
                 place.last,
@@ -207,7 +211,7 @@ def _original() -> list[_Rule]:
 RULES: dict[Spelling, list[_Rule]] = {
     "original": _original(),
     "diffusers": _from_rows(FLUX1_DIFFUSERS)
-    + [_Rule(theirs, Place("transformer", ours)) for ours, theirs in FLUX2_DIFFUSERS],
+    + [_Rule(theirs, Place("transformer", ours), flux2=True) for ours, theirs in FLUX2_DIFFUSERS],
     "xlabs": [_Rule(theirs, place) for place, theirs in XLABS],
     "clip": [
         _Rule(name, Place("clip", name))

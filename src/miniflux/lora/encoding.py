@@ -17,7 +17,8 @@ from miniflux.errors import InputError, LoraError
 from miniflux.lora.adapters import Target, adapters_of, named, networks
 from miniflux.lora.dialects import DIALECTS, NORM_PARAMETER, RULES, Dialect, Network, Place
 from miniflux.lora.layer import Change, Dense, Hadamard, Kronecker, LowRank, Magnitude, Rows
-from miniflux.lora.planning import WIDENED, Plan, swapped
+from miniflux.lora.planning import WIDENED, Plan, can_swap, swapped
+from miniflux.models.flux1 import Flux1
 
 # What a dialect can be asked for by, and what it is called in `DIALECTS`.
 WRITABLE = {"diffusers": "diffusers", "kohya": "kohya", "comfyui": "ComfyUI", "xlabs": "XLabs"}
@@ -136,12 +137,14 @@ def encode(contents: Contents, dialect: str, found: Mapping[Network, nn.Module])
                 parts = [part for change in changes if (part := _cut(change, rows)) is not None]
                 if parts:
                     said = _said(_combined(parts, rows), ENDINGS[dialect], dialect)
+                    if swap and not can_swap(said):
+                        raise _Inexact("the halves of its rows cannot change places in a Kronecker product (LoKr)")
                     for what, tensor in (swapped(said) if swap else said).items():
                         tensors[name + ENDINGS[dialect][what]] = tensor.detach().cpu()
         except _Inexact as reason:
             refused.append(f"{layer}: {reason}")
     for (kind, module), tensor in contents.replaced.items():
-        name = _name(dialect, Place(kind, module))
+        name = _name(dialect, Place(kind, module), found[kind])
         if name is None or "replace" not in ENDINGS[dialect]:
             refused.append(f"{module}: {dialect} files cannot replace a norm")
         else:
@@ -160,9 +163,9 @@ def _dialect(name: str, kind: Network) -> Dialect | None:
     return next((d for d in DIALECTS if d.name == WRITABLE[name] and d.network == kind), None)
 
 
-def _name(name: str, place: Place) -> str | None:
+def _name(name: str, place: Place, network: nn.Module) -> str | None:
     dialect = _dialect(name, place.network)
-    return None if dialect is None else dialect.module(place)
+    return None if dialect is None else dialect.module(place, flux2=not isinstance(network, Flux1))
 
 
 def _slots(name: str, kind: Network, layer: str, network: nn.Module) -> list[tuple[str, Rows, bool]]:
@@ -174,7 +177,7 @@ def _slots(name: str, kind: Network, layer: str, network: nn.Module) -> list[tup
     shapes = {(r.place.first, r.place.last, r.place.parts, r.place.swap) for r in RULES[dialect.spelling]}
     slots: list[tuple[str, Rows, bool]] = []
     for first, last, parts, swap in sorted(shapes):
-        module = dialect.module(Place(kind, layer, first, last, parts, swap))
+        module = _name(name, Place(kind, layer, first, last, parts, swap), network)
         if module is not None:
             heights = stacked_rows(parts, out, hidden_size(network))
             slots.append((module, (sum(heights[:first]), sum(heights[:last])), swap))

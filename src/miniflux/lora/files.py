@@ -30,6 +30,7 @@ FORMS: dict[Form, tuple[set[str], set[str]]] = {
     "diff": (set(), {"diff", "bias"}),
     "replace": ({"replace"}, set()),
 }
+UP_BIAS = ".lora_B.bias"
 PEFT_METADATA = "lora_adapter_metadata"  # header entry of diffusers: JSON with PEFT's config per network
 PEFT_CONFIG = "adapter_config.json"  # beside the file, as PEFT itself saves it
 PEFT_PREFIXES = {"transformer": "transformer", "clip": "text_encoder", "t5": "text_encoder_2"}
@@ -92,7 +93,10 @@ def read(path_or_tensors: str | Path | Mapping[str, Tensor]) -> LoraFile:
         source = open_tensors(path)
         metadata, name = source.metadata, str(path)
         config = _peft_config(path if path.is_dir() else path.parent, path)
-    found = recognise(list(source))
+    try:
+        found = recognise(list(source))
+    except LoraError as error:
+        raise LoraError(f"{name}: {error}") from error
     said = _alphas_said(metadata, config)
     groups: list[Group] = []
     for module, (place, keys) in sorted(found.groups.items()):
@@ -106,6 +110,8 @@ def read(path_or_tensors: str | Path | Mapping[str, Tensor]) -> LoraFile:
         _check_ranks(name, module, form, tensors)
         factor = _factor(name, module, form, tensors, said(place, module))
         kept = {what: tensor for what, tensor in tensors.items() if what not in ("alpha", "reshape")}
+        if factor != 1 and keys.get("bias", "").endswith(UP_BIAS):  # the bias of the up projection: scaled with it
+            kept["bias"] = kept["bias"].float() * factor
         groups.append(Group(module, place, form, kept, factor, dict(keys)))
     return LoraFile(name, found.dialect, groups, found.unmatched)
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 Rows = tuple[int, int]
 CHANGES = "lora_changes"  # attribute of a changed layer: adapter name -> its changes
-DOT = "\N{ONE DOT LEADER}"
 
 
 class Change(nn.Module):
@@ -54,6 +53,12 @@ class Change(nn.Module):
         """Of the change as stored; 0 where that says nothing."""
         return 0
 
+    @property
+    def inputs(self) -> int | None:
+        """How many of the layer's inputs it reads, from the first; None if it reads none or all of them. A layer that a
+        control LoRA has widened has more than an ordinary one knows."""
+        return None
+
     def forward(self, x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
         """factor * dW x for inputs (..., in), without scale and bias: (..., rows). `base`: W x of the layer's rows."""
         raise NotImplementedError
@@ -89,14 +94,19 @@ class LowRank(Change):
     def rank(self) -> int:
         return self.down.shape[0]
 
+    @property
+    def inputs(self) -> int:
+        return self.down.shape[1]
+
     def forward(self, x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
         return F.linear(F.linear(x, self.down.to(x.dtype)) * self.factor, self.up.to(x.dtype))
 
     def add_to(self, output: Tensor, x: Tensor, base: Callable[[Tensor], Tensor]) -> None:
         """As of every change, but the last product adds straight into the output: no temporary of its size."""
         small = F.linear(x, self.down.to(x.dtype)) * (self.factor * self.scale)
-        part = output.flatten(0, -2)[:, self.rows[0] : self.rows[1]]
-        part.addmm_(small.flatten(0, -2).to(output.dtype), self.up.to(output.dtype).t())
+        flat, small = (t.flatten(0, -2) if t.ndim > 1 else t[None] for t in (output, small))
+        part = flat[:, self.rows[0] : self.rows[1]]
+        part.addmm_(small.to(output.dtype), self.up.to(output.dtype).t())
         if self.bias is not None:
             part += self.scale * self.bias
 
@@ -136,6 +146,10 @@ class Hadamard(Change):
     @property
     def rank(self) -> int:
         return self.b1.shape[0]
+
+    @property
+    def inputs(self) -> int:
+        return self.b1.shape[1]
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(down, up) of the same change, of rank1 * rank2."""
@@ -277,12 +291,12 @@ class Magnitude(Change):
 
 
 def _key(name: str) -> str:
-    """An adapter's name as a name for a submodule, which may hold no dot."""
-    return name.replace(".", DOT)
+    """An adapter's name as a name for a submodule, which may hold no dot and be no method of a ModuleDict."""
+    return "adapter " + name.replace("%", "%25").replace(".", "%2E")
 
 
 def _name(key: str) -> str:
-    return key.replace(DOT, ".")
+    return key.removeprefix("adapter ").replace("%2E", ".").replace("%25", "%")
 
 
 def changes_of(layer: nn.Module) -> dict[str, list[Change]]:
@@ -316,7 +330,7 @@ def rescale(changes: Sequence[Change], scales: Sequence[float]) -> None:
     for change, scale in zip(changes, scales, strict=True):
         change.__dict__["active"] = scale != 0
     tensors = [cast(Tensor, change._buffers["scale"]) for change in changes]  # pyright: ignore[reportPrivateUsage]
-    with torch.no_grad():
+    with torch.inference_mode():  # which may also change tensors that were made in it
         torch._foreach_zero_(tensors)  # pyright: ignore
         torch._foreach_add_(tensors, list(scales))  # pyright: ignore
 
@@ -324,15 +338,13 @@ def rescale(changes: Sequence[Change], scales: Sequence[float]) -> None:
 def _add(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     """The forward hook of a changed layer."""
     (x,) = inputs
-    untouched: Tensor | None = None
-    for changes in getattr(layer, CHANGES).values():
-        for change in changes:
-            # Compiled code computes changes of scale 0 as well: to skip them would mean to compile again.
-            if not torch.compiler.is_compiling() and not change.active:
-                continue
-            if change.needs_base and untouched is None:
-                untouched = output.clone()
-            change.add_to(output, x, partial(_base, layer, change.rows, x, untouched))
+    # Compiled code computes changes of scale 0 as well: to skip them would mean to compile again.
+    everything = torch.compiler.is_compiling()
+    changes = [c for adapter in getattr(layer, CHANGES).values() for c in adapter if everything or c.active]
+    untouched = output.clone() if any(change.needs_base for change in changes) else None
+    for change in changes:
+        seen = x if change.inputs in (None, x.shape[-1]) else x[..., : change.inputs]
+        change.add_to(output, seen, partial(_base, layer, change.rows, x, untouched))
     return output
 
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from miniflux.checkpoints.files import TensorSource, open_tensors
 from miniflux.checkpoints.layouts import detect, hidden_size, origins, their_shape_fits, to_ours
 from miniflux.errors import CheckpointError, LoraError
-from miniflux.lora.adapters import Target, adapters_of, named, networks
+from miniflux.lora.adapters import Adapter, Target, adapters_of, named, networks, originals_of, scale_of
+from miniflux.lora.attaching import apply_scale
 from miniflux.lora.layer import Change, changes_of
-
-ORIGINALS = "_lora_originals"  # attribute of a network: (layer, parameter) -> the original, or None if not kept
+from miniflux.lora.planning import WIDENED
 
 
 def merge(target: Target, name: str | None = None, *, keep: bool = True) -> int:
@@ -43,11 +43,13 @@ def merge(target: Target, name: str | None = None, *, keep: bool = True) -> int:
         for adapter in names:
             if adapters_of(network)[adapter].merged:
                 raise LoraError(f"LoRA {adapter!r} is merged already")
+            if adapters_of(network)[adapter].schedule is not None:
+                raise LoraError(f"LoRA {adapter!r} has a schedule: end it before merging")
             for layer in adapters_of(network)[adapter].layers:
                 _check_mergeable(network, layer, adapter)
     kept = 0
     for network, names in chosen.items():
-        originals = _originals(network)
+        originals = originals_of(network)
         layers = [layer for adapter in names for layer in adapters_of(network)[adapter].layers]
         for layer in dict.fromkeys(layers):
             module = network.get_submodule(layer)
@@ -60,6 +62,9 @@ def merge(target: Target, name: str | None = None, *, keep: bool = True) -> int:
             adapters_of(network)[adapter].merged = True
         for layer in dict.fromkeys(layers):
             _rewrite(network, layer, names)
+        for adapter in names:  # what is in the weights is not computed beside them as well
+            apply_scale(network, adapters_of(network)[adapter], 0.0)
+            _keep_replaced(network, adapters_of(network)[adapter])
     return kept
 
 
@@ -75,8 +80,9 @@ def unmerge(target: Target, name: str | None = None, *, base: str | Path | Mappi
         CheckpointError: the base lacks a weight, or it has another shape.
     """
     chosen = _chosen(target, name, merged=True)
-    for network in chosen:
-        lost = {key for key, value in _originals(network).items() if value is None}
+    for network, names in chosen.items():
+        layers = {layer for adapter in names for layer in adapters_of(network)[adapter].layers}
+        lost = {key for key, value in originals_of(network).items() if value is None and key[0] in layers}
         if lost and base is None:
             raise LoraError(
                 f"{len(lost)} original weights were not kept (merge was called with keep=False): "
@@ -90,6 +96,8 @@ def unmerge(target: Target, name: str | None = None, *, base: str | Path | Mappi
             adapters_of(network)[adapter].merged = False
         for layer in layers:
             _rewrite(network, layer, names)
+        for adapter in names:
+            apply_scale(network, adapters_of(network)[adapter])
 
 
 def merged_weight(weight: Tensor, changes: Sequence[tuple[Change, float]]) -> Tensor:
@@ -100,7 +108,8 @@ def merged_weight(weight: Tensor, changes: Sequence[tuple[Change, float]]) -> Te
         start, end = change.rows
         if change.kind == "diff" and getattr(change, "difference", None) is None:
             continue
-        total[start:end] += scale * change.delta(base[start:end].float())
+        delta = change.delta(base[start:end].float())
+        total[start:end, : delta.shape[1]] += scale * delta
     return total.to(weight.dtype)
 
 
@@ -129,10 +138,6 @@ def _chosen(target: Target, name: str | None, merged: bool = False) -> dict[nn.M
     return chosen
 
 
-def _originals(network: nn.Module) -> dict[tuple[str, str], nn.Parameter | None]:
-    return cast("dict[tuple[str, str], nn.Parameter | None]", network.__dict__.setdefault(ORIGINALS, {}))
-
-
 def _check_mergeable(network: nn.Module, layer: str, adapter: str) -> None:
     module = network.get_submodule(layer)
     weight = cast(Tensor, module.weight)
@@ -147,10 +152,10 @@ def _check_mergeable(network: nn.Module, layer: str, adapter: str) -> None:
 
 def _rewrite(network: nn.Module, layer: str, names: Sequence[str]) -> None:
     """Make the parameters of a layer anew from the originals and what is merged now."""
-    module, originals = network.get_submodule(layer), _originals(network)
+    module, originals = network.get_submodule(layer), originals_of(network)
     on_layer = changes_of(module)
     merged = [
-        (change, float(change.scale))
+        (change, scale_of(adapter.scale, layer))
         for adapter in adapters_of(network).values()
         if adapter.merged and adapter.name in on_layer
         for change in on_layer[adapter.name]
@@ -167,14 +172,23 @@ def _rewrite(network: nn.Module, layer: str, names: Sequence[str]) -> None:
         elif parameter == "weight" or any(change.bias is not None for change, _ in merged):
             if original is None:  # not kept: what is there now is all there is; only the new ones are added
                 source = cast(Tensor, getattr(module, parameter))
-                fresh = [(c, float(c.scale)) for name in names for c in on_layer.get(name, [])]
+                fresh = [
+                    (change, scale_of(adapters_of(network)[name].scale, layer))
+                    for name in names
+                    for change in on_layer.get(name, [])
+                ]
                 value = combine(source, fresh)
             else:
                 value = combine(original, merged)
             setattr(module, parameter, nn.Parameter(value, requires_grad=False))
-    for adapter in adapters_of(network).values():
-        for change in on_layer.get(adapter.name, []):
-            change.active = not adapter.merged and bool(change.scale != 0)
+
+
+def _keep_replaced(network: nn.Module, adapter: Adapter) -> None:
+    """Parameters that an adapter exchanged stay exchanged while it is merged, unless its scale is 0."""
+    if any(scale_of(adapter.scale, layer) != 0 for layer in adapter.layers) or not adapter.layers:
+        for (module, parameter), (_, new) in adapter.saved.items():
+            if module != WIDENED:  # whose new weight is merged into
+                setattr(network.get_submodule(module), parameter, new)
 
 
 def _restore(network: nn.Module, lost: set[tuple[str, str]], base: str | Path | Mapping[str, Tensor]) -> None:
@@ -183,7 +197,7 @@ def _restore(network: nn.Module, lost: set[tuple[str, str]], base: str | Path | 
     layout = detect(network, source)
     plan = origins(network, layout)
     name = str(source) if isinstance(source, TensorSource) else "the given tensors"
-    originals = _originals(network)
+    originals = originals_of(network)
     found: dict[tuple[str, str], nn.Parameter] = {}
     for layer, parameter in sorted(lost):
         key, now = f"{layer}.{parameter}", cast(Tensor, getattr(network.get_submodule(layer), parameter))
@@ -191,6 +205,8 @@ def _restore(network: nn.Module, lost: set[tuple[str, str]], base: str | Path | 
         if absent:
             raise CheckpointError(f"{name}: lacks {absent[0]}, which {key} is to be restored from")
         parts = [source[k] for k in plan[key].keys]
+        if layer == WIDENED and parameter == "weight" and parts[0].shape[1] < now.shape[1]:
+            parts = [torch.cat([parts[0], parts[0].new_zeros(len(parts[0]), now.shape[1] - parts[0].shape[1])], dim=1)]
         if not their_shape_fits([tuple(p.shape) for p in parts], plan[key].how, tuple(now.shape), hidden_size(network)):
             shapes = " + ".join(str(list(p.shape)) for p in parts)
             raise CheckpointError(f"{name}: has {shapes} for {key}; expected {list(now.shape)}")

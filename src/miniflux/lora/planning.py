@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from miniflux.checkpoints.layouts import hidden_size, stacked_rows
 from miniflux.errors import LoraError
-from miniflux.lora.adapters import adapters_of
-from miniflux.lora.dialects import NORM_PARAMETER, Network
+from miniflux.lora.adapters import adapters_of, originals_of
+from miniflux.lora.dialects import NORM_PARAMETER, Network, split
 from miniflux.lora.files import Group, LoraFile, halves_swapped, shape_of, squeezed
 from miniflux.lora.layer import Change, Dense, Hadamard, Kronecker, LowRank, Magnitude
 from miniflux.lora.models import fitting_models
@@ -34,7 +34,8 @@ class Plan:
 
     def receipt(self, name: str, found: Mapping[Network, nn.Module]) -> Receipt:
         modules = [_module_receipt(group, change, found) for group, change in self.groups]
-        expected = len(self.file.groups) + len({key.rpartition(".")[0] for key in self.file.unmatched})
+        unknown = {part[0] if (part := split(key)) else key for key in self.file.unmatched}
+        expected = len(self.file.groups) + len(unknown)
         return Receipt(name, self.file.source, self.file.dialect, len(modules), expected, self.unmatched, modules)
 
 
@@ -90,12 +91,16 @@ def _fit(plan: Plan, network: nn.Module, group: Group) -> str | None:
     heights = stacked_rows(place.parts, out, hidden_size(network))
     rows = (sum(heights[: place.first]), sum(heights[: place.last]))
     tensors = {what: squeezed(tensor) for what, tensor in group.tensors.items()}
+    if place.swap and not can_swap(tensors):
+        return f"{group.module}: the halves of its rows cannot change places in a Kronecker product (LoKr)"
     if place.swap:
         tensors = swapped(tensors)
     expected = (rows[1] - rows[0], width)
     shape = shape_of(tensors) or expected
     widened = place.target == WIDENED and group.form == "LoRA" and shape[0] == expected[0] and shape[1] > width
-    if shape != expected and not widened:
+    known = (adapter.config.in_channels for adapter in adapters_of(network).values() if adapter.config is not None)
+    narrow = place.target == WIDENED and group.form == "LoRA" and shape in [(expected[0], n) for n in known]
+    if shape != expected and not widened and not narrow:
         return f"{group.module}: its change is {shape[0]}x{shape[1]}, {place.target} wants {expected[0]}x{expected[1]}"
     bias = tensors.get("bias")
     if bias is not None and tuple(bias.shape) != (expected[0],):
@@ -109,7 +114,11 @@ def _fit(plan: Plan, network: nn.Module, group: Group) -> str | None:
                 f"{group.module}: its DoRA magnitude has the shape {list(magnitude.shape)}, expected "
                 f"[{expected[0]}, 1] or [1, {width}]"
             )
-        weight = cast(Tensor, module.weight)
+        merged = (place.target, "weight") in originals_of(network)
+        kept = originals_of(network).get((place.target, "weight"))
+        if merged and kept is None:
+            return f"{group.module}: DoRA needs the weight of {place.target}, into which another LoRA is merged"
+        weight = cast(Tensor, module.weight) if kept is None else kept
         if not weight.dtype.is_floating_point:
             return f"{group.module}: DoRA needs the numbers of the weight, which is quantised ({weight.dtype})"
         base = weight[rows[0] : rows[1]].detach().float()
@@ -134,7 +143,8 @@ def _fit_parameter(plan: Plan, network: nn.Module, module: nn.Module, group: Gro
     (tensor,) = group.tensors.values()
     if tensor.shape != old.shape:
         return f"{group.module}: has the shape {list(tensor.shape)}, {group.place.target} wants {list(old.shape)}"
-    new = tensor if group.form == "replace" else old.detach() + tensor.to(old.device, old.dtype)
+    shifted = group.form == "diff" and not old.is_meta  # without the model's numbers the sum is not known
+    new = old.detach() + tensor.to(old.device, old.dtype) if shifted else tensor
     slot = plan.replaced.setdefault(group.place.network, {})
     for adapter in adapters_of(network).values():
         if (group.place.target, NORM_PARAMETER) in adapter.saved:
@@ -144,12 +154,21 @@ def _fit_parameter(plan: Plan, network: nn.Module, module: nn.Module, group: Gro
     return None
 
 
+def can_swap(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the halves of the output rows can change places: always, but for an odd number of Kronecker blocks."""
+    first = tensors.get("lokr_w1", tensors.get("lokr_w1_a"))
+    return first is None or len(first) == 1 or len(first) % 2 == 0
+
+
 def swapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors that run over output rows, with their halves in our order."""
-    over_rows = ("up", "bias", "hada_w1_a", "hada_w2_a", "lokr_w1_a", "diff")
+    over_rows = ("up", "bias", "hada_w1_a", "hada_w2_a", "diff")
     swapped = {what: halves_swapped(t) if what in over_rows else t for what, t in tensors.items()}
-    if "lokr_w1" in swapped:
-        swapped["lokr_w1"] = halves_swapped(swapped["lokr_w1"])
+    if "lokr_w1" in tensors or "lokr_w1_a" in tensors:
+        first = "lokr_w1" if "lokr_w1" in tensors else "lokr_w1_a"
+        second = "lokr_w2" if "lokr_w2" in tensors else "lokr_w2_a"
+        rows = second if len(tensors[first]) == 1 else first  # one row: the product's rows are those of the second
+        swapped[rows] = halves_swapped(tensors[rows])
     magnitude = swapped.get("magnitude")
     if magnitude is not None and (magnitude.ndim == 1 or magnitude.shape[1] == 1):
         swapped["magnitude"] = halves_swapped(magnitude)

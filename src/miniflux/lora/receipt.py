@@ -55,9 +55,10 @@ class ModuleReceipt:
 
     @cached_property
     def relative(self) -> float:
-        """||dW|| / ||W|| over the rows that change; NaN for quantised or absent weights."""
+        """||dW|| / ||W|| over the rows that change; NaN for quantised, absent or empty weights."""
         weight = self._base()
-        return math.nan if weight is None else self.norm / float(torch.linalg.vector_norm(weight).double())
+        size = 0.0 if weight is None else float(torch.linalg.vector_norm(weight).double())
+        return self.norm / size if size else math.nan
 
     def _base(self) -> Tensor | None:
         weight = cast("Tensor | None", getattr(self.module, "weight", None))

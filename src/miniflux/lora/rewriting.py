@@ -15,7 +15,7 @@ from miniflux.checkpoints.layouts import hidden_size, origins, to_ours, to_their
 from miniflux.checkpoints.loading import LoadReport, compare
 from miniflux.checkpoints.saving import checkpoint_path, write_beside
 from miniflux.errors import CheckpointError, InputError, LoraError
-from miniflux.lora.adapters import Scale, scale_of
+from miniflux.lora.adapters import Scale, check_scale, scale_of
 from miniflux.lora.attaching import resolved
 from miniflux.lora.dialects import NORM_PARAMETER
 from miniflux.lora.encoding import Contents, encode, write
@@ -37,8 +37,12 @@ def network_of_file(source: TensorSource) -> tuple[Flux1, LoadReport]:
     """
     head = next((source.entries[key] for key in _HEADS if key in source.entries), None)
     axes = None if head is None or len(head.shape) != 1 or head.shape[0] % 2 else (head.shape[0],)
+    try:
+        config = flux1_config(source.entries, source.metadata, axes)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from error
     with torch.device("meta"):  # rotary axes do not matter here: nothing is run
-        network = Flux1(flux1_config(source.entries, source.metadata, axes))
+        network = Flux1(config)
     report = compare(network, source)
     if report.problems:
         raise CheckpointError(str(report))
@@ -68,13 +72,24 @@ def merge_files(
     network, report = network_of_file(source)
     weights = _Weights(network, source, report.layout)
     files = [read(resolved(lora)) for lora, _ in loras]
-    for group in (group for file in files for group in file.groups if "magnitude" in group.tensors):
-        weights.fill(group.place.target)  # DoRA looks at the weight that it changes
+    for group in (group for file in files for group in file.groups):
+        if "magnitude" in group.tensors:  # DoRA looks at the weight that it changes
+            weights.fill(f"{group.place.target}.weight")
+        elif group.form == "diff":  # the difference of a norm is added to it at once
+            weights.fill(f"{group.place.target}.{NORM_PARAMETER}")
     plans = [planned({"transformer": network}, file, strict=True) for file in files]
     for plan, (_, scale) in zip(plans, loras, strict=True):
-        for layer, change in plan.changes.get("transformer", []):
-            weights.changes.setdefault(layer, []).append((change, scale_of(scale, layer)))
+        changes = plan.changes.get("transformer", [])
+        check_scale(scale, [layer for layer, _ in changes], plan.file.source)
+        scales = [scale_of(scale, layer) for layer, _ in changes]
+        for (layer, change), value in zip(changes, scales, strict=True):
+            weights.changes.setdefault(layer, []).append((change, value))
+        on = any(scales) or (not scales and scale != 0)
         for (module, parameter), tensor in plan.replaced.get("transformer", {}).items():
+            if not on and module != WIDENED:
+                continue
+            if f"{module}.{parameter}" in weights.replaced:
+                raise LoraError(f"{plan.file.source}: {module} is replaced by another of the LoRAs already")
             weights.replace(f"{module}.{parameter}", tensor)
     write_beside(path, lambda beside: stream_tensors(beside, weights.kinds, weights.tensor, source.metadata))
     return [plan.receipt(file.source, {"transformer": network}) for plan, file in zip(plans, files, strict=True)]
@@ -98,11 +113,12 @@ class _Weights:
         origin = self.plan[key]
         return to_ours([self.source[k] for k in origin.keys], origin.how, self.shapes[key])
 
-    def fill(self, layer: str) -> None:
-        """Give a layer of the network its weight."""
-        if f"{layer}.weight" in self.plan:
-            value = nn.Parameter(self.ours(f"{layer}.weight"), requires_grad=False)
-            self.network.get_submodule(layer).register_parameter("weight", value)
+    def fill(self, key: str) -> None:
+        """Give the network one of its tensors, if it has one of this name."""
+        if key in self.plan:
+            module, _, parameter = key.rpartition(".")
+            value = nn.Parameter(self.ours(key), requires_grad=False)
+            self.network.get_submodule(module).register_parameter(parameter, value)
 
     def replace(self, key: str, tensor: Tensor) -> None:
         """Put another tensor in the place of one of the network's: a norm, or a wider input with the old one in it."""
@@ -174,6 +190,9 @@ def convert(
     path = checkpoint_path(path)
     networks = stand_ins(model)
     plan = planned(networks, read(resolved(path_or_tensors)), strict=True)
+    shifted = [group.module for group, change in plan.groups if change is None and group.form == "diff"]
+    if shifted:
+        raise LoraError(f"{plan.file.source}: {shifted[0]} is the difference of a norm, which {dialect} cannot say")
     return write(encode(Contents.of_plan(plan), dialect, networks), path)
 
 
@@ -214,7 +233,8 @@ def extract(
     differing = sorted(
         key
         for key in {*old.shapes, *new.shapes}
-        if old.shapes.get(key) != new.shapes.get(key) and key != f"{WIDENED}.weight"
+        if old.shapes.get(key) != new.shapes.get(key)
+        and not (key == f"{WIDENED}.weight" and old.shapes[key] < new.shapes[key])
     )
     if differing:
         raise CheckpointError(f"{tuned} and {base} are transformers of different sizes: {differing[0]} differs")
