@@ -3,8 +3,51 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import overload
 
 from miniflux.errors import InputError
+
+Curve = Callable[[float], float]
+"""How far the noise levels are moved towards 1: from an evenly spaced level in [0, 1] to the one that is used."""
+
+GRID = 10_000  # levels of the table that ComfyUI's schedules pick from
+KARRAS_RHO = 7.0  # arXiv 2206.00364, appendix D
+BETA_SHAPE = 0.6  # arXiv 2407.12173: both parameters of the distribution
+
+
+@dataclass(frozen=True)
+class Schedule(Sequence[float]):
+    """Noise levels from the first to 0. Prints itself as a table; is a sequence of floats.
+
+    Attributes:
+        name: how it was made.
+        sigmas: the levels, strictly decreasing, one more than there are steps.
+    """
+
+    name: str
+    sigmas: tuple[float, ...]
+
+    @property
+    def steps(self) -> int:
+        return len(self.sigmas) - 1
+
+    def __len__(self) -> int:
+        return len(self.sigmas)
+
+    @overload
+    def __getitem__(self, index: int) -> float: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[float, ...]: ...
+    def __getitem__(self, index: int | slice) -> float | tuple[float, ...]:
+        return self.sigmas[index]
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}, {self.steps} steps", f"{'step':>4} {'sigma':>8} {'width':>8}"]
+        lines += [f"{i:4d} {a:8.5f} {a - b:8.5f}" for i, (a, b) in enumerate(pairwise(self.sigmas), start=1)]
+        return "\n".join([*lines, f"{'end':>4} {self.sigmas[-1]:8.5f}"])
 
 
 def shift_sigma(mu: float, sigma: float) -> float:
@@ -62,3 +105,205 @@ def flux2_schedule(steps: int, image_tokens: int) -> list[float]:
     sigmas = uniform_sigmas(steps)
     mu = flux2_mu(steps, image_tokens)
     return [shift_sigma(mu, s) for s in sigmas]
+
+
+def static_shift(shift: float) -> Curve:
+    """The curve shift * t / (1 + (shift - 1) t) (arXiv 2403.03206, 5.3.2): `shift_sigma` with mu = log(shift).
+
+    Raises:
+        InputError: shift is not a positive, finite number.
+    """
+    if not math.isfinite(shift) or shift <= 0:
+        raise InputError(f"shift must be a positive number, got {shift!r}")
+    return lambda t: shift * t / (1 + (shift - 1) * t)
+
+
+def dynamic_shift(mu: float) -> Curve:
+    """The curve of `shift_sigma` for one mu."""
+    return lambda t: shift_sigma(mu, t)
+
+
+def unshifted(t: float) -> float:
+    """The curve of schnell: none."""
+    return t
+
+
+def stretch_to_terminal(sigmas: Sequence[float], terminal: float) -> list[float]:
+    """Stretch levels (without the final 0) so that the last one is `terminal`; 1 stays (`shift_terminal` of diffusers).
+
+    Raises:
+        InputError: terminal is not between 0 and 1.
+    """
+    if not 0 < terminal < 1:
+        raise InputError(f"terminal must be between 0 and 1, got {terminal!r}")
+    scale = (1 - sigmas[-1]) / (1 - terminal)
+    return [1 - (1 - sigma) / scale for sigma in sigmas]
+
+
+def _spaced(start: float, end: float, count: int) -> list[float]:
+    """`count` evenly spaced numbers from start to end."""
+    return [start + (end - start) * i / max(1, count - 1) for i in range(count)]
+
+
+def _even(steps: int, curve: Curve) -> list[float]:
+    return [curve(t) for t in uniform_sigmas(steps)[:-1]]
+
+
+def _karras(levels: Sequence[float]) -> list[float]:
+    """Evenly spaced in sigma^(1/7) between the first and the last of `levels` (arXiv 2206.00364, equation 5)."""
+    high, low = levels[0] ** (1 / KARRAS_RHO), levels[-1] ** (1 / KARRAS_RHO)
+    return [root**KARRAS_RHO for root in _spaced(high, low, len(levels))]
+
+
+def _exponential(levels: Sequence[float]) -> list[float]:
+    """Evenly spaced in log sigma between the first and the last of `levels`."""
+    return [math.exp(x) for x in _spaced(math.log(levels[0]), math.log(levels[-1]), len(levels))]
+
+
+def _beta(levels: Sequence[float]) -> list[float]:
+    """Quantiles of a beta distribution between the first and the last of `levels`, as diffusers takes them."""
+    quantiles = [beta_quantile(1 - t, BETA_SHAPE, BETA_SHAPE) for t in _spaced(0, 1, len(levels))]
+    return [levels[-1] + q * (levels[0] - levels[-1]) for q in quantiles]
+
+
+def _grid(k: int, curve: Curve) -> float:
+    """Level k of ComfyUI's table, k = 1 ... GRID."""
+    return curve(k / GRID)
+
+
+def _simple(steps: int, curve: Curve) -> list[float]:
+    """Every so-and-so-manieth level of ComfyUI's table, from the top."""
+    return [_grid(GRID - int(i * GRID / steps), curve) for i in range(steps)]
+
+
+def _sgm_uniform(steps: int, curve: Curve) -> list[float]:
+    """Evenly spaced between the first and the last level of the table, then moved once more, as ComfyUI does it."""
+    return [curve(t) for t in _spaced(_grid(GRID, curve), _grid(1, curve), steps + 1)[:-1]]
+
+
+def _normal(steps: int, curve: Curve) -> list[float]:
+    """As sgm-uniform, but the last level of the table is one of the steps."""
+    return [curve(t) for t in _spaced(_grid(GRID, curve), _grid(1, curve), steps)]
+
+
+def _ddim_uniform(steps: int, curve: Curve) -> list[float]:
+    """Every n-th level of the table from the bottom; there may be a step more than asked for, as in ComfyUI."""
+    stride = max(GRID // steps, 1)
+    return [_grid(k + 1, curve) for k in range(1, GRID, stride)][::-1]
+
+
+def _beta_grid(steps: int, curve: Curve) -> list[float]:
+    """Quantiles of a beta distribution as places in ComfyUI's table; of equal places one is kept: steps may be lost."""
+    places = [round(beta_quantile(1 - i / steps, BETA_SHAPE, BETA_SHAPE) * (GRID - 1)) for i in range(steps)]
+    return [_grid(place + 1, curve) for place in dict.fromkeys(places)]
+
+
+def _linear_quadratic(steps: int, curve: Curve, threshold: float = 0.025) -> list[float]:
+    """Small equal steps through the first 0.025, half of them, then growing ones (arXiv 2410.13720, section 3.4.3)."""
+    if steps == 1:
+        return [1.0]
+    linear = steps // 2
+    rest = steps - linear
+    excess = linear - threshold * steps
+    quadratic = excess / (linear * rest**2)
+    slope = threshold / linear - 2 * excess / rest**2
+    done = [threshold * i / linear for i in range(linear)]
+    done += [quadratic * i**2 + slope * i + quadratic * linear**2 for i in range(linear, steps)]
+    return [1 - x for x in done]
+
+
+SPACINGS: dict[str, Callable[[int, Curve], list[float]]] = {
+    "uniform": _even,  # the release's, and diffusers' default
+    "karras": lambda steps, curve: _karras(_even(steps, curve)),
+    "exponential": lambda steps, curve: _exponential(_even(steps, curve)),
+    "beta": lambda steps, curve: _beta(_even(steps, curve)),
+    "simple": _simple,
+    "normal": _normal,
+    "sgm-uniform": _sgm_uniform,
+    "ddim-uniform": _ddim_uniform,
+    "beta-comfyui": _beta_grid,
+    "linear-quadratic": _linear_quadratic,
+}
+"""Ways to spread the steps: (steps, curve) -> the levels without the final 0."""
+
+
+def schedule(spacing: str, steps: int, curve: Curve = unshifted, terminal: float | None = None) -> Schedule:
+    """Noise levels by name.
+
+    Args:
+        spacing: a key of `SPACINGS`. `uniform`, `karras`, `exponential` and `beta` are as in diffusers; `simple`,
+            `normal`, `sgm-uniform`, `ddim-uniform`, `beta-comfyui` and `linear-quadratic` as in ComfyUI.
+        steps: how many; `ddim-uniform` may make one more, `beta-comfyui` fewer, as their originals do.
+            `linear-quadratic` has levels of its own and ignores the curve.
+        curve: `unshifted`, `dynamic_shift(flux1_mu(tokens))`, `static_shift(3.0)` ...
+        terminal: what the last level before 0 is stretched to; for `uniform` only.
+
+    Raises:
+        InputError: an unknown spacing, steps below 1, or a terminal that the spacing cannot have.
+    """
+    uniform_sigmas(steps)  # refuses what is no number of steps
+    if spacing not in SPACINGS:
+        raise InputError(f"unknown schedule {spacing!r}; known: {', '.join(SPACINGS)}")
+    if terminal is not None and (spacing != "uniform" or steps < 2):
+        raise InputError(f"a terminal level needs the uniform schedule and two steps, got {spacing!r} and {steps}")
+    levels = SPACINGS[spacing](steps, curve)
+    if terminal is not None:
+        levels = stretch_to_terminal(levels, terminal)
+    return custom_schedule([*levels, 0.0], spacing)
+
+
+def custom_schedule(sigmas: Sequence[float], name: str = "custom") -> Schedule:
+    """The user's own noise levels, checked.
+
+    Raises:
+        InputError: fewer than two, one that is not a number from 0 to 1, or one that is not below the one before.
+    """
+    levels = tuple(float(sigma) for sigma in sigmas)
+    if len(levels) < 2:
+        raise InputError(f"a schedule needs at least two noise levels, got {list(levels)}")
+    for i, sigma in enumerate(levels):
+        if not 0 <= sigma <= 1:  # also refuses NaN
+            raise InputError(f"noise level {i} is {sigma!r}; expected a number from 0 to 1")
+        if i and sigma >= levels[i - 1]:
+            raise InputError(f"noise level {i} is {sigma!r}, not below the one before, {levels[i - 1]!r}")
+    return Schedule(name, levels)
+
+
+def beta_quantile(p: float, a: float, b: float) -> float:
+    """x for which a beta(a, b) variable is below x with probability p; by bisection, to double precision."""
+    if p <= 0 or p >= 1:
+        return float(p >= 1)
+    low, high = 0.0, 1.0
+    while True:
+        middle = (low + high) / 2
+        if middle in (low, high):
+            return middle
+        if _beta_probability(middle, a, b) < p:
+            low = middle
+        else:
+            high = middle
+
+
+def _beta_probability(x: float, a: float, b: float) -> float:
+    """The regularised incomplete beta function, by its continued fraction (DLMF 8.17.22)."""
+    if x > (a + 1) / (a + b + 2):
+        return 1 - _beta_probability(1 - x, b, a)
+    if x == 0:
+        return 0.0
+    front = math.exp(
+        a * math.log(x) + b * math.log1p(-x) + math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
+    ) / a  # fmt: skip
+    # Lentz's method for 1 / (1 + d1 / (1 + d2 / (1 + ...))).
+    c, d = 1.0, 1 / (1 - (a + b) * x / (a + 1))
+    value = d
+    for m in range(1, 500):
+        for term in (
+            m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
+            -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)),
+        ):
+            d = 1 / (1 + term * d)
+            c = 1 + term / c
+            value *= c * d
+        if abs(c * d - 1) < 1e-15:
+            break
+    return front * value
