@@ -33,22 +33,28 @@ def test_every_file_is_an_official_layout_without_problems() -> None:
         assert {entry.dtype for entry in open_tensors(file).entries.values()} == {torch.bfloat16}
 
 
-def test_one_object_has_its_colour_its_place_and_its_background(pipe: Pipeline) -> None:
-    """With pairs that training never showed among them. Shapes are not held to yet: see docs/nano.md."""
+def right(pipe: Pipeline, wanted: list[scenes.Scene], **options: int) -> int:
+    """How many scenes are drawn with the right background, colours, shapes and places."""
+    result = pipe.generate([scene.caption for scene in wanted], seed=1000, **options)
+    return sum(judge(image, scene).all for image, scene in zip(result.images, wanted, strict=True))
+
+
+def test_one_object(pipe: Pipeline) -> None:
+    """With pairs of colour and shape that training never showed among them."""
     rng = random.Random(5)
-    wanted = [scenes.one_object(rng, held_out=i % 4 == 0) for i in range(24)]
-    result = pipe.generate([scene.caption for scene in wanted], seed=1000)
-    verdicts = [judge(image, scene) for image, scene in zip(result.images, wanted, strict=True)]
-    assert sum(v.background and v.colour and v.position for v in verdicts) >= 20
+    assert right(pipe, [scenes.one_object(rng, held_out=i % 4 == 0) for i in range(24)]) >= 22
 
 
-@pytest.mark.parametrize("size", [(64, 64), (96, 160)])
-def test_other_sizes_are_drawn_as_asked(pipe: Pipeline, size: tuple[int, int]) -> None:
+def test_two_objects(pipe: Pipeline) -> None:
+    rng = random.Random(6)
+    assert right(pipe, [scenes.two_objects(rng, held_out=i % 4 == 0) for i in range(16)]) >= 13
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 160), (192, 64), (192, 192)])
+def test_other_sizes(pipe: Pipeline, size: tuple[int, int]) -> None:
+    """Edges are harder to tell at 64x64, where a small shape is 18 pixels wide."""
     rng = random.Random(7)
-    wanted = [scenes.one_object(rng) for _ in range(4)]
-    result = pipe.generate([scene.caption for scene in wanted], width=size[0], height=size[1])
-    verdicts = [judge(image, scene) for image, scene in zip(result.images, wanted, strict=True)]
-    assert sum(v.background and v.colour and v.position for v in verdicts) >= 3
+    assert right(pipe, [scenes.one_object(rng) for _ in range(6)], width=size[0], height=size[1]) >= 5
 
 
 def test_unknown_words_do_no_harm(pipe: Pipeline) -> None:
@@ -58,7 +64,7 @@ def test_unknown_words_do_no_harm(pipe: Pipeline) -> None:
     prompts = [f"Please, a splendid picture of {scene.caption}, 8k, bokeh" for scene in wanted]
     result = pipe.generate(prompts)
     verdicts = [judge(image, scene) for image, scene in zip(result.images, wanted, strict=True)]
-    assert sum(v.background and v.colour for v in verdicts) >= 7
+    assert sum(v.all for v in verdicts) >= 7
 
 
 def test_seeds_give_different_pictures_of_the_same_thing(pipe: Pipeline) -> None:

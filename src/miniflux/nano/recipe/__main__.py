@@ -46,10 +46,10 @@ TEACHER = [
 ]
 START = 6500  # steps that a teacher which starts from finished weights need not make
 DEV = [Phase("dev", 500, (MAIN, *OTHERS), 48, 4e-4)]
-SCHNELL = [Phase("schnell", 700, (MAIN, *OTHERS), 48, 4e-4)]
+SCHNELL = [Phase("schnell", 500, (MAIN, *OTHERS), 48, 4e-4)]
 
 POOL = 8_000  # pictures of the main canvas kept as latents; a quarter for the short stages
-REPORT = {"teacher": 2000, "dev": 250, "schnell": 350}  # steps between sheets
+REPORT = {"teacher": 2000, "dev": 250, "schnell": 250}  # steps between sheets
 SHEET = 36  # pictures on a sheet
 
 

@@ -32,8 +32,8 @@ from miniflux.training.state import TrainingState
 log = logging.getLogger(__name__)
 
 RANK = 64
-PHASES = [Phase("realism", 1200, ((128, 128), (96, 96), (128, 192), (192, 128)), 32, 2e-3, main=0.85)]
-POOL = 3000
+PHASES = [Phase("realism", 800, ((128, 128), (96, 96), (128, 192), (192, 128)), 32, 2e-3, main=0.85)]
+POOL = 1500
 PROMPTS = ("a red circle on a blue background", "a large yellow star on a purple background",
            "a green square left of a orange circle on a white background")  # fmt: skip
 
@@ -93,7 +93,7 @@ def make(folder: Path) -> Path:
         pipe.generate(PROMPTS, images=3).save(folder / f"realism-{step:05d}.png")
 
     loss = partial(realism_loss, pipe.transformer, plain, encoders_of(pipe))
-    run(state, PHASES, pipe.autoencoder, loss, 6, POOL, (300, report), lit=True)
+    run(state, PHASES, pipe.autoencoder, loss, 6, POOL, (400, report), lit=True)
     path = folder / "weights" / "loras" / "realism.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = state.average.tensors(plain, "xlabs", torch.bfloat16)
