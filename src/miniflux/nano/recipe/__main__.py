@@ -43,10 +43,11 @@ MAIN = (128, 128)
 TEACHER = [
     Phase("teacher 64", 6500, SMALL, 128, 1.5e-3),
     Phase("teacher 128", 9_000, (MAIN, *OTHERS), 48, 7.5e-4, main=0.9),
+    Phase("teacher sizes", 3_500, (MAIN, *OTHERS), 48, 5e-4, main=0.25),
 ]
-START = 6500  # steps that a teacher which starts from finished weights need not make
-DEV = [Phase("dev", 500, (MAIN, *OTHERS), 48, 4e-4)]
-SCHNELL = [Phase("schnell", 500, (MAIN, *OTHERS), 48, 4e-4)]
+START = 15_500  # steps that a teacher which starts from finished weights need not make
+DEV = [Phase("dev", 500, (MAIN, *OTHERS), 48, 4e-4, main=0.5)]
+SCHNELL = [Phase("schnell", 500, (MAIN, *OTHERS), 48, 4e-4, main=0.5)]
 
 POOL = 8_000  # pictures of the main canvas kept as latents; a quarter for the short stages
 REPORT = {"teacher": 2000, "dev": 250, "schnell": 250}  # steps between sheets

@@ -49,17 +49,11 @@ SMALL = ((64, 64),)
 SHORT = 32  # T5 tokens that nearly every caption fits in
 COMPILE = True  # train the teacher with torch.compile on these canvases, which make most of the batches
 COMPILED_SIZES = ((64, 64), (128, 128))
+SIDES = (64, 96, 128, 160, 192)
+# Canvases beside the main one: all of these sides, and some in between.
 OTHERS = (
-    (64, 64),
-    (96, 96),
-    (160, 160),
-    (192, 192),
-    (128, 64),
-    (64, 128),
-    (192, 128),
-    (128, 192),
-    (192, 64),
-    (96, 160),
+    *((width, height) for width in SIDES for height in SIDES if (width, height) != (128, 128)),
+    *((80, 112), (112, 176), (144, 144), (176, 80)),
 )
 
 
@@ -122,7 +116,7 @@ class Data:
     def __init__(
         self, autoencoder: Autoencoder, sizes: tuple[tuple[int, int], ...], seed: int, pool: int, lit: bool = False
     ) -> None:
-        counts = [pool] + [max(1, pool // 12)] * (len(sizes) - 1)
+        counts = [pool] + [max(1, pool // 40)] * (len(sizes) - 1)
         self.pools = [
             Pictures(autoencoder, size, count, seed + 7 * i, lit)
             for i, (size, count) in enumerate(zip(sizes, counts, strict=True))
@@ -210,7 +204,7 @@ def run(
     lit: bool = False,
 ) -> None:
     """Train through the phases, from wherever `state` is; saved every 500 steps. `pool` pictures of the main
-    canvas are kept as latents, a twelfth of that of each other one. `every`: (steps, what to do after so many).
+    canvas are kept as latents, a fortieth of that of each other one. `every`: (steps, what to do after so many).
     `lit`: pictures under a lamp instead of flat ones."""
     end = 0
     for number, phase in enumerate(phases):
