@@ -19,22 +19,13 @@ from miniflux.lora import attach, attached, detach, merge, read, set_scale, set_
 from miniflux.models.flux1 import Flux1
 from miniflux.pipeline import Pipeline
 from tests.conftest import Golden
+from tests.lora.conftest import out
 from tests.lora.made import lora, relative
-from tests.tiny import FLUX1, flux1_inputs, randn, randomise
+from tests.tiny import FLUX1, flux1_inputs, randn
 
 QKV, LINEAR1, LINEAR2 = "double_blocks.0.img_attn.qkv", "single_blocks.1.linear1", "single_blocks.0.linear2"
 HIDDEN = FLUX1.hidden_size
 INPUTS = flux1_inputs(FLUX1)
-
-
-@pytest.fixture
-def network() -> Flux1:
-    return randomise(Flux1(FLUX1))
-
-
-@torch.inference_mode()
-def out(network: nn.Module, inputs: dict[str, Any] = INPUTS) -> Tensor:
-    return network(**inputs)
 
 
 @pytest.fixture

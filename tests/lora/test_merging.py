@@ -15,23 +15,14 @@ from miniflux.errors import CheckpointError, LoraError
 from miniflux.lora import attach, attached, detach, merge, set_scale, unmerge
 from miniflux.models.flux1 import Flux1
 from tests.conftest import Golden
+from tests.lora.conftest import out
 from tests.lora.made import lora, networks_of
 from tests.lora.test_attach import FILES, control, control_base, wider
-from tests.tiny import FLUX1, flux1_inputs, randn, randomise
+from tests.tiny import FLUX1, flux1_inputs, randn
 
 QKV, LINEAR1, LINEAR2 = "double_blocks.0.img_attn.qkv", "single_blocks.1.linear1", "single_blocks.0.linear2"
 INPUTS = flux1_inputs(FLUX1)
 LAYOUTS = ("original", "diffusers")
-
-
-@pytest.fixture
-def network() -> Flux1:
-    return randomise(Flux1(FLUX1))
-
-
-@torch.inference_mode()
-def out(network: nn.Module, inputs: dict[str, Any] = INPUTS) -> Tensor:
-    return network(**inputs)
 
 
 def state(network: nn.Module) -> dict[str, Tensor]:

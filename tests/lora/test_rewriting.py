@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from miniflux.checkpoints import load_into, save, to_layout
 from miniflux.checkpoints.finding import BUNDLED
@@ -20,6 +20,7 @@ from miniflux.errors import CheckpointError, InputError, LoraError, MinifluxErro
 from miniflux.lora import attach, detach, extract, inspect, merge, merge_files, unmerge
 from miniflux.models.flux1 import Flux1, Flux1Config
 from tests.conftest import Golden
+from tests.lora.conftest import out
 from tests.lora.made import lora
 from tests.lora.test_attach import FILES, control, control_base, wider
 from tests.tiny import FLUX1, flux1_inputs, randn, randomise
@@ -28,16 +29,6 @@ QKV, LINEAR1, LINEAR2 = "double_blocks.0.img_attn.qkv", "single_blocks.1.linear1
 MODULATION = "final_layer.adaLN_modulation.1"
 INPUTS = flux1_inputs(FLUX1)
 LAYOUTS = ("original", "diffusers")
-
-
-@pytest.fixture
-def network() -> Flux1:
-    return randomise(Flux1(FLUX1))
-
-
-@torch.inference_mode()
-def out(network: nn.Module, inputs: dict[str, Any] = INPUTS) -> Tensor:
-    return network(**inputs)
 
 
 def loaded(path: Path, config: Flux1Config = FLUX1) -> Flux1:

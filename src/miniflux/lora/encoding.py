@@ -132,7 +132,7 @@ def encode(contents: Contents, dialect: str, found: Mapping[Network, nn.Module])
     for (kind, layer), changes in contents.changes.items():
         try:
             slots = _slots(dialect, kind, layer, found[kind])
-            _check_covered(layer, changes, slots, dialect)
+            _check_covered(changes, slots, dialect)
             for name, rows, swap in slots:
                 parts = [part for change in changes if (part := _cut(change, rows)) is not None]
                 if parts:
@@ -187,7 +187,7 @@ def _slots(name: str, kind: Network, layer: str, network: nn.Module) -> list[tup
     return whole[:1] or slots
 
 
-def _check_covered(layer: str, changes: Sequence[Change], slots: Sequence[tuple[str, Rows, bool]], name: str) -> None:
+def _check_covered(changes: Sequence[Change], slots: Sequence[tuple[str, Rows, bool]], name: str) -> None:
     top = max(end for _, (_, end), _ in slots)
     for change in changes:
         if change.rows[1] > top:

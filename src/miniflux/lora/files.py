@@ -97,7 +97,7 @@ def read(path_or_tensors: str | Path | Mapping[str, Tensor]) -> LoraFile:
         found = recognise(list(source))
     except LoraError as error:
         raise LoraError(f"{name}: {error}") from error
-    said = _alphas_said(metadata, config)
+    said = _StatedAlphas(metadata, config)
     groups: list[Group] = []
     for module, (place, keys) in sorted(found.groups.items()):
         tensors = {what: source[key] for what, key in keys.items()}
@@ -220,7 +220,7 @@ def _json(what: str, text: str) -> dict[str, Any]:
     return value
 
 
-class _alphas_said:
+class _StatedAlphas:
     """Alphas that stand in the header, or in PEFT's config: (place, module) -> alpha, or None."""
 
     def __init__(self, metadata: Mapping[str, str], config: dict[str, Any] | None) -> None:
