@@ -21,7 +21,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # Rooms and what of the project each may import; every room may import itself. Arrows point one way: from the apps down.
 NETWORKS = {"errors", "models", "sampling"}
 PARTS = NETWORKS | {"version", "variants", "checkpoints", "text", "conditions", "lora", "memory"}
-LIBRARY = PARTS | {"pipeline", "root"}
+LIBRARY = PARTS | {"pipeline", "result", "root"}
 MAY_IMPORT = {
     "errors": set(),
     "version": set(),
@@ -33,7 +33,8 @@ MAY_IMPORT = {
     "conditions": PARTS,
     "lora": PARTS,
     "memory": PARTS,
-    "pipeline": PARTS,
+    "result": PARTS,
+    "pipeline": PARTS | {"result"},
     "root": LIBRARY,  # miniflux/__init__.py
     "study": LIBRARY,
     "training": LIBRARY,

@@ -5,117 +5,69 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from einops import rearrange
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from torch import Tensor
 
 from miniflux.checkpoints.assembly import assemble
-from miniflux.errors import InputError, MinifluxError, OutputError
+from miniflux.errors import InputError, MinifluxError
 from miniflux.lora.adapters import described
 from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.flux1 import Flux1
-from miniflux.sampling import denoise, flux1_schedule, image_ids, initial_noise, pack, text_ids, unpack
-from miniflux.sampling.latents import MAX_SEED, PATCH
+from miniflux.result import Result, checked_output, from_image, psnr, to_image
+from miniflux.sampling import (
+    CACHES,
+    GUIDES,
+    Bill,
+    Moment,
+    Schedule,
+    Solver,
+    Words,
+    add_noise,
+    custom_schedule,
+    denoise,
+    from_strength,
+    image_ids,
+    initial_noise,
+    pack,
+    previews,
+    step_noise,
+    text_ids,
+    unpack,
+    varied_noise,
+    with_restarts,
+)
+from miniflux.sampling import cache as find_cache
+from miniflux.sampling import schedule as make_schedule
+from miniflux.sampling import solver as find_solver
+from miniflux.sampling.caches import Cache
+from miniflux.sampling.guidance import Cfg, Scale, check_number
+from miniflux.sampling.latents import MAX_SEED, PATCH, PIXELS_PER_TOKEN
+from miniflux.sampling.schedules import dynamic_shift, flux1_mu, static_shift, unshifted
 from miniflux.text import Padding, Text
 from miniflux.variants import Variant
 from miniflux.version import __version__
+
+__all__ = ["Pipeline", "Result", "checked_output", "load"]
 
 log = logging.getLogger(__name__)
 
 MAX_SIDE = 8192  # pixels; far beyond what the models were trained on, small enough to catch a slip of the finger
 MAX_STEPS = 1000
 MAX_IMAGES = 1000
-LATENT_ROW = 8  # pixels per latent row that `initial_noise` counts in
-SETTINGS_KEY = "miniflux"  # text chunk of a PNG, and what JPEG and WebP keep as the EXIF description
-EXIF_DESCRIPTION = 0x010E
 
 Progress = Callable[[int, int], None]
 """Called after every step with (steps done, steps in all), over all pictures of a call. May raise to stop the run."""
 
-
-@dataclass(frozen=True)
-class Result:
-    """What a call of `generate` made.
-
-    Attributes:
-        images: RGB pictures, in order.
-        latents: the final latents (N, C, h, w), float32, on the CPU.
-        settings: one dict per picture with all that made it; the values are plain JSON.
-    """
-
-    images: list[Image.Image]
-    latents: Tensor
-    settings: list[dict[str, Any]]
-
-    def grid(self) -> Image.Image:
-        """All pictures on one sheet, row by row, about as many columns as rows; a single picture is itself."""
-        if len(self.images) == 1:
-            return self.images[0]
-        width, height = self.images[0].size
-        columns = math.ceil(math.sqrt(len(self.images)))
-        sheet = Image.new("RGB", (columns * width, math.ceil(len(self.images) / columns) * height), "white")
-        for i, image in enumerate(self.images):
-            sheet.paste(image, (i % columns * width, i // columns * height))
-        return sheet
-
-    def save(self, path: str | Path) -> Path:
-        """Write the picture, or the grid of several, with the settings inside. Written beside and renamed.
-
-        Args:
-            path: ends in .png, .jpg, .jpeg or .webp.
-
-        Raises:
-            OutputError: another ending, or the place cannot be written to.
-        """
-        path = checked_output(path)
-        text = json.dumps(self.settings[0] if len(self.settings) == 1 else self.settings)
-        options: dict[str, Any]
-        if path.suffix.lower() == ".png":
-            info = PngImagePlugin.PngInfo()
-            info.add_text(SETTINGS_KEY, text)
-            options = {"format": "PNG", "pnginfo": info}
-        else:
-            exif = Image.Exif()
-            exif[EXIF_DESCRIPTION] = text
-            kind = "WEBP" if path.suffix.lower() == ".webp" else "JPEG"
-            options = {"format": kind, "quality": 95, "exif": exif}
-        beside = path.with_name(path.name + ".part")
-        try:
-            self.grid().save(beside, **options)
-            beside.replace(path)
-        except OSError as error:
-            raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
-        finally:
-            beside.unlink(missing_ok=True)
-        return path
-
-
-def checked_output(path: str | Path) -> Path:
-    """The path, if a picture can be written there; asked before the work is done.
-
-    Raises:
-        OutputError: unknown ending, no such folder, or no permission.
-    """
-    path = Path(path)
-    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise OutputError(f"{path}: a picture is written as .png, .jpg or .webp, got the ending {path.suffix!r}")
-    if path.is_dir():
-        raise OutputError(f"{path}: is a folder")
-    if not path.parent.is_dir():
-        raise OutputError(f"{path}: the folder {path.parent} does not exist")
-    if not os.access(path.parent, os.W_OK):
-        raise OutputError(f"{path}: the folder {path.parent} cannot be written to")
-    return path
+Callback = Callable[[int, Moment], "Tensor | None"]
+"""Called after every step with (number of the picture, moment); latents (1, L, C) it returns replace the run's."""
 
 
 class Pipeline:
@@ -148,13 +100,27 @@ class Pipeline:
         *,
         seed: int = 0,
         steps: int | None = None,
-        guidance: float | None = None,
+        guidance: Scale | None = None,
         width: int | None = None,
         height: int | None = None,
         images: int = 1,
         t5_length: int | None = None,
         padding: Padding = "released",
+        solver: str = "euler",
+        schedule: str | Sequence[float] = "uniform",
+        shift: float | None = None,
+        restart: tuple[float, float, int] | None = None,
+        guide: Cfg | None = None,
+        negative: str | None = None,
+        variation: tuple[int, float] | None = None,
+        image: Image.Image | Tensor | None = None,
+        strength: float = 1.0,
+        cache: Cache | str | None = None,
+        check_cache: bool = False,
         progress: Progress | None = None,
+        callback: Callback | None = None,
+        resume: Moment | None = None,
+        stop: int | None = None,
     ) -> Result:
         """Draw.
 
@@ -164,13 +130,31 @@ class Pipeline:
         Args:
             prompt: one prompt, or several for several pictures.
             seed: picture i of the call is drawn from seed + i.
-            steps: number of Euler steps; None for the variant's default.
-            guidance: strength of the prompt, at least 0; None for the default. Refused by models without that input.
-            width, height: in pixels; None for the default. Rounded up to a multiple of 16, with a warning in the log.
+            steps: number of steps; None for the variant's default, or as many as a list of noise levels has.
+            guidance: strength of the prompt, at least 0, or a function of the noise level; None for the default.
+                Refused by models without that input.
+            width, height: in pixels; None for the default, or the size of `image`. Rounded up to a multiple of 16, with
+                a warning in the log.
             images: pictures per prompt.
             t5_length: T5 tokens per prompt; None for the variant's own.
             padding: what becomes of the places behind a short prompt, see `miniflux.text.Padding`.
+            solver: a name of `sampling.SOLVERS`; some take a number, `ddim:0.5`.
+            schedule: a name of `sampling.schedules.SPACINGS`, or noise levels of your own.
+            shift: a static shift of the noise levels, 1 for none; None for the model's own, which depends on the size.
+            restart: (low, high, times), see `sampling.with_restarts`.
+            guide: how other texts steer, see `sampling.guide`.
+            negative: what the picture should not show; for guides only. None for the empty prompt.
+            variation: (another seed, how far to go towards its noise, 0 to 1); picture i goes towards that seed + i.
+            image: a picture to change, of the size to be drawn; or latents (1, C, h, w) as in `Result.latents`.
+            strength: how much of it to change, above 0 up to 1; 1 keeps nothing. Of the steps of a whole picture, this
+                last share is made.
+            cache: a step cache or its name, see `sampling.cache`; `settings` then says what it spared.
+            check_cache: draw every picture without the cache as well, and say in `settings` how far the two are apart.
             progress: called after every step with (steps done, steps in all).
+            callback: called after every step with (number of the picture, `sampling.Moment`); latents that it returns
+                replace those of the run. May raise to stop, which leaves the pipeline as it was.
+            resume: a moment of an earlier run with the same arguments, to go on from, bit for bit; for one picture.
+            stop: end after so many steps: latents are as they then are, the picture is the one they point to.
 
         Raises:
             InputError: an argument is out of its range; the message names it and its value.
@@ -180,82 +164,217 @@ class Pipeline:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise InputError("prompt must be a string or a list of at least one, got an empty list")
-        steps = self.variant.steps if steps is None else whole("steps", steps, 1, MAX_STEPS)
         images = whole("images", images, 1, MAX_IMAGES)
-        seed = whole("seed", seed, 0, MAX_SEED + 1 - images * len(prompts))
-        guidance = self._guidance(guidance)
-        width, height = self._side("width", width), self._side("height", height)
+        total = images * len(prompts)
+        seed = whole("seed", seed, 0, MAX_SEED + 1 - total)
+        width, height = self._size(width, height, image)
+        rows, columns = (side // (self.autoencoder.config.downscale * PATCH) for side in (height, width))
+        if negative is not None and guide is None:
+            raise InputError(
+                f"negative {negative!r} has no effect without a guide, such as sampling.guide('cfg', scale=3)"
+            )
+        if resume is not None and total > 1:
+            raise InputError(f"resume is for a single picture, got {total}")
+        if check_cache and cache is None:
+            raise InputError("check_cache compares with the run without a cache, and no cache is given")
+        if image is None and strength != 1:
+            raise InputError(f"strength {strength!r} says how much of an image to change, and no image is given")
 
-        # 2. Text: T5's tokens and CLIP's summary, from the cache where the prompt was seen before.
-        text = self.text.encode(prompts, t5_length, padding)
+        # 2. Noise levels, from 1 to 0, and how to step from each to the next.
+        levels = self._levels(schedule, steps, rows * columns, shift)
+        levels = levels if image is None else from_strength(levels, strength)
+        levels = levels if restart is None else with_restarts(levels, *restart)
+        plan = _Plan(
+            rows=rows,
+            columns=columns,
+            levels=levels,
+            guidance=self._guidance(guidance),
+            method=find_solver(solver),
+            guide=guide,
+            cache=find_cache(cache) if isinstance(cache, str) else cache,
+            resume=resume,
+            stop=stop,
+        )
 
-        # 3. Noise levels, from 1 to 0.
-        scale = self.autoencoder.config.downscale
-        rows, columns = height // (scale * PATCH), width // (scale * PATCH)
-        sigmas = flux1_schedule(steps, rows * columns, shift=self.variant.shift)
+        # 3. Text: T5's tokens and CLIP's summary, from the cache where the prompt was seen before.
+        texts = self._words(prompts, t5_length, padding)
+        others = (None, None) if guide is None else self._words([negative or "", ""], t5_length, padding)
 
         # 4. Each picture on its own: noise from its seed, denoising, decoding.
+        source = None if image is None else self._encode(image)
         pictures: list[Image.Image] = []
         latents: list[Tensor] = []
         settings: list[dict[str, Any]] = []
-        loras = described(self)
-        total = len(prompts) * images
+        moment: Moment | None = None
+        said = {
+            "version": __version__,
+            "torch": str(torch.__version__),
+            "model": self.variant.name,
+            "width": width,
+            "height": height,
+            "t5_length": self.text.length if t5_length is None else t5_length,
+            "padding": padding,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": self.device.type,
+            "loras": described(self),
+            **plan.described(),
+            "schedule": schedule if isinstance(schedule, str) else "custom",
+            "shift": shift,
+            "restart": None if restart is None else list(restart),
+            "negative": negative,
+            "image": None if image is None else "given",
+            "strength": strength,
+        }
         for i in range(total):
-            p = i // images
-            noise = initial_noise(
-                rows * PATCH * LATENT_ROW, columns * PATCH * LATENT_ROW, seed + i, self.autoencoder.config.z_channels
-            )
-            tokens = denoise(
-                self.transformer,
-                pack(noise).to(self.device, self.dtype),
-                image_ids(1, rows, columns).to(self.device),
-                text.txt[p : p + 1].to(self.dtype),
-                text_ids(1, text.txt.shape[1]).to(self.device),
-                text.vec[p : p + 1].to(self.dtype),
-                sigmas,
-                guidance,
-                txt_mask=None if text.mask is None else text.mask[p : p + 1],
-                callback=None if progress is None else _counted(progress, i * steps, total * steps),
-            )
-            latent = unpack(tokens, rows * PATCH * LATENT_ROW, columns * PATCH * LATENT_ROW)
-            pixels = self.autoencoder.decode(latent.to(self.autoencoder.decoder.conv_in.weight.dtype))
-            if not bool(torch.isfinite(pixels).all()):
-                dtype = str(self.dtype).removeprefix("torch.")
-                raise MinifluxError(f"the picture is not finite: the numbers overflowed in {dtype}; try dtype float32")
-            pictures.append(to_image(pixels[0]))
-            latents.append(latent.float().cpu())
-            settings.append(
-                {
-                    "version": __version__,
-                    "torch": str(torch.__version__),
-                    "model": self.variant.name,
-                    "prompt": prompts[p],
-                    "seed": seed + i,
-                    "steps": steps,
-                    "guidance": guidance,
-                    "width": width,
-                    "height": height,
-                    "t5_length": self.text.length if t5_length is None else t5_length,
-                    "padding": padding,
-                    "sigmas": sigmas,
-                    "dtype": str(self.dtype).removeprefix("torch."),
-                    "device": self.device.type,
-                    "loras": loras,
+            words = (texts[i // images], *others)
+            varied = None if variation is None else (variation[0] + i, variation[1])
+            noise = self._noise(plan, seed + i, varied)
+            begin = noise if source is None else add_noise(source, 0.0, plan.levels[0], noise)
+            moment, bill = self._denoise(plan, words, begin, seed + i, _Watcher(i, total, progress, callback))
+            tokens = moment.picture if moment.step < moment.steps else moment.x
+            pictures.append(to_image(self._decode(tokens, plan)))
+            latents.append(self._unpacked(moment.x, plan).cpu())
+            about = {"prompt": prompts[i // images], "seed": seed + i, "variation": varied and list(varied)}
+            if plan.cache is not None:
+                about["cache"] = {**plan.cache_described(), "evaluated": bill.evaluated, "skipped": bill.skipped}
+            if check_cache:
+                exact, _ = self._denoise(replace(plan, cache=None), words, begin, seed + i, _Watcher(i, total))
+                about["cache"] |= {
+                    "latent_l2": float((moment.x - exact.x).norm() / exact.x.norm()),
+                    "psnr": psnr(pictures[-1], to_image(self._decode(exact.x, plan))),
                 }
-            )
-        return Result(pictures, torch.cat(latents), settings)
+            settings.append({**said, **about})
+        return Result(pictures, torch.cat(latents), settings, moment if total == 1 else None)
 
-    def _guidance(self, guidance: float | None) -> float | None:
+    def _denoise(
+        self,
+        plan: _Plan,
+        words: tuple[Words, Words | None, Words | None],
+        begin: Tensor,
+        seed: int,
+        watch: _Watcher,
+    ) -> tuple[Moment, Bill]:
+        """The last moment of one picture's run, and what it cost."""
+        bill, (text, negative, empty) = Bill(), words
+        denoise(
+            self.transformer,
+            pack(begin).to(self.device, self.dtype),
+            image_ids(1, plan.rows, plan.columns).to(self.device),
+            text.txt,
+            text.txt_ids,
+            text.vec,
+            plan.levels,
+            plan.guidance,
+            txt_mask=text.mask,
+            callback=watch,
+            method=plan.method,
+            rng=step_noise([seed]),
+            guide=plan.guide,
+            negative=negative,
+            empty=empty,
+            cache=plan.cache,
+            bill=bill,
+            resume=plan.resume,
+            stop=plan.stop,
+        )
+        assert watch.moment is not None
+        return watch.moment, bill
+
+    def preview(self, moment: Moment, width: int, height: int) -> Image.Image:
+        """The picture a run points to, roughly and at once: every latent place as one pixel, enlarged to the size.
+
+        Raises:
+            InputError: no preview table is known for this autoencoder (`sampling.previews.fit` makes one).
+        """
+        table = previews.TABLES.get(self.autoencoder.config)
+        if table is None:
+            raise InputError(
+                f"no preview table for the autoencoder of {self.variant.name}; sampling.previews.fit makes one"
+            )
+        rows, columns = (math.ceil(side / PIXELS_PER_TOKEN) for side in (height, width))
+        latent = unpack(moment.picture, rows * PIXELS_PER_TOKEN, columns * PIXELS_PER_TOKEN)
+        return to_image(previews.rgb(latent, table)[0]).resize((width, height), Image.Resampling.BILINEAR)
+
+    def _words(self, prompts: Sequence[str], t5_length: int | None, padding: Padding) -> tuple[Words, ...]:
+        """Embeddings of each prompt, in the dtype and on the device of the transformer."""
+        text = self.text.encode(prompts, t5_length, padding)
+        return tuple(
+            Words(
+                text.txt[i : i + 1].to(self.dtype),
+                text_ids(1, text.txt.shape[1]).to(self.device),
+                text.vec[i : i + 1].to(self.dtype),
+                None if text.mask is None else text.mask[i : i + 1],
+            )
+            for i in range(len(prompts))
+        )
+
+    def _levels(self, spacing: str | Sequence[float], steps: int | None, tokens: int, shift: float | None) -> Schedule:
+        steps = None if steps is None else whole("steps", steps, 1, MAX_STEPS)
+        if not isinstance(spacing, str):
+            levels = custom_schedule(spacing)
+            if levels.steps != (steps or levels.steps):
+                raise InputError(f"steps {steps} and a schedule of {levels.steps} steps contradict each other")
+            if shift is not None:
+                raise InputError(f"shift {shift!r} cannot be applied to noise levels of your own")
+            return levels
+        own = dynamic_shift(flux1_mu(tokens)) if self.variant.shift else unshifted
+        curve = own if shift is None else static_shift(shift)
+        return make_schedule(spacing, self.variant.steps if steps is None else steps, curve)
+
+    def _noise(self, plan: _Plan, seed: int, variation: tuple[int, float] | None) -> Tensor:
+        height, width, channels = *plan.sides, self.autoencoder.config.z_channels
+        if variation is None:
+            return initial_noise(height, width, seed, channels)
+        return varied_noise(height, width, seed, variation, channels)
+
+    def _unpacked(self, tokens: Tensor, plan: _Plan) -> Tensor:
+        return unpack(tokens, *plan.sides).float()
+
+    def _decode(self, tokens: Tensor, plan: _Plan) -> Tensor:
+        pixels = self.autoencoder.decode(self._unpacked(tokens, plan).to(self.autoencoder.decoder.conv_in.weight.dtype))
+        if not bool(torch.isfinite(pixels).all()):
+            dtype = str(self.dtype).removeprefix("torch.")
+            raise MinifluxError(f"the picture is not finite: the numbers overflowed in {dtype}; try dtype float32")
+        return pixels[0]
+
+    def _encode(self, image: Image.Image | Tensor) -> Tensor:
+        """Latents (1, C, h, w) of a picture, float32 on the CPU; latents are themselves."""
+        if isinstance(image, Tensor):
+            return image.float().cpu()
+        weight = self.autoencoder.encoder.conv_in.weight
+        return self.autoencoder.encode(from_image(image)[None].to(weight.device, weight.dtype)).float().cpu()
+
+    def _guidance(self, guidance: Scale | None) -> Scale | None:
         if not self.transformer.config.guidance_embed:
             if guidance is not None:
                 raise InputError(f"{self.variant.name} has no guidance input: leave guidance out, got {guidance!r}")
             return None
         if guidance is None:
             return self.variant.guidance
-        number = isinstance(guidance, (int, float)) and not isinstance(guidance, bool)  # pyright: ignore[reportUnnecessaryIsInstance]
-        if not number or not math.isfinite(guidance) or guidance < 0:
-            raise InputError(f"guidance must be a finite number of at least 0, got {guidance!r}")
+        if callable(guidance):
+            return guidance
+        check_number("guidance", guidance, 0)
         return float(guidance)
+
+    def _size(self, width: int | None, height: int | None, image: Image.Image | Tensor | None) -> tuple[int, int]:
+        """Width and height to draw, in pixels."""
+        if image is None:
+            return self._side("width", width), self._side("height", height)
+        scale = self.autoencoder.config.downscale
+        if isinstance(image, Tensor):
+            channels = self.autoencoder.config.z_channels
+            if image.ndim != 4 or image.shape[:2] != (1, channels):
+                raise InputError(f"latents must be (1, {channels}, h, w), got {tuple(image.shape)}")
+            given = image.shape[3] * scale, image.shape[2] * scale
+        else:
+            given = image.size
+        if any(side % (scale * PATCH) for side in given) or (width or given[0], height or given[1]) != given:
+            wanted = f"{width or given[0]}x{height or given[1]}"
+            raise InputError(
+                f"the image is {given[0]}x{given[1]}, to be drawn at {wanted}: resize it to the size wanted, multiples "
+                f"of {scale * PATCH}"
+            )
+        return given
 
     def _side(self, name: str, side: int | None) -> int:
         multiple = self.autoencoder.config.downscale * PATCH
@@ -264,6 +383,69 @@ class Pipeline:
         if rounded != side:
             log.warning("%s %d is not a multiple of %d: drawing %d", name, side, multiple, rounded)
         return rounded
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What all pictures of a call share."""
+
+    rows: int
+    columns: int
+    levels: Schedule
+    guidance: Scale | None
+    method: Solver
+    guide: Cfg | None
+    cache: Cache | None
+    resume: Moment | None
+    stop: int | None
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Height and width in the pixels that `initial_noise` and `unpack` count in."""
+        return self.rows * PIXELS_PER_TOKEN, self.columns * PIXELS_PER_TOKEN
+
+    def described(self) -> dict[str, Any]:
+        """As plain JSON: functions as their values at the noise levels."""
+
+        def plain(value: Any) -> Any:
+            if callable(value):
+                return [value(sigma) for sigma in self.levels[:-1]]
+            return list(value) if isinstance(value, tuple) else value  # pyright: ignore[reportUnknownArgumentType]
+
+        guide = None
+        if self.guide is not None:
+            method = next(name for name, kind in GUIDES.items() if kind is type(self.guide))
+            guide = {"method": method, **{f.name: plain(getattr(self.guide, f.name)) for f in fields(self.guide)}}
+        return {
+            "steps": self.levels.steps,
+            "sigmas": list(self.levels),
+            "solver": self.method.name,
+            "guidance": plain(self.guidance),
+            "guide": guide,
+            "stop": self.stop,
+        }
+
+    def cache_described(self) -> dict[str, Any]:
+        name = next(name for name, kind in CACHES.items() if kind is type(self.cache))
+        return {"name": name, **{f.name: getattr(self.cache, f.name) for f in fields(self.cache)}}  # pyright: ignore
+
+
+@dataclass
+class _Watcher:
+    """Tells the caller's functions about every step of one picture, and keeps the last moment."""
+
+    index: int
+    total: int
+    progress: Progress | None = None
+    callback: Callback | None = None
+    moment: Moment | None = None
+
+    def __call__(self, moment: Moment) -> Tensor | None:
+        replacement = None if self.callback is None else self.callback(self.index, moment)
+        self.moment = moment if replacement is None else replace(moment, x=replacement.to(moment.x))
+        if self.progress is not None:
+            self.progress(self.index * moment.steps + moment.step, self.total * moment.steps)
+        return replacement
 
 
 def whole(name: str, value: int, low: int, high: int) -> int:
@@ -275,16 +457,6 @@ def whole(name: str, value: int, low: int, high: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
     return value
-
-
-def _counted(progress: Progress, before: int, total: int) -> Callable[[int, Tensor], None]:
-    return lambda step, _latents: progress(before + step, total)
-
-
-def to_image(pixels: Tensor) -> Image.Image:
-    """Pixels (3, H, W) in [-1, 1], clamped, to an 8-bit RGB picture."""
-    levels = (127.5 * (pixels.float().clamp(-1, 1) + 1)).round().to(torch.uint8)
-    return Image.fromarray(rearrange(levels, "C H W -> H W C").cpu().numpy())
 
 
 def load(

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from miniflux.errors import ConfigError, InputError
 from miniflux.models.flux1 import Flux1, Flux1Config
-from miniflux.sampling import denoise, euler_step, flux1_schedule
+from miniflux.sampling import Moment, State, denoise, flux1_schedule, solver
 from tests.tiny import FLUX1, flux1_inputs, randn, randomise
 
 SIGMAS = [1.0, 0.7, 0.3, 0.0]
@@ -77,7 +77,7 @@ def test_kontext_run_equals_the_release(golden) -> None:
 def test_euler_step() -> None:
     """Straight ahead, against the direction of time."""
     x, v = torch.tensor([2.0]), torch.tensor([4.0])
-    assert euler_step(x, v, 1.0, 0.25).item() == -1.0
+    assert solver("euler").step(x, v, 1.0, 0.25, State(), None)[0].item() == -1.0
 
 
 def test_straight_paths_are_exact_in_any_number_of_steps(inputs: dict) -> None:
@@ -143,7 +143,7 @@ def test_guidance_acts_where_the_model_has_it(model: Flux1, inputs: dict) -> Non
 def test_callback_sees_every_step(model: Flux1, inputs: dict) -> None:
     """1, 2, ... with the latents of that moment; the last ones are the result, and the noise is left as it was."""
     before, seen = inputs["img"].clone(), []
-    result = run(model, inputs, SIGMAS, callback=lambda step, x: seen.append((step, x.clone())))
+    result = run(model, inputs, SIGMAS, callback=lambda moment: seen.append((moment.step, moment.x.clone())))
     assert [step for step, _ in seen] == [1, 2, 3]
     assert torch.equal(seen[-1][1], result)
     assert_close(run(model, inputs, SIGMAS[:2]), seen[0][1])
@@ -154,8 +154,8 @@ def test_callback_may_stop_the_run(inputs: dict) -> None:
     """An exception from the callback ends the loop at once."""
     field = Field(lambda x, _t: x)
 
-    def stop(step: int, _x: Tensor) -> None:
-        if step == 2:
+    def stop(moment: Moment) -> None:
+        if moment.step == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -8,8 +8,9 @@ Letters in shapes: B batch, L tokens, T text tokens, H heads, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -26,6 +27,19 @@ from miniflux.models.layers import (
 )
 
 TIME_FEATURES = 256  # sinusoidal features of the time and of the guidance, in every release
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
+"""What takes the place of `attention`: (q, k, v, pe, mask) -> (B, L, H * D)."""
+
+RunBlock = Callable[[str, nn.Module, tuple[Tensor, ...], tuple[Any, ...]], tuple[Tensor, ...]]
+"""What runs a block: (its name, the block, its streams, the rest of its arguments) -> the new streams. The streams are
+(img, txt) for a double block and (txt and img joined,) for a single one."""
+
+
+def run_block(name: str, block: nn.Module, streams: tuple[Tensor, ...], context: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """Just run it. Step caches and skip-layer guidance put their own function in this place."""
+    out = block(*streams, *context)
+    return out if isinstance(out, tuple) else (out,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +127,13 @@ class DoubleStreamBlock(nn.Module):
         self.txt_mlp = _mlp(dim, mlp_dim)
 
     def forward(
-        self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor, mask: Tensor | None = None
+        self,
+        img: Tensor,
+        txt: Tensor,
+        vec: Tensor,
+        pe: Tensor,
+        mask: Tensor | None = None,
+        attend: Attend = attention,
     ) -> tuple[Tensor, Tensor]:
         """One block. img (B, L, hidden), txt (B, T, hidden), vec (B, hidden) -> new (img, txt)."""
         img_mod1, img_mod2 = self.img_mod(vec)
@@ -124,7 +144,7 @@ class DoubleStreamBlock(nn.Module):
         q = torch.cat((txt_q, img_q), dim=2)
         k = torch.cat((txt_k, img_k), dim=2)
         v = torch.cat((txt_v, img_v), dim=2)
-        attn = attention(q, k, v, pe, mask)
+        attn = attend(q, k, v, pe, mask)
         txt_attn, img_attn = attn[:, : txt.shape[1]], attn[:, txt.shape[1] :]
 
         img = img + img_mod1.gate * self.img_attn.proj(img_attn)
@@ -149,13 +169,15 @@ class SingleStreamBlock(nn.Module):
         self.modulation = Modulation(dim, double=False)
         self.split = (3 * dim, mlp_dim)
 
-    def forward(self, x: Tensor, vec: Tensor, pe: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, vec: Tensor, pe: Tensor, mask: Tensor | None = None, attend: Attend = attention
+    ) -> Tensor:
         """One block. x (B, T + L, hidden), vec (B, hidden) -> new x."""
         (mod,) = self.modulation(vec)
         qkv, mlp = self.linear1(mod(self.pre_norm(x))).split(self.split, dim=-1)
         q, k, v = rearrange(qkv, "B L (K H D) -> K B H L D", K=3, H=self.num_heads)
         q, k = self.norm(q, k, v)
-        attn = attention(q, k, v, pe, mask)
+        attn = attend(q, k, v, pe, mask)
         return x + mod.gate * self.linear2(torch.cat((attn, self.mlp_act(mlp)), dim=-1))
 
 
@@ -200,6 +222,8 @@ class Flux1(nn.Module):
         y: Tensor,
         guidance: Tensor | None = None,
         txt_mask: Tensor | None = None,
+        run: RunBlock = run_block,
+        attend: Attend = attention,
     ) -> Tensor:
         """Predict the velocity v = noise - picture of every image token.
 
@@ -214,6 +238,8 @@ class Flux1(nn.Module):
                 the pipeline is where a guidance that has no effect is refused.
             txt_mask: (B, T), true or 1 for real tokens, false or 0 for padding nobody may look at. None: all tokens
                 count, as released.
+            run: called in place of every block, by those who want to skip one or look at it.
+            attend: called in place of `attention` in every block.
 
         Returns:
             (B, L, out_channels)
@@ -235,9 +261,10 @@ class Flux1(nn.Module):
             seen = torch.ones(img.shape[:2], dtype=torch.bool, device=img.device)
             mask = torch.cat((txt_mask.bool(), seen), dim=1)[:, None, None, :]
 
-        for block in self.double_blocks:
-            img, txt = block(img, txt, vec, pe, mask)
+        context = (vec, pe, mask, attend)
+        for i, block in enumerate(self.double_blocks):
+            img, txt = run(f"double_blocks.{i}", block, (img, txt), context)
         x = torch.cat((txt, img), dim=1)
-        for block in self.single_blocks:
-            x = block(x, vec, pe, mask)
+        for i, block in enumerate(self.single_blocks):
+            (x,) = run(f"single_blocks.{i}", block, (x,), context)
         return self.final_layer(x[:, txt.shape[1] :], vec)

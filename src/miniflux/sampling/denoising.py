@@ -2,22 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from miniflux.errors import InputError
-from miniflux.models.flux1 import Flux1
+from miniflux.models.flux1 import Flux1, RunBlock, run_block
+from miniflux.sampling.caches import Bill, Branch, Cache
+from miniflux.sampling.guidance import Cfg, Nag, Scale, SkipLayer, scale_at
+from miniflux.sampling.schedules import Schedule, custom_schedule
+from miniflux.sampling.solvers import Solver, State, StepNoise, data, solver
 
-StepCallback = Callable[[int, Tensor], None]
-"""Called after each step with the number of steps done (1, 2, ...) and the latents (B, L, C)."""
+RESTART_KEY = 2**32  # steps of this number on are those of `StepNoise` for restarts
 
 
-def euler_step(x: Tensor, v: Tensor, sigma: float, sigma_next: float) -> Tensor:
-    """Follow the velocity v in a straight line from sigma to sigma_next."""
-    return x + (sigma_next - sigma) * v
+@dataclass(frozen=True)
+class Words:
+    """What the network reads beside the picture.
+
+    Attributes:
+        txt: T5's tokens (B, T, context_in_dim).
+        txt_ids: their positions (B, T, 3).
+        vec: CLIP's summary (B, vec_in_dim).
+        mask: which tokens count (B, T); None for all.
+    """
+
+    txt: Tensor
+    txt_ids: Tensor
+    vec: Tensor
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A run between two steps: enough to go on from, bit for bit.
+
+    Attributes:
+        step, steps: steps done, and in all.
+        sigma: the noise level reached.
+        x: the latents (B, L, C), float32.
+        picture: the finished latents that the last prediction points to.
+        state: what the solver remembers.
+        memory: what the guide remembers.
+    """
+
+    step: int
+    steps: int
+    sigma: float
+    x: Tensor
+    picture: Tensor
+    state: State = field(repr=False)
+    memory: Tensor | None = field(repr=False)
+
+
+StepCallback = Callable[[Moment], "Tensor | None"]
+"""Called after each step. Latents that it returns take the place of `moment.x`; raising stops the run."""
 
 
 @torch.inference_mode()
@@ -29,48 +73,232 @@ def denoise(
     txt_ids: Tensor,
     vec: Tensor,
     timesteps: Sequence[float],
-    guidance: float | None = 4.0,
+    guidance: Scale | None = 4.0,
     img_cond: Tensor | None = None,
     img_cond_seq: Tensor | None = None,
     img_cond_seq_ids: Tensor | None = None,
     txt_mask: Tensor | None = None,
     callback: StepCallback | None = None,
+    *,
+    method: Solver | str = "euler",
+    rng: StepNoise | None = None,
+    guide: Cfg | None = None,
+    negative: Words | None = None,
+    empty: Words | None = None,
+    batched: bool | None = None,
+    cache: Cache | None = None,
+    bill: Bill | None = None,
+    resume: Moment | None = None,
+    stop: int | None = None,
 ) -> Tensor:
-    """Integrate the flow from the first to the last of `timesteps` with Euler's method.
+    """Integrate the flow from the first to the last of `timesteps`.
 
-    Argument names as in `flux/sampling.py` of the original release.
+    The first arguments are named as in `flux/sampling.py` of the original release.
 
     Args:
         img: noise (B, L, C), packed.
         img_ids, txt, txt_ids, vec, txt_mask: see `Flux1.forward` (vec is its y).
-        timesteps: noise levels, 1.0 ... 0.0.
-        guidance: strength given to models with a guidance input; the others ignore it.
+        timesteps: noise levels, 1.0 ... 0.0, or a `Schedule`.
+        guidance: strength for models with a guidance input, or a function of the noise level; the others ignore it.
         img_cond: tokens (B, L, C') appended on the channels of every step (Fill, Canny, Depth).
         img_cond_seq, img_cond_seq_ids: tokens (B, L', C) appended to the sequence of every step (Kontext).
-        callback: called after every step; it may raise to stop the run.
+        callback: called with the `Moment` after every step; what it returns replaces the latents; it may raise to stop.
+        method: the solver, or its name.
+        rng: noise for the steps of stochastic solvers and for restarts (`sampling.step_noise`).
+        guide: how predictions for several texts are combined; None for the prompt's alone.
+        negative, empty: the other texts a guide may want.
+        batched: whether those predictions are made in one call of the network. None: where there is an accelerator with
+            room for it. On a CPU one after the other takes the same time and half the memory.
+        cache: a step cache, see `sampling.caches`.
+        bill: counts blocks computed and skipped.
+        resume: go on from here; `img` only says the dtype then.
+        stop: end after so many steps.
 
     Returns:
         (B, L, C), of float32 at least: rounding the sum of many small steps to bfloat16 would cost visible detail.
 
     Raises:
-        InputError: of img_cond_seq and img_cond_seq_ids only one is given.
+        InputError: noise levels that do not fall, an unknown solver, a text or noise that the guide or the solver needs
+            and that is not there, or only one of img_cond_seq and img_cond_seq_ids.
         ConfigError: the model has a guidance input and guidance is None.
     """
     if (img_cond_seq is None) != (img_cond_seq_ids is None):
         raise InputError("img_cond_seq and img_cond_seq_ids belong together: got only one of them")
-    dtype, batch = img.dtype, img.shape[0]
-    x = img.float()
-    guidance_vec = None if guidance is None else torch.full((batch,), guidance, device=img.device, dtype=dtype)
-    ids = img_ids if img_cond_seq_ids is None else torch.cat((img_ids, img_cond_seq_ids), dim=1)
-    for step, (sigma, sigma_next) in enumerate(pairwise(timesteps), start=1):
-        tokens = x.to(dtype)
-        if img_cond is not None:
-            tokens = torch.cat((tokens, img_cond), dim=-1)
-        if img_cond_seq is not None:
-            tokens = torch.cat((tokens, img_cond_seq), dim=1)
-        sigma_vec = torch.full((batch,), sigma, device=img.device, dtype=dtype)
-        v = model(tokens, ids, txt, txt_ids, sigma_vec, vec, guidance_vec, txt_mask)[:, : x.shape[1]]
-        x = euler_step(x, v.float(), sigma, sigma_next)
+    schedule = timesteps if isinstance(timesteps, Schedule) else custom_schedule(timesteps)
+    method = solver(method) if isinstance(method, str) else method
+    guide = Cfg() if guide is None else guide
+    steps = schedule.steps
+    words = {"positive": Words(txt, txt_ids, vec, txt_mask), "negative": negative, "empty": empty}
+    _check(schedule, method, guide, words, rng, resume, stop)
+
+    tell = _Network(
+        model,
+        img.dtype,
+        img_ids if img_cond_seq_ids is None else torch.cat((img_ids, img_cond_seq_ids), dim=1),
+        {name: text for name, text in words.items() if text is not None},
+        guidance,
+        img_cond,
+        img_cond_seq,
+        _on_accelerator(img) if batched is None else batched,
+        guide,
+        cache,
+        method.model_calls(schedule.falling),
+        bill,
+    )
+    x, state, memory = img.float(), State(steps=steps), None
+    if resume is not None:
+        x, state, memory = resume.x, resume.state, resume.memory
+
+    for sigma, sigma_next in schedule.remaining(state.step):
+        if sigma_next > sigma:
+            assert rng is not None
+            x, state = (
+                add_noise(x, sigma, sigma_next, rng(RESTART_KEY + state.step, x)),
+                replace(state, past=(), kept=()),
+            )
+            continue
+        step = state.step
+        v, memory = tell(x, sigma, step, steps, memory)
+        picture = data(x, v, sigma)
+        x, state = method.step(x, v, sigma, sigma_next, state, rng)
+        while state.ask is not None:
+            v, memory = tell(x, state.ask, step, steps, memory)
+            x, state = method.step(x, v, sigma, sigma_next, state, rng)
         if callback is not None:
-            callback(step, x)
+            replacement = callback(Moment(state.step, steps, sigma_next, x, picture, state, memory))
+            x = x if replacement is None else replacement.to(x)
+        if state.step == stop:
+            break
     return x
+
+
+def add_noise(x: Tensor, sigma: float, sigma_next: float, noise: Tensor) -> Tensor:
+    """Latents at a noise level, raised to a higher one by standard normal noise; from 0, x is the picture itself."""
+    if sigma_next == 1:
+        return noise
+    keep = (1 - sigma_next) / (1 - sigma)
+    return keep * x + math.sqrt(sigma_next**2 - (keep * sigma) ** 2) * noise
+
+
+def _check(
+    schedule: Schedule,
+    method: Solver,
+    guide: Cfg,
+    words: Mapping[str, Words | None],
+    rng: StepNoise | None,
+    resume: Moment | None,
+    stop: int | None,
+) -> None:
+    """Everything that can be known before the network is called."""
+    wanted = {name for i, sigma in enumerate(schedule.falling) for name in guide.wants(sigma, i, schedule.steps)}
+    for name in sorted({"negative" if name == "attended" else name for name in wanted} - {"skipped"}):
+        if words[name] is None:
+            raise InputError(f"this guidance needs the {name} text, got None")
+    if rng is None and (method.noisy or schedule.restarts):
+        raise InputError(f"{method.name} with this schedule draws noise on the way: rng must be given, got None")
+    if resume is not None and resume.steps != schedule.steps:
+        raise InputError(f"resume is from a run of {resume.steps} steps; this one has {schedule.steps}")
+    done = 0 if resume is None else resume.step
+    if stop is not None and not done < stop <= schedule.steps:
+        raise InputError(f"stop must be a number of steps from {done + 1} to {schedule.steps}, got {stop!r}")
+
+
+def _on_accelerator(x: Tensor) -> bool:
+    """Whether two predictions at once are worth their memory: on CUDA, while a third of its memory is free."""
+    if x.device.type != "cuda":
+        return False
+    free, total = torch.cuda.mem_get_info(x.device)
+    return free > total / 3
+
+
+@dataclass
+class _Network:
+    """The network with all that it is told in one run; called with latents and a noise level."""
+
+    model: Flux1
+    dtype: torch.dtype
+    ids: Tensor
+    words: dict[str, Words]
+    guidance: Scale | None
+    img_cond: Tensor | None
+    img_cond_seq: Tensor | None
+    batched: bool
+    guide: Cfg
+    cache: Cache | None
+    calls: int
+    bill: Bill | None
+    branches: dict[tuple[str, ...], Branch] = field(default_factory=dict[tuple[str, ...], Branch])
+
+    def __call__(
+        self, x: Tensor, sigma: float, step: int, steps: int, memory: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The guided velocity (B, L, C) in float32, and what the guide remembers."""
+        wanted = self.guide.wants(sigma, step, steps)
+        parts: dict[str, Tensor] = {}
+        together = tuple(name for name in wanted if name in self.words)
+        lengths = {self.words[name].txt.shape[1] for name in together}
+        for names in [together] if self.batched and len(lengths) == 1 else [(name,) for name in together]:
+            parts |= zip(names, self.predict(names, x, sigma).chunk(len(names)), strict=True)
+        if "skipped" in wanted and isinstance(self.guide, SkipLayer):
+            layers = self.guide.layers or (f"double_blocks.{len(self.model.double_blocks) // 2}",)
+            parts["skipped"] = self.predict(("positive",), x, sigma, partial(_skip, layers, self.bill or Bill()))
+        if "attended" in wanted and isinstance(self.guide, Nag):
+            positive, negative = self.words["positive"].txt.shape[1], self.words["negative"].txt.shape[1]
+            if positive != negative:
+                raise InputError(f"NAG needs texts of one length, got {positive} and {negative} tokens: pad them")
+            v = self.predict(("positive", "negative"), x, sigma, attend=self.guide.attend(sigma, positive))
+            parts["attended"] = v.chunk(2)[0]
+        return self.guide.combine(parts, sigma, step, memory)
+
+    def predict(
+        self, names: tuple[str, ...], x: Tensor, sigma: float, run: RunBlock | None = None, **more: Any
+    ) -> Tensor:
+        """One call of the network, for the texts of these names side by side: (len(names) * B, L, C)."""
+        if run is None and self.cache is not None:
+            run = self.branches.get(names)
+            if run is None:
+                run = self.branches[names] = self.cache.start(self.model, self.calls, self.bill or Bill())
+        elif run is None and self.bill is not None:
+            run = partial(_count, self.bill)
+        if run is not None:
+            more["run"] = run
+        tokens = x.to(self.dtype)
+        if self.img_cond is not None:
+            tokens = torch.cat((tokens, self.img_cond), dim=-1)
+        if self.img_cond_seq is not None:
+            tokens = torch.cat((tokens, self.img_cond_seq), dim=1)
+        texts, rows = [self.words[name] for name in names], len(names) * len(x)
+        masks = [_all_seen(text.txt) if text.mask is None else text.mask for text in texts]
+        strength = None if self.guidance is None else scale_at(self.guidance, sigma)
+        v = self.model(
+            _joined([tokens] * len(names)),
+            _joined([self.ids] * len(names)),
+            _joined([text.txt for text in texts]),
+            _joined([text.txt_ids for text in texts]),
+            torch.full((rows,), sigma, device=x.device, dtype=self.dtype),
+            _joined([text.vec for text in texts]),
+            None if strength is None else torch.full((rows,), strength, device=x.device, dtype=self.dtype),
+            None if all(text.mask is None for text in texts) else _joined(masks),
+            **more,
+        )
+        return v[:, : x.shape[1]].float()
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """One batch; a single part is itself."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _all_seen(txt: Tensor) -> Tensor:
+    return torch.ones(txt.shape[:2], dtype=torch.bool, device=txt.device)
+
+
+def _count(bill: Bill, name: str, block: Any, streams: tuple[Tensor, ...], context: tuple[Any, ...]) -> Any:
+    bill.evaluated += 1
+    return run_block(name, block, streams, context)
+
+
+def _skip(
+    layers: Sequence[str], bill: Bill, name: str, block: Any, streams: tuple[Tensor, ...], context: tuple[Any, ...]
+) -> Any:
+    return streams if name in layers else _count(bill, name, block, streams, context)

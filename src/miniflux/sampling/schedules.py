@@ -20,19 +20,39 @@ BETA_SHAPE = 0.6  # arXiv 2407.12173: both parameters of the distribution
 
 @dataclass(frozen=True)
 class Schedule(Sequence[float]):
-    """Noise levels from the first to 0. Prints itself as a table; is a sequence of floats.
+    """Noise levels from the first to the last, mostly 0. Prints itself as a table; is a sequence of floats.
 
     Attributes:
         name: how it was made.
-        sigmas: the levels, strictly decreasing, one more than there are steps.
+        sigmas: the levels. They fall, except where a restart goes back up by adding noise.
     """
 
     name: str
     sigmas: tuple[float, ...]
 
     @property
+    def restarts(self) -> int:
+        """How often the levels rise."""
+        return sum(b > a for a, b in pairwise(self.sigmas))
+
+    @property
     def steps(self) -> int:
-        return len(self.sigmas) - 1
+        """How often they fall."""
+        return len(self.sigmas) - 1 - self.restarts
+
+    @property
+    def falling(self) -> list[float]:
+        """The levels that the steps end at, and the first one."""
+        return [self.sigmas[0], *(b for a, b in pairwise(self.sigmas) if b < a)]
+
+    def remaining(self, done: int) -> list[tuple[float, float]]:
+        """(level, next level) of what is left when so many steps are done."""
+        pairs = list(pairwise(self.sigmas))
+        for start in range(len(pairs)):
+            if done == 0:
+                return pairs[start:]
+            done -= pairs[start][1] < pairs[start][0]
+        return []
 
     def __len__(self) -> int:
         return len(self.sigmas)
@@ -46,7 +66,10 @@ class Schedule(Sequence[float]):
 
     def __str__(self) -> str:
         lines = [f"{self.name}, {self.steps} steps", f"{'step':>4} {'sigma':>8} {'width':>8}"]
-        lines += [f"{i:4d} {a:8.5f} {a - b:8.5f}" for i, (a, b) in enumerate(pairwise(self.sigmas), start=1)]
+        done = 0
+        for a, b in pairwise(self.sigmas):
+            done += b < a
+            lines.append(f"{done if b < a else '+':>4} {a:8.5f} {a - b:8.5f}")
         return "\n".join([*lines, f"{'end':>4} {self.sigmas[-1]:8.5f}"])
 
 
@@ -267,6 +290,46 @@ def custom_schedule(sigmas: Sequence[float], name: str = "custom") -> Schedule:
         if i and sigma >= levels[i - 1]:
             raise InputError(f"noise level {i} is {sigma!r}, not below the one before, {levels[i - 1]!r}")
     return Schedule(name, levels)
+
+
+def from_strength(schedule: Schedule, strength: float) -> Schedule:
+    """The part of a schedule that changes a picture by `strength`, from 0 (not at all) to 1 (all of it).
+
+    It starts at the level that lies a share of 1 - strength of the steps after the first, between two levels if need
+    be, so that the result changes continuously with the strength.
+
+    Raises:
+        InputError: strength is not a number above 0 and up to 1, or the schedule has restarts.
+    """
+    if not 0 < strength <= 1:
+        raise InputError(f"strength must be a number above 0 and at most 1, got {strength!r}")
+    if schedule.restarts:
+        raise InputError("a schedule with restarts cannot be entered in the middle")
+    place = (1 - strength) * schedule.steps
+    whole = min(math.floor(place), schedule.steps - 1)
+    share = place - whole
+    start = schedule.sigmas[whole] + share * (schedule.sigmas[whole + 1] - schedule.sigmas[whole])
+    return Schedule(schedule.name, (start, *(sigma for sigma in schedule.sigmas[whole + 1 :] if sigma < start)))
+
+
+def with_restarts(schedule: Schedule, low: float, high: float, times: int) -> Schedule:
+    """Go back from the level nearest to `low` to the one nearest to `high`, so many times (arXiv 2306.14878).
+
+    Raises:
+        InputError: not 0 < low < high < 1, both nearest to the same level, or times below 1.
+    """
+    if not 0 < low < high < 1 or isinstance(times, bool) or not isinstance(times, int) or times < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InputError(
+            f"a restart needs 0 < low < high < 1 and times of at least 1, got {low!r}, {high!r}, {times!r}"
+        )
+    inner = schedule.sigmas[1:-1]
+    ends = [min(range(len(inner)), key=lambda i: abs(inner[i] - level)) + 1 if inner else 0 for level in (high, low)]
+    if ends[0] == ends[1]:
+        raise InputError(f"no two levels of this schedule are nearest to {low!r} and {high!r}: take more steps")
+    first, last = ends
+    again = schedule.sigmas[first : last + 1] * times
+    sigmas = (*schedule.sigmas[: last + 1], *again, *schedule.sigmas[last + 1 :])
+    return Schedule(f"{schedule.name} with {times} restarts", sigmas)
 
 
 def beta_quantile(p: float, a: float, b: float) -> float:

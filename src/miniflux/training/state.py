@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from miniflux.errors import CheckpointError
+from miniflux.training.muon import Muon
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -61,9 +62,7 @@ class TrainingState(Generic[M]):
             (1.0, torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.99), weight_decay=0.01))
         ]
         if chosen:
-            muon = torch.optim.Muon(
-                [named[name] for name in sorted(chosen)], lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
-            )
+            muon = Muon([named[name] for name in sorted(chosen)], lr=rate, weight_decay=0.01)
             self.optimizers.append((MATRIX_RATE, muon))
         self.step = 0
 

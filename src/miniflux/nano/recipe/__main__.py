@@ -43,14 +43,14 @@ MAIN = (128, 128)
 TEACHER = [
     Phase("teacher 64", 6500, SMALL, 128, 1.5e-3),
     Phase("teacher 128", 9_000, (MAIN, *OTHERS), 48, 7.5e-4, main=0.9),
-    Phase("teacher sizes", 3_500, (MAIN, *OTHERS), 48, 5e-4, main=0.25),
+    Phase("teacher sizes", 2_400, (MAIN, *OTHERS), 48, 5e-4, main=0.25),
 ]
 START = 15_500  # steps that a teacher which starts from finished weights need not make
-DEV = [Phase("dev", 500, (MAIN, *OTHERS), 48, 4e-4, main=0.5)]
-SCHNELL = [Phase("schnell", 500, (MAIN, *OTHERS), 48, 4e-4, main=0.5)]
+DEV = [Phase("dev", 300, (MAIN, *OTHERS), 48, 4e-4, main=0.5)]
+SCHNELL = [Phase("schnell", 300, (MAIN, *OTHERS), 48, 4e-4, main=0.5)]
 
-POOL = 8_000  # pictures of the main canvas kept as latents; a quarter for the short stages
-REPORT = {"teacher": 2000, "dev": 250, "schnell": 250}  # steps between sheets
+POOL = 4_000  # pictures of the main canvas kept as latents; a quarter for the short stages
+REPORT = {"teacher": 2000, "dev": 150, "schnell": 150}  # steps between sheets
 SHEET = 36  # pictures on a sheet
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from miniflux.models.autoencoder import Autoencoder
 from miniflux.nano import scenes
+from miniflux.training.flow import mixed_precision
 from miniflux.training.state import TrainingState, cosine_rate
 from miniflux.variants import VARIANTS
 
@@ -128,7 +129,7 @@ def train(folder: Path, seed: int = 1) -> Autoencoder:
                 crops = [crop_of(pool[rng.randrange(POOL)], phase, rng) for _ in range(phase.batch)]
                 pixels = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 127.5 - 1
                 pixels = pixels.contiguous(memory_format=torch.channels_last)
-                with torch.autocast("cpu", torch.bfloat16):
+                with mixed_precision():
                     loss, error = loss_of(model, pixels)
                 state.optimise(loss, cosine_rate(state.step - begin, round_.steps))
                 if state.step % 100 == 0:

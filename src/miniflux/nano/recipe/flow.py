@@ -23,7 +23,7 @@ from miniflux.nano.recipe.text import T5_LENGTH, TextEncoders, varied
 from miniflux.pipeline import Pipeline
 from miniflux.sampling import image_ids, pack, text_ids
 from miniflux.text import TextEmbedding
-from miniflux.training.flow import logit_normal_sigmas, mix
+from miniflux.training.flow import logit_normal_sigmas, mix, mixed_precision
 from miniflux.training.state import TrainingState, cosine_rate
 from miniflux.variants import VARIANTS
 
@@ -91,7 +91,7 @@ class Pictures:
         ]
         pixels = np.stack([np.asarray(picture) for picture in drawn])
         x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision():
             latent = self.autoencoder.encode(x.contiguous(memory_format=torch.channels_last))
         return [scene.caption for scene in made], pack(latent.contiguous()).to(torch.bfloat16)
 
@@ -217,7 +217,7 @@ def run(
         state.rate = phase.rate
         while state.step < end:
             captions, x0, size = data.draw(phase.batch, phase.main)
-            with torch.autocast("cpu", torch.bfloat16):
+            with mixed_precision():
                 loss = loss_of(captions, x0, size, rng)
             floor = 0.4 if number + 1 < len(phases) else 0.02
             state.optimise(loss, cosine_rate(state.step - begin, phase.steps, floor=floor))

@@ -1,0 +1,32 @@
+"""Previews: latents as small pictures, by one linear map from their channels to red, green and blue."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange, reduce
+from torch import Tensor
+
+from miniflux.models.autoencoder import Autoencoder, AutoencoderConfig
+
+Table = tuple[tuple[float, float, float], ...]
+"""Red, green and blue per latent channel, and as the last row what is added."""
+
+TABLES: dict[AutoencoderConfig, Table] = {}
+
+
+def rgb(latent: Tensor, table: Table) -> Tensor:
+    """Latents (B, C, h, w) -> pixels (B, 3, h, w), about [-1, 1]."""
+    weight = torch.tensor(table, dtype=torch.float32, device=latent.device)
+    return torch.einsum("bchw,cr->brhw", latent.float(), weight[:-1]) + weight[-1][:, None, None]
+
+
+@torch.inference_mode()
+def fit(autoencoder: Autoencoder, pixels: Tensor) -> Table:
+    """The map from latents to pictures (B, 3, H, W) in [-1, 1], shrunk to their size, of least squared error."""
+    latent = autoencoder.encode(pixels)
+    scale = autoencoder.config.downscale
+    small = reduce(pixels, "B C (h y) (w x) -> (B h w) C", "mean", y=scale, x=scale)
+    channels = rearrange(latent, "B C h w -> (B h w) C")
+    ones = torch.ones(len(channels), 1)
+    solution = torch.linalg.lstsq(torch.cat((channels, ones), dim=1).double(), small.double()).solution
+    return tuple((r, g, b) for r, g, b in solution.tolist())
