@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "result": PARTS,
     "pipeline": PARTS | {"result"},
     "root": LIBRARY,  # miniflux/__init__.py
-    "study": LIBRARY,
+    "study": LIBRARY | {"nano"},  # for captions
     "training": LIBRARY,
     "nano": LIBRARY | {"training"},
     "apps": LIBRARY | {"study", "training", "nano"},

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from miniflux.apps.cli import main
 from miniflux.checkpoints.finding import BUNDLED
@@ -48,6 +49,7 @@ def test_commands_work(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("MINIFLUX_WEIGHTS", raising=False)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     (tmp_path / "out-of-the-attic.safetensors").symlink_to(BUNDLED / "ae.safetensors")
+    Image.new("RGB", (128, 128), "blue").save(tmp_path / "a.png")
     arguments = shlex.split(command)[1:]
     assert main(arguments) == (2 if any(word.startswith("flux1-") for word in arguments) else 0)
 

@@ -35,3 +35,7 @@ class OutputError(MinifluxError):
 
 class LoraError(MinifluxError):
     """A LoRA file is damaged, of no known dialect, made for another model, or would change nothing."""
+
+
+class MissingExtraError(MinifluxError):
+    """An optional package is not installed; the message names the extra that brings it."""

@@ -191,14 +191,14 @@ class Pipeline:
             guidance=self._guidance(guidance),
             method=find_solver(solver),
             guide=guide,
-            cache=find_cache(cache) if isinstance(cache, str) else cache,
+            cache=self._cache(cache) if isinstance(cache, str) else cache,
             resume=resume,
             stop=stop,
         )
 
         # 3. Text: T5's tokens and CLIP's summary, from the cache where the prompt was seen before.
         texts = self._words(prompts, t5_length, padding)
-        others = (None, None) if guide is None else self._words([negative or "", ""], t5_length, padding)
+        others = self._words([negative or "", ""], t5_length, padding) if guide is not None else [None, None]
 
         # 4. Each picture on its own: noise from its seed, denoising, decoding.
         source = None if image is None else self._encode(image)
@@ -226,7 +226,7 @@ class Pipeline:
             "strength": strength,
         }
         for i in range(total):
-            words = (texts[i // images], *others)
+            words = (texts[i // images], others[0], others[1])
             varied = None if variation is None else (variation[0] + i, variation[1])
             noise = self._noise(plan, seed + i, varied)
             begin = noise if source is None else add_noise(source, 0.0, plan.levels[0], noise)
@@ -234,7 +234,11 @@ class Pipeline:
             tokens = moment.picture if moment.step < moment.steps else moment.x
             pictures.append(to_image(self._decode(tokens, plan)))
             latents.append(self._unpacked(moment.x, plan).cpu())
-            about = {"prompt": prompts[i // images], "seed": seed + i, "variation": varied and list(varied)}
+            about: dict[str, Any] = {
+                "prompt": prompts[i // images],
+                "seed": seed + i,
+                "variation": varied and list(varied),
+            }
             if plan.cache is not None:
                 about["cache"] = {**plan.cache_described(), "evaluated": bill.evaluated, "skipped": bill.skipped}
             if check_cache:
@@ -286,11 +290,9 @@ class Pipeline:
         Raises:
             InputError: no preview table is known for this autoencoder (`sampling.previews.fit` makes one).
         """
-        table = previews.TABLES.get(self.autoencoder.config)
-        if table is None:
-            raise InputError(
-                f"no preview table for the autoencoder of {self.variant.name}; sampling.previews.fit makes one"
-            )
+        table = self.variant.preview
+        if not table:
+            raise InputError(f"no preview table for {self.variant.name}: sampling.previews.fit makes one")
         rows, columns = (math.ceil(side / PIXELS_PER_TOKEN) for side in (height, width))
         latent = unpack(moment.picture, rows * PIXELS_PER_TOKEN, columns * PIXELS_PER_TOKEN)
         return to_image(previews.rgb(latent, table)[0]).resize((width, height), Image.Resampling.BILINEAR)
@@ -343,6 +345,9 @@ class Pipeline:
             return image.float().cpu()
         weight = self.autoencoder.encoder.conv_in.weight
         return self.autoencoder.encode(from_image(image)[None].to(weight.device, weight.dtype)).float().cpu()
+
+    def _cache(self, name: str) -> Cache:
+        return find_cache(name, ratios=self.variant.mag_ratios) if name == "mag" else find_cache(name)
 
     def _guidance(self, guidance: Scale | None) -> Scale | None:
         if not self.transformer.config.guidance_embed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from einops import rearrange
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
+from miniflux.checkpoints.saving import write_beside
 from miniflux.errors import OutputError
 from miniflux.sampling import Moment
 
@@ -70,26 +72,22 @@ class Result:
             exif[EXIF_DESCRIPTION] = text
             kind = "WEBP" if path.suffix.lower() == ".webp" else "JPEG"
             options = {"format": kind, "quality": 95, "exif": exif}
-        beside = path.with_name(path.name + ".part")
-        try:
-            self.grid().save(beside, **options)
-            beside.replace(path)
-        except OSError as error:
-            raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
-        finally:
-            beside.unlink(missing_ok=True)
+        write_beside(path, lambda beside: self.grid().save(beside, **options))
         return path
 
 
-def checked_output(path: str | Path) -> Path:
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def checked_output(path: str | Path, endings: Sequence[str] = PICTURES) -> Path:
     """The path, if a picture can be written there; asked before the work is done.
 
     Raises:
         OutputError: unknown ending, no such folder, or no permission.
     """
     path = Path(path)
-    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise OutputError(f"{path}: a picture is written as .png, .jpg or .webp, got the ending {path.suffix!r}")
+    if path.suffix.lower() not in endings:
+        raise OutputError(f"{path}: a picture is written as {', '.join(endings)}, got the ending {path.suffix!r}")
     if path.is_dir():
         raise OutputError(f"{path}: is a folder")
     if not path.parent.is_dir():

@@ -58,6 +58,35 @@ NANO_DEV = Flux1Config(
     guidance_embed=True,
 )
 
+# What each latent channel of nano's autoencoder adds to red, green and blue, and a constant (`nano/recipe/preview.py`).
+NANO_PREVIEW = (
+    (-0.1356, 0.0746, 0.0037),
+    (0.0238, -0.0288, 0.0334),
+    (0.2368, 0.2159, -0.0843),
+    (-0.0244, -0.0657, -0.0499),
+    (-0.0126, -0.0434, -0.0363),
+    (-0.0059, -0.1595, -0.1217),
+    (0.1986, -0.1302, 0.0090),
+    (0.0084, -0.0783, -0.3537),
+    (-0.0084, -0.0619, -0.0211),
+    (0.0857, 0.0069, 0.0912),
+    (-0.0943, 0.1394, 0.1076),
+    (-0.0075, -0.0284, -0.0281),
+    (-0.0158, 0.0608, 0.0459),
+    (-0.0066, 0.0065, -0.0092),
+    (-0.0501, -0.0275, 0.0049),
+    (-0.0085, -0.0468, -0.0526),
+    (0.0980, 0.0052, -0.0496),
+)
+
+# By how much what the blocks add to the image tokens grows from each of 28 steps to the next (the authors of MagCache,
+# arXiv 2506.09045, by way of diffusers' `hooks/mag_cache.py`).
+FLUX1_MAG_RATIOS = (
+    *(1.0, 1.21094, 1.11719, 1.07812, 1.0625, 1.03906, 1.03125, 1.03906, 1.02344, 1.03125, 1.02344, 0.98047, 1.01562),
+    *(1.00781, 1.0, 1.00781, 1.0, 1.00781, 1.0, 1.0, 0.99609, 0.99609, 0.98047, 0.98828, 0.96484, 0.95703, 0.93359),
+    0.89062,
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
@@ -74,6 +103,8 @@ class Variant:
         steps, guidance: defaults; guidance is None for models without a guidance input.
         size: default width and height in pixels.
         bundled: whether the weights are inside the package.
+        preview: the table of `sampling.previews` for its autoencoder; empty if none was fitted.
+        mag_ratios: what `sampling.caches.MagCache` wants to know; empty if it was not measured.
     """
 
     name: str
@@ -91,6 +122,8 @@ class Variant:
     guidance: float | None
     size: int = 1024
     bundled: bool = False
+    preview: tuple[tuple[float, float, float], ...] = ()
+    mag_ratios: tuple[float, ...] = ()
 
 
 _DEV = Variant(
@@ -104,6 +137,7 @@ _DEV = Variant(
     t5=T5_XXL,
     steps=50,
     guidance=3.5,  # the model card's; the release's own command line later went to 2.5
+    mag_ratios=FLUX1_MAG_RATIOS,
 )
 _NANO = Variant(
     name="nano-dev",
@@ -146,6 +180,7 @@ _NANO = Variant(
     guidance=3.0,
     size=128,
     bundled=True,
+    preview=NANO_PREVIEW,
 )
 
 VARIANTS: dict[str, Variant] = {

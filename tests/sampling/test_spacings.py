@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from miniflux.errors import InputError
 from miniflux.sampling import custom_schedule, flux1_schedule, schedule
-from miniflux.sampling.schedules import SPACINGS, beta_quantile, dynamic_shift, flux1_mu, static_shift, unshifted
+from miniflux.sampling.schedules import (
+    OPTIMAL_STEPS,
+    SPACINGS,
+    beta_quantile,
+    dynamic_shift,
+    flux1_mu,
+    static_shift,
+    unshifted,
+)
 
 CURVES = [unshifted, dynamic_shift(1.15), static_shift(3.0)]
 
@@ -21,9 +29,17 @@ CURVES = [unshifted, dynamic_shift(1.15), static_shift(3.0)]
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 20, 50])
 def test_levels_fall_from_one_to_zero(spacing: str, curve, steps: int) -> None:
     found = schedule(spacing, steps, curve)
-    start = 0.0 if spacing == "ddim-uniform" else 0.999  # which counts from the bottom and stops short of the top
+    start = {"ddim-uniform": 0.0, "optimal-steps": 0.99}.get(spacing, 0.999)  # which stop short of the top
     assert found[-1] == 0 and start < found[0] <= 1
     assert abs(found.steps - steps) <= (1 if spacing in ("ddim-uniform", "beta-comfyui") else 0)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 10, 14, 20])
+def test_optimal_steps_interpolates_its_table(steps: int) -> None:
+    """As ComfyUI: the table at its own 11 levels, log-linear in between, the last level replaced by 0."""
+    expected = np.exp(np.interp(np.linspace(0, 1, steps + 1), np.linspace(0, 1, 11), np.log(OPTIMAL_STEPS)))
+    assert list(schedule("optimal-steps", steps))[:-1] == pytest.approx(expected[:-1].tolist(), abs=1e-12)
+    assert OPTIMAL_STEPS[1] == 0.9886 and OPTIMAL_STEPS[-2] == 0.2808
 
 
 @given(st.integers(1, 60), st.integers(1, 10_000))

@@ -12,10 +12,16 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from miniflux.errors import InputError, MinifluxError, WeightsNotFoundError
 from miniflux.version import __version__
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from miniflux.sampling import Moment
+    from miniflux.sampling.guidance import Cfg
 
 OK, FAULT, MENDABLE, INTERRUPTED = 0, 1, 2, 130
 
@@ -42,6 +48,73 @@ def _lora(text: str) -> tuple[str, float]:
         return (path, float(scale)) if colon else (text, 1.0)
     except ValueError:  # a colon that belongs to the path
         return text, 1.0
+
+
+def _pair(text: str) -> tuple[float, float]:
+    first, colon, second = text.partition(":")
+    try:
+        return float(first), float(second if colon else "")
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected two numbers as A:B, got {text!r}") from None
+
+
+def _variation(text: str) -> tuple[int, float]:
+    seed, colon, amount = text.partition(":")
+    try:
+        return int(seed), float(amount if colon else "")
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected SEED:AMOUNT, such as 7:0.2, got {text!r}") from None
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers as 8,16,32, got {text!r}") from None
+
+
+def _spacing(text: str) -> str | list[float]:
+    if "," not in text:
+        return text
+    try:
+        return [float(level) for level in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a name, or noise levels as 1,0.6,0.3,0, got {text!r}") from None
+
+
+def _sampling_options(generate: argparse.ArgumentParser) -> None:
+    """How to get from noise to a picture."""
+    sampling = generate.add_argument_group("sampling")
+    sampling.add_argument(
+        "--solver", default="euler", metavar="NAME", help="euler (default), heun, dpmpp-2m, unipc ..."
+    )
+    sampling.add_argument(
+        "--schedule", type=_spacing, default="uniform", metavar="NAME|LEVELS", help="uniform (default), karras, beta, "
+        "simple ..., or noise levels of your own: 1,0.8,0.5,0",
+    )  # fmt: skip
+    sampling.add_argument("--shift", type=float, metavar="X", help="static shift of the noise levels; 1 for none")
+    sampling.add_argument("--cfg", type=float, metavar="X", help="scale of guidance by a second text; 1 has no effect")
+    sampling.add_argument("--negative", metavar="TEXT", help="what the picture should not show; needs --cfg")
+    sampling.add_argument(
+        "--guidance-method", metavar="NAME", help="cfg (default), cfg-zero, apg, perp-neg, skip-layer, nag; needs --cfg"
+    )
+    sampling.add_argument(
+        "--window", type=_pair, metavar="START:STOP", help="the share of the steps that --cfg works in: 0:0.6"
+    )
+    sampling.add_argument(
+        "--cache", metavar="NAME", help="skip blocks that hardly change: first-block, tea, mag, taylor"
+    )
+    sampling.add_argument("--image", metavar="FILE", help="a picture to change instead of noise to begin with")
+    sampling.add_argument("--strength", type=float, metavar="X", help="how much of it to change, above 0 to 1")
+    sampling.add_argument(
+        "--variation",
+        type=_variation,
+        metavar="SEED:AMOUNT",
+        help="go from the noise of --seed towards that of another",
+    )
+    sampling.add_argument(
+        "--preview-every", type=int, metavar="N", help="every N steps, write how far it is beside the output"
+    )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -100,6 +173,7 @@ def parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--device", metavar="NAME", help="cpu, cuda, mps ...; default the best there is")
     generate.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16; default what suits the device")
+    _sampling_options(generate)
     generate.set_defaults(run=_generate)
 
     inspect = commands.add_parser(
@@ -144,7 +218,32 @@ def parser() -> argparse.ArgumentParser:
     )
     extract.set_defaults(run=_lora_extract)
 
-    for command in (generate, inspect, inspect_lora, convert, merge, extract):
+    study = commands.add_parser("study", help="look at how it works")
+    subjects = study.add_subparsers(dest="subject", metavar="SUBJECT", required=True)
+    schedules = subjects.add_parser(
+        "schedule", help="noise levels", description="Print a schedule, or draw several (needs miniflux[study])."
+    )
+    schedules.add_argument("names", nargs="*", metavar="NAME", help="default: uniform; with --plot all of them")
+    schedules.add_argument("--steps", type=int, default=20, metavar="N", help="default %(default)s")
+    schedules.add_argument(
+        "--size", type=_size, default=(1024, 1024), metavar="WxH", help="for the shift of FLUX.1 dev"
+    )
+    schedules.add_argument("--shift", type=float, metavar="X", help="a static shift instead; 1 for none")
+    schedules.add_argument("--plot", metavar="FILE", help="draw them: .png, .svg or .pdf")
+    schedules.set_defaults(run=_study_schedule)
+    solvers = subjects.add_parser(
+        "solvers",
+        help="error against calls of the network",
+        description="For every deterministic solver, the error of its latents against a reference of 1000 calls, and "
+        "the order at which it falls.",
+    )
+    solvers.add_argument("--model", default="nano", metavar="NAME|PATH")
+    solvers.add_argument("--prompts", type=int, default=4, metavar="N", help="how many; default %(default)s")
+    solvers.add_argument("--calls", type=_numbers, default=[8, 16, 32, 64], metavar="N,N", help="default 8,16,32,64")
+    solvers.add_argument("--plot", metavar="FILE", help="draw it: .png, .svg or .pdf (needs miniflux[study])")
+    solvers.set_defaults(run=_study_solvers)
+
+    for command in (generate, inspect, inspect_lora, convert, merge, extract, schedules, solvers):
         command.add_argument("-v", "--verbose", action="store_true", help="say more about what is done")
     return root
 
@@ -194,11 +293,18 @@ def _generate(options: argparse.Namespace) -> None:
         receipt = attach(pipe, path, scale)
         logging.getLogger(__name__).info("%s", receipt)
     width, height = options.size or (None, None)
+    image = None if options.image is None else _opened(options.image)
     with tqdm(unit="step", leave=False, disable=not sys.stderr.isatty()) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
+
+        def preview(index: int, moment: Moment) -> None:
+            if moment.step % options.preview_every == 0 and moment.step < moment.steps:
+                w, h = (width, height) if image is None else image.size
+                size = w or pipe.variant.size, h or pipe.variant.size
+                pipe.preview(moment, *size).save(output.with_name(f"{output.stem}-{index}-step{moment.step:03d}.png"))
 
         result = pipe.generate(
             options.prompt,
@@ -210,11 +316,72 @@ def _generate(options: argparse.Namespace) -> None:
             images=options.images,
             t5_length=options.t5_length,
             padding=options.padding,
+            solver=options.solver,
+            schedule=options.schedule,
+            shift=options.shift,
+            guide=_guide(options),
+            negative=options.negative,
+            variation=options.variation,
+            image=image,
+            strength=1.0 if options.strength is None else options.strength,
+            cache=options.cache,
             progress=progress,
+            callback=preview if options.preview_every else None,
         )
     result.save(output)
     count, (w, h) = len(result.images), result.images[0].size
     print(f"{output}: {count} picture{'s' if count > 1 else ''} of {w}x{h}, {pipe.variant.name}, seed {options.seed}")
+    if options.cache is not None:
+        spared, run = (sum(said["cache"][key] for said in result.settings) for key in ("skipped", "evaluated"))
+        print(f"cache {options.cache}: {spared} of {spared + run} blocks spared")
+
+
+def _guide(options: argparse.Namespace) -> Cfg | None:
+    """What --cfg, --guidance-method and --window say; refuses what would have no effect."""
+    from miniflux.sampling import guide
+
+    if options.preview_every is not None and options.preview_every < 1:
+        raise InputError(f"--preview-every must be at least 1, got {options.preview_every}")
+    if options.cfg is None:
+        for flag in ("negative", "guidance_method", "window"):
+            if getattr(options, flag) is not None:
+                raise InputError(f"--{flag.replace('_', '-')} has no effect without --cfg X")
+        return None
+    window = {} if options.window is None else {"window": options.window}
+    return guide(options.guidance_method or "cfg", scale=options.cfg, **window)
+
+
+def _opened(path: str) -> Image.Image:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except OSError as error:
+        raise InputError(f"{path}: no picture could be read: {error.strerror or error}") from error
+
+
+def _study_schedule(options: argparse.Namespace) -> None:
+    from miniflux.study import schedules
+
+    width, height = options.size
+    names = options.names or (list(schedules.SPACINGS) if options.plot else ["uniform"])
+    made = schedules.schedules(names, options.steps, width, height, options.shift)
+    if options.plot:
+        print(f"{schedules.plot(made, options.plot)}: {len(made)} schedules of {options.steps} steps")
+    else:
+        print("\n\n".join(str(schedule) for schedule in made))
+
+
+def _study_solvers(options: argparse.Namespace) -> None:
+    from miniflux.pipeline import load
+    from miniflux.study import solvers
+
+    errors = solvers.measure(load(options.model), options.calls, options.prompts)
+    print(solvers.table(errors))
+    if options.plot:
+        print(solvers.plot(errors, options.plot))
 
 
 def _inspect(options: argparse.Namespace) -> None:

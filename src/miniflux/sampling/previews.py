@@ -6,12 +6,10 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
-from miniflux.models.autoencoder import Autoencoder, AutoencoderConfig
+from miniflux.models.autoencoder import Autoencoder
 
 Table = tuple[tuple[float, float, float], ...]
 """Red, green and blue per latent channel, and as the last row what is added."""
-
-TABLES: dict[AutoencoderConfig, Table] = {}
 
 
 def rgb(latent: Tensor, table: Table) -> Tensor:

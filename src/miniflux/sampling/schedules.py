@@ -15,6 +15,8 @@ Curve = Callable[[float], float]
 
 GRID = 10_000  # levels of the table that ComfyUI's schedules pick from
 KARRAS_RHO = 7.0  # arXiv 2206.00364, appendix D
+# The levels of FLUX.1 found by dynamic programming (arXiv 2503.21774; `NOISE_LEVELS` of ComfyUI's OptimalSteps node).
+OPTIMAL_STEPS = (0.9968, 0.9886, 0.9819, 0.975, 0.966, 0.9471, 0.9158, 0.8287, 0.5512, 0.2808, 0.001)
 BETA_SHAPE = 0.6  # arXiv 2407.12173: both parameters of the distribution
 
 
@@ -235,6 +237,16 @@ def _linear_quadratic(steps: int, curve: Curve, threshold: float = 0.025) -> lis
     return [1 - x for x in done]
 
 
+def _optimal_steps(steps: int, curve: Curve) -> list[float]:
+    """The table of OptimalSteps; for other numbers of steps than its 10, straight lines between its logarithms."""
+    levels: list[float] = []
+    for i in range(steps):
+        place, share = divmod(i * (len(OPTIMAL_STEPS) - 1) / steps, 1)
+        low, high = math.log(OPTIMAL_STEPS[int(place)]), math.log(OPTIMAL_STEPS[int(place) + 1])
+        levels.append(math.exp(low + share * (high - low)))
+    return levels
+
+
 SPACINGS: dict[str, Callable[[int, Curve], list[float]]] = {
     "uniform": _even,  # the release's, and diffusers' default
     "karras": lambda steps, curve: _karras(_even(steps, curve)),
@@ -246,6 +258,7 @@ SPACINGS: dict[str, Callable[[int, Curve], list[float]]] = {
     "ddim-uniform": _ddim_uniform,
     "beta-comfyui": _beta_grid,
     "linear-quadratic": _linear_quadratic,
+    "optimal-steps": _optimal_steps,
 }
 """Ways to spread the steps: (steps, curve) -> the levels without the final 0."""
 
@@ -255,9 +268,9 @@ def schedule(spacing: str, steps: int, curve: Curve = unshifted, terminal: float
 
     Args:
         spacing: a key of `SPACINGS`. `uniform`, `karras`, `exponential` and `beta` are as in diffusers; `simple`,
-            `normal`, `sgm-uniform`, `ddim-uniform`, `beta-comfyui` and `linear-quadratic` as in ComfyUI.
+            `normal`, `sgm-uniform`, `ddim-uniform`, `beta-comfyui`, `linear-quadratic` and `optimal-steps` as in ComfyUI.
         steps: how many; `ddim-uniform` may make one more, `beta-comfyui` fewer, as their originals do.
-            `linear-quadratic` has levels of its own and ignores the curve.
+            `linear-quadratic` and `optimal-steps` have levels of their own and ignore the curve.
         curve: `unshifted`, `dynamic_shift(flux1_mu(tokens))`, `static_shift(3.0)` ...
         terminal: what the last level before 0 is stretched to; for `uniform` only.
 

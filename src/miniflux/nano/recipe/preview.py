@@ -1,0 +1,32 @@
+"""The preview table of nano's autoencoder: `python -m miniflux.nano.recipe.preview` prints it for `variants.py`."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+
+import miniflux
+from miniflux.nano import scenes
+from miniflux.result import from_image
+from miniflux.sampling import previews
+
+SCENES = 256
+
+
+def main() -> None:
+    rng = random.Random(12)
+    drawn = [(scenes.two_objects if i % 2 else scenes.one_object)(rng) for i in range(SCENES)]
+    pictures = [
+        scenes.render(s, 128, 128) if i % 4 else scenes.render_lit(s, 128, 128, rng) for i, s in enumerate(drawn)
+    ]
+    pixels = torch.stack([from_image(picture) for picture in pictures])
+    table = previews.fit(miniflux.load("nano", dtype="float32").autoencoder, pixels)
+    print("NANO_PREVIEW = (")
+    for row in table:
+        print(f"    ({', '.join(f'{value:.4f}' for value in row)}),")
+    print(")")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Looking inside: noise levels and solvers, measured and drawn."""
