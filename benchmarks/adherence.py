@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 from collections import Counter
 
@@ -19,6 +20,7 @@ def main() -> None:
     arguments.add_argument("--models", nargs="+", default=["nano-dev", "nano-schnell"])
     arguments.add_argument("--guidance", type=float)
     arguments.add_argument("--steps", type=int)
+    arguments.add_argument("--sizes", nargs="+", default=["128x128"], metavar="WxH")
     options = arguments.parse_args()
     kinds = {
         "one object": lambda rng: scenes.one_object(rng),
@@ -26,23 +28,24 @@ def main() -> None:
         "two objects": lambda rng: scenes.two_objects(rng),
         "two objects, one held-out pair": lambda rng: scenes.two_objects(rng, held_out=True),
     }
-    print(
-        f"{'model':<13} {'prompts':<31} {'all right':>9} {'background':>10} {'colour':>7} {'shape':>6} {'position':>8}"
-    )
+    print(f"{'model':<13} {'size':<8} {'prompts':<31} " + " ".join(f"{what:>10}" for what in WHAT))
     for name in options.models:
         pipe = miniflux.load(name)
         guidance = options.guidance if pipe.variant.guidance is not None else None
-        for kind, make in kinds.items():
+        for size, (kind, make) in itertools.product(options.sizes, kinds.items()):
+            width, height = (int(side) for side in size.split("x"))
             rng = random.Random(f"{kind} 2026")
             right: Counter[str] = Counter()
             for i in range(options.prompts):
                 scene = make(rng)
-                image = pipe.generate(scene.caption, seed=50_000 + i, guidance=guidance, steps=options.steps).images[0]
-                verdict = judge(image, scene)
+                result = pipe.generate(
+                    scene.caption, seed=50_000 + i, guidance=guidance, steps=options.steps, width=width, height=height
+                )
+                verdict = judge(result.images[0], scene)
                 for what in WHAT:
                     right[what] += getattr(verdict, what)
             shares = " ".join(f"{100 * right[what] / options.prompts:9.1f}%" for what in WHAT)
-            print(f"{name:<13} {kind:<31} {shares}", flush=True)
+            print(f"{name:<13} {size:<8} {kind:<31} {shares}", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise, permutations
 from pathlib import Path
 from typing import Any
@@ -307,6 +308,26 @@ def test_a_schedule_follows_the_noise(network: Flux1, base: Callable[[], bool]) 
     set_schedule(network, "x", half)
     detach(network, "x")
     assert base() and torch.equal(with_none, out(network))
+
+
+def test_threads_with_schedules_equal_one_after_the_other(network: Flux1) -> None:
+    """The scale of one call is not that of another at the same time; an error in one does not stop the others."""
+    attach(network, lora(network, QKV), name="x")
+    attach(network, lora(network, LINEAR1), name="y")
+    set_schedule(network, "x", lambda sigma: sigma)
+    set_schedule(network, "y", lambda sigma: 1 - sigma)
+
+    def at(level: float) -> Tensor:
+        with torch.inference_mode():
+            return network(**{**INPUTS, "timesteps": torch.full_like(INPUTS["timesteps"], level)})
+
+    levels = [i / 24 for i in range(24)]
+    expected = [at(level) for level in levels]
+    with pytest.raises(RuntimeError):
+        network(**{**INPUTS, "img": randn(2, 12, 5)})
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(at, levels))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_a_merged_adapter_has_no_schedule(network: Flux1) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -171,19 +173,31 @@ def apply_scale(network: nn.Module, adapter: Adapter, times: float = 1.0) -> Non
             _put(network, module, parameter, new if on else old)
 
 
+# One per network with a schedule: while its scales are those of one call, another thread's call has to wait.
+_LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+
+
 def _watch(network: nn.Module, adapter: Adapter, schedule: Callable[[float], float] | None) -> None:
-    handle = network.__dict__.pop(f"_lora_schedule_{adapter.name}", None)
-    if handle is not None:
+    for handle in network.__dict__.pop(f"_lora_schedule_{adapter.name}", ()):
         handle.remove()
     adapter.schedule = schedule
     if schedule is None:
         return
+    lock = _LOCKS.setdefault(network, threading.RLock())
 
     def before(_: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
         timesteps = options["timesteps"] if "timesteps" in options else inputs[4]
-        apply_scale(network, adapter, schedule(float(timesteps[0])))
+        factor = schedule(float(timesteps[0]))
+        lock.acquire()
+        apply_scale(network, adapter, factor)
 
-    network.__dict__[f"_lora_schedule_{adapter.name}"] = network.register_forward_pre_hook(before, with_kwargs=True)
+    def after(*_: Any) -> None:
+        lock.release()
+
+    network.__dict__[f"_lora_schedule_{adapter.name}"] = (
+        network.register_forward_pre_hook(before, with_kwargs=True),
+        network.register_forward_hook(after, always_call=True),
+    )
 
 
 def _forget_prompts(target: Target) -> None:

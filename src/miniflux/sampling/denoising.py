@@ -199,6 +199,8 @@ def _check(
     if resume is not None and resume.steps != schedule.steps:
         raise InputError(f"resume is from a run of {resume.steps} steps; this one has {schedule.steps}")
     done = 0 if resume is None else resume.step
+    if done == schedule.steps:
+        raise InputError(f"resume is at the end of its run of {schedule.steps} steps: nothing is left to do")
     if stop is not None and not done < stop <= schedule.steps:
         raise InputError(f"stop must be a number of steps from {done + 1} to {schedule.steps}, got {stop!r}")
 

@@ -268,7 +268,8 @@ def schedule(spacing: str, steps: int, curve: Curve = unshifted, terminal: float
 
     Args:
         spacing: a key of `SPACINGS`. `uniform`, `karras`, `exponential` and `beta` are as in diffusers; `simple`,
-            `normal`, `sgm-uniform`, `ddim-uniform`, `beta-comfyui`, `linear-quadratic` and `optimal-steps` as in ComfyUI.
+            `normal`, `sgm-uniform`, `ddim-uniform`, `beta-comfyui`, `linear-quadratic` and `optimal-steps` as in
+            ComfyUI.
         steps: how many; `ddim-uniform` may make one more, `beta-comfyui` fewer, as their originals do.
             `linear-quadratic` and `optimal-steps` have levels of their own and ignore the curve.
         curve: `unshifted`, `dynamic_shift(flux1_mu(tokens))`, `static_shift(3.0)` ...
