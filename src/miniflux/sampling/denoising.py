@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -129,7 +130,7 @@ def denoise(
     guide = Cfg() if guide is None else guide
     steps = schedule.steps
     words = {"positive": Words(txt, txt_ids, vec, txt_mask), "negative": negative, "empty": empty}
-    _check(schedule, method, guide, words, rng, resume, stop)
+    _check(model, schedule, method, guide, words, rng, resume, stop)
 
     tell = _Network(
         model,
@@ -180,7 +181,15 @@ def add_noise(x: Tensor, sigma: float, sigma_next: float, noise: Tensor) -> Tens
     return keep * x + math.sqrt(sigma_next**2 - (keep * sigma) ** 2) * noise
 
 
+def _needed(name: str, words: Mapping[str, Words | None]) -> Words:
+    text = words.get(name)
+    if text is None:
+        raise InputError(f"this guidance needs the {name} text, got None")
+    return text
+
+
 def _check(
+    model: Flux1,
     schedule: Schedule,
     method: Solver,
     guide: Cfg,
@@ -190,10 +199,19 @@ def _check(
     stop: int | None,
 ) -> None:
     """Everything that can be known before the network is called."""
-    wanted = {name for i, sigma in enumerate(schedule.falling) for name in guide.wants(sigma, i, schedule.steps)}
+    levels = schedule.falling[:-1]
+    wanted = {name for i, sigma in enumerate(levels) for name in guide.wants(sigma, i, schedule.steps)}
     for name in sorted({"negative" if name == "attended" else name for name in wanted} - {"skipped"}):
-        if words[name] is None:
-            raise InputError(f"this guidance needs the {name} text, got None")
+        _needed(name, words)
+    if "attended" in wanted:
+        positive, negative = (_needed(name, words).txt.shape[1] for name in ("positive", "negative"))
+        if positive != negative:
+            raise InputError(f"NAG needs texts of one length, got {positive} and {negative} tokens: pad them")
+    if isinstance(guide, SkipLayer) and "skipped" in wanted:
+        known = [name for name, _ in model.named_modules() if re.fullmatch(r"(double|single)_blocks\.\d+", name)]
+        for layer in guide.layers:
+            if layer not in known:
+                raise InputError(f"no block {layer!r} to skip; known: {known[0]} to {known[-1]}")
     if rng is None and (method.noisy or schedule.restarts):
         raise InputError(f"{method.name} with this schedule draws noise on the way: rng must be given, got None")
     if resume is not None and resume.steps != schedule.steps:
@@ -237,18 +255,17 @@ class _Network:
         """The guided velocity (B, L, C) in float32, and what the guide remembers."""
         wanted = self.guide.wants(sigma, step, steps)
         parts: dict[str, Tensor] = {}
-        together = tuple(name for name in wanted if name in self.words)
-        lengths = {self.words[name].txt.shape[1] for name in together}
+        together = tuple(name for name in wanted if name not in ("skipped", "attended"))
+        lengths = {_needed(name, self.words).txt.shape[1] for name in together}
         for names in [together] if self.batched and len(lengths) == 1 else [(name,) for name in together]:
             parts |= zip(names, self.predict(names, x, sigma).chunk(len(names)), strict=True)
         if "skipped" in wanted and isinstance(self.guide, SkipLayer):
             layers = self.guide.layers or (f"double_blocks.{len(self.model.double_blocks) // 2}",)
             parts["skipped"] = self.predict(("positive",), x, sigma, partial(_skip, layers, self.bill or Bill()))
         if "attended" in wanted and isinstance(self.guide, Nag):
-            positive, negative = self.words["positive"].txt.shape[1], self.words["negative"].txt.shape[1]
-            if positive != negative:
-                raise InputError(f"NAG needs texts of one length, got {positive} and {negative} tokens: pad them")
-            v = self.predict(("positive", "negative"), x, sigma, attend=self.guide.attend(sigma, positive))
+            _needed("negative", self.words)
+            attend = self.guide.attend(sigma, self.words["positive"].txt.shape[1])
+            v = self.predict(("positive", "negative"), x, sigma, attend=attend)
             parts["attended"] = v.chunk(2)[0]
         return self.guide.combine(parts, sigma, step, memory)
 

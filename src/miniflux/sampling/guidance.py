@@ -31,8 +31,16 @@ Scale = float | Callable[[float], float]
 """A strength, or a function from the noise level to it."""
 
 
+TINY = 1e-12  # keeps a division by the length of nothing finite
+
+
 def scale_at(scale: Scale, sigma: float) -> float:
-    return scale(sigma) if callable(scale) else scale
+    """The strength at a noise level; what a function gives is checked as a number would be."""
+    if not callable(scale):
+        return scale
+    value = scale(sigma)
+    check_number("scale", value, 0)
+    return value
 
 
 def check_number(name: str, value: float, low: float, high: float = math.inf) -> None:
@@ -92,7 +100,7 @@ class Cfg:
         v, memory = self.mix(parts, sigma, step, memory)
         if self.rescale:
             dims = tuple(range(1, v.ndim))
-            spread = positive.std(dims, keepdim=True) / v.std(dims, keepdim=True)
+            spread = positive.std(dims, keepdim=True) / v.std(dims, keepdim=True).clamp(min=TINY)
             v = self.rescale * (v * spread) + (1 - self.rescale) * v
         return v, memory
 
@@ -159,7 +167,7 @@ class Apg(Cfg):
         if self.threshold:
             push = push * (self.threshold / push.norm(dim=dims, keepdim=True)).clamp(max=1)
         if self.eta != 1:
-            direction = positive / positive.norm(dim=dims, keepdim=True).clamp(min=1e-12)
+            direction = positive / positive.norm(dim=dims, keepdim=True).clamp(min=TINY)
             along = (push * direction).sum(dims, keepdim=True) * direction
             push = push - along + self.eta * along
         return negative + scale_at(self.scale, sigma) * push, memory
@@ -187,7 +195,9 @@ class PerpNeg(Cfg):
     ) -> tuple[Tensor, Tensor | None]:
         positive, negative = parts["positive"] - parts["empty"], parts["negative"] - parts["empty"]
         dims = tuple(range(1, positive.ndim))
-        share = (negative * positive).sum(dims, keepdim=True) / positive.square().sum(dims, keepdim=True)
+        share = (negative * positive).sum(dims, keepdim=True) / positive.square().sum(dims, keepdim=True).clamp(
+            min=TINY
+        )
         away = self.negative_scale * (negative - share * positive)
         return parts["empty"] + scale_at(self.scale, sigma) * (positive - away), memory
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from miniflux.errors import InputError
-from miniflux.sampling.latents import initial_noise
+from miniflux.sampling.latents import check_seed, initial_noise
 from miniflux.sampling.solvers import StepNoise
 
 
@@ -24,7 +24,12 @@ def step_noise(seeds: Sequence[int]) -> StepNoise:
 
     The result is called with (step, x) and gives standard normal numbers in the shape, dtype and device of x. Row i
     depends on `seeds[i]` and the step alone: the generator's seed is a hash of the two.
+
+    Raises:
+        InputError: a seed is not a whole number in its range.
     """
+    for seed in seeds:
+        check_seed(seed)
 
     def draw(step: int, x: Tensor) -> Tensor:
         if len(seeds) != len(x):

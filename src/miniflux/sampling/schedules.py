@@ -32,6 +32,15 @@ class Schedule(Sequence[float]):
     name: str
     sigmas: tuple[float, ...]
 
+    def __post_init__(self) -> None:
+        if len(self.sigmas) < 2:
+            raise InputError(f"a schedule needs at least two noise levels, got {list(self.sigmas)}")
+        for i, sigma in enumerate(self.sigmas):
+            if not 0 <= sigma <= 1:  # also refuses NaN
+                raise InputError(f"noise level {i} is {sigma!r}; expected a number from 0 to 1")
+            if i and sigma == self.sigmas[i - 1]:
+                raise InputError(f"noise level {i} is {sigma!r}, not below the one before, {sigma!r}")
+
     @property
     def restarts(self) -> int:
         """How often the levels rise."""
@@ -295,15 +304,11 @@ def custom_schedule(sigmas: Sequence[float], name: str = "custom") -> Schedule:
     Raises:
         InputError: fewer than two, one that is not a number from 0 to 1, or one that is not below the one before.
     """
-    levels = tuple(float(sigma) for sigma in sigmas)
-    if len(levels) < 2:
-        raise InputError(f"a schedule needs at least two noise levels, got {list(levels)}")
-    for i, sigma in enumerate(levels):
-        if not 0 <= sigma <= 1:  # also refuses NaN
-            raise InputError(f"noise level {i} is {sigma!r}; expected a number from 0 to 1")
-        if i and sigma >= levels[i - 1]:
-            raise InputError(f"noise level {i} is {sigma!r}, not below the one before, {levels[i - 1]!r}")
-    return Schedule(name, levels)
+    made = Schedule(name, tuple(float(sigma) for sigma in sigmas))
+    for i, (above, sigma) in enumerate(pairwise(made), start=1):
+        if sigma > above:
+            raise InputError(f"noise level {i} is {sigma!r}, not below the one before, {above!r}")
+    return made
 
 
 def from_strength(schedule: Schedule, strength: float) -> Schedule:
@@ -319,9 +324,9 @@ def from_strength(schedule: Schedule, strength: float) -> Schedule:
         raise InputError(f"strength must be a number above 0 and at most 1, got {strength!r}")
     if schedule.restarts:
         raise InputError("a schedule with restarts cannot be entered in the middle")
-    place = (1 - strength) * schedule.steps
+    place = round((1 - strength) * schedule.steps, 9)  # (1 - 0.56) * 25 is 11, not a step of 1e-15 before it
     whole = min(math.floor(place), schedule.steps - 1)
-    share = place - whole
+    share = min(place - whole, 1 - 1e-9)
     start = schedule.sigmas[whole] + share * (schedule.sigmas[whole + 1] - schedule.sigmas[whole])
     return Schedule(schedule.name, (start, *(sigma for sigma in schedule.sigmas[whole + 1 :] if sigma < start)))
 
