@@ -228,8 +228,8 @@ def test_strength_is_continuous(name: str) -> None:
 
 @pytest.mark.parametrize("name", MULTISTEP)
 def test_strength_with_a_past(name: str) -> None:
-    """Solvers that look back know more in their second step than in their first, so that a step more makes a difference:
-    none inside a step, and at its boundary one that falls with the square of the width, as their error does."""
+    """Solvers that look back know more in their second step than in their first, so that a step more makes a
+    difference: none inside a step, and at its boundary one that falls with the square of the width, as their error."""
 
     def at_half(steps: int) -> float:
         return float((changed(0.5 + 1e-6, name, steps) - changed(0.5 - 1e-6, name, steps)).abs().max())
