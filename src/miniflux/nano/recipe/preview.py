@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 
 import torch
 
@@ -22,10 +23,8 @@ def main() -> None:
     ]
     pixels = torch.stack([from_image(picture) for picture in pictures])
     table = previews.fit(miniflux.load("nano", dtype="float32").autoencoder, pixels)
-    print("NANO_PREVIEW = (")
-    for row in table:
-        print(f"    ({', '.join(f'{value:.4f}' for value in row)}),")
-    print(")")
+    rows = [f"    ({', '.join(f'{value:.4f}' for value in row)})," for row in table]
+    sys.stdout.write("\n".join(["NANO_PREVIEW = (", *rows, ")", ""]))
 
 
 if __name__ == "__main__":
