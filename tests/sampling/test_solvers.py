@@ -179,6 +179,21 @@ def test_ddim_without_noise_is_euler() -> None:
     assert_close(integrate(velocity, STARTS, levels, "euler-ancestral:1e-12", rng), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("flow", FLOWS)
+def test_dpmpp_2s_begins_at_one(flow: str) -> None:
+    """From sigma 1, where lambda has no middle, its first step has an error of third order as well."""
+    field = FLOWS[flow][0]
+
+    def exact(sigma: float) -> Tensor:
+        return follow(STARTS, 1, sigma) if flow == "normal" else 1 / (sigma**2 + CONSTANTS)
+
+    def error(width: float) -> float:
+        found = integrate(field, exact(1), [1.0, 1 - width], "dpmpp-2s")
+        return float((found - exact(1 - width)).abs().max())
+
+    assert math.log2(error(0.01) / error(0.005)) > 2.85
+
+
 @pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize("corrector", [True, False])
 def test_unipc_orders(order: int, corrector: bool) -> None:

@@ -41,7 +41,7 @@ class Words:
 
 @dataclass(frozen=True)
 class Moment:
-    """A run between two steps: enough to go on from, bit for bit.
+    """A run between two steps: enough to go on from, bit for bit, unless a step cache is at work (it starts anew).
 
     Attributes:
         step, steps: steps done, and in all.
