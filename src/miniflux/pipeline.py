@@ -48,7 +48,8 @@ from miniflux.sampling import cache as find_cache
 from miniflux.sampling import schedule as make_schedule
 from miniflux.sampling import solver as find_solver
 from miniflux.sampling.caches import Cache
-from miniflux.sampling.guidance import Cfg, Scale, check_number
+from miniflux.sampling.checks import check_number, whole
+from miniflux.sampling.guidance import Cfg, Scale
 from miniflux.sampling.latents import MAX_SEED, PATCH, PIXELS_PER_TOKEN
 from miniflux.sampling.schedules import dynamic_shift, flux1_mu, static_shift, unshifted
 from miniflux.text import Padding, Text
@@ -153,7 +154,8 @@ class Pipeline:
             progress: called after every step with (steps done, steps in all).
             callback: called after every step with (number of the picture, `sampling.Moment`); latents that it returns
                 replace those of the run. May raise to stop, which leaves the pipeline as it was.
-            resume: a moment of an earlier run with the same arguments, to go on from, bit for bit; for one picture.
+            resume: a moment of an earlier run with the same arguments, to go on from, bit for bit; for one picture,
+                and without a step cache.
             stop: end after so many steps: latents are as they then are, the picture is the one they point to.
 
         Raises:
@@ -451,17 +453,6 @@ class _Watcher:
         if self.progress is not None:
             self.progress(self.index * moment.steps + moment.step, self.total * moment.steps)
         return replacement
-
-
-def whole(name: str, value: int, low: int, high: int) -> int:
-    """The value, if it is a whole number from low to high.
-
-    Raises:
-        InputError: it is not.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InputError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
-    return value
 
 
 def load(

@@ -50,12 +50,11 @@ def test_two_objects(pipe: Pipeline) -> None:
     assert right(pipe, [scenes.two_objects(rng, held_out=i % 4 == 0) for i in range(16)]) >= 13
 
 
-KNOWN = pytest.mark.xfail(reason="not good enough at this size yet: docs/nano.md", strict=False)
-
-
-@pytest.mark.parametrize("size", [(64, 64), (96, 160), (192, 64), pytest.param((192, 192), marks=KNOWN)])
-def test_other_sizes(pipe: Pipeline, size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("size", [(64, 64), (96, 160), (192, 64), (192, 192)])
+def test_other_sizes(pipe: Pipeline, size: tuple[int, int], request: pytest.FixtureRequest) -> None:
     """Background, colour and place. Shapes are not held to yet at sizes other than 128x128: see docs/nano.md."""
+    if (pipe.variant.name, size) == ("nano-schnell", (192, 192)):
+        request.applymarker(pytest.mark.xfail(reason="9 of 12 at this size: docs/nano.md"))
     rng = random.Random(7)
     wanted = [scenes.one_object(rng) for _ in range(12)]
     result = pipe.generate([scene.caption for scene in wanted], seed=1000, width=size[0], height=size[1])

@@ -108,7 +108,7 @@ def test_measured_ratios_are_what_mag_takes(model: Flux1) -> None:
         ("magic", {}, "unknown cache 'magic'; known: first-block"),
         ("tea", {"speed": 2}, "cache 'tea' has no setting 'speed'"),
         ("first-block", {"threshold": float("nan")}, "threshold must be a finite number"),
-        ("taylor", {"interval": 0}, "interval must be a finite number of at least 1"),
+        ("taylor", {"interval": 0}, "interval must be a whole number of at least 1"),
     ],
 )
 def test_bad_settings(name: str, settings: dict, message: str) -> None:
@@ -219,7 +219,6 @@ def test_one_record_serves_many_runs(model: Flux1, name: str) -> None:
     assert all(torch.equal(other, first) for other in others)
 
 
-@pytest.mark.xfail(reason="known defect: a branch that sees a part of the calls is told the number of all", strict=True)
 def test_the_last_call_of_a_window_or_the_run_is_computed(model: Flux1) -> None:
     """TeaCache and TaylorSeer compute the last call, also where texts are batched in a part of the run only."""
     options = {"guide": guide("cfg", scale=3.0, window=(0.0, 0.5)), "negative": NEGATIVE, "batched": True}
@@ -228,15 +227,12 @@ def test_the_last_call_of_a_window_or_the_run_is_computed(model: Flux1) -> None:
         assert full[-1] == STEPS - 1
 
 
-@pytest.mark.xfail(reason="known defect: a Moment does not hold what a cache remembers", strict=True)
-@pytest.mark.parametrize("name", EAGER)
-def test_a_cached_run_may_be_resumed(model: Flux1, name: str) -> None:
-    """A moment is enough to go on from, bit for bit."""
+def test_a_cached_run_is_not_resumed(model: Flux1) -> None:
+    """What a cache remembers is not in a moment: refused, instead of going on from elsewhere."""
     moments: list[Moment] = []
-    options = {"cache": cache(name, **EAGER[name])}
-    result = run(model, callback=moments.append, **options)
-    for moment in moments[1:-1:2]:
-        assert torch.equal(run(model, resume=moment, **options), result)
+    run(model, callback=moments.append, cache=cache("taylor"))
+    with pytest.raises(InputError, match="resume cannot be exact with a step cache"):
+        run(model, resume=moments[1], cache=cache("taylor"))
 
 
 # What a branch does, with blocks that add what the test says.
@@ -272,7 +268,7 @@ def drive(
     branch = settings.start(network, calls, bill)
     full, added = [], []
     for call in range(calls):
-        now[0], before = call, bill.evaluated
+        now[0], before, branch.call = call, bill.evaluated, call
         img, txt = torch.full((2, 4, 5), image(call), dtype=torch.float64), torch.zeros(2, text, 5)
         start = img
         for i in range(2):
@@ -347,7 +343,6 @@ def test_measured_ratios() -> None:
     assert measure.ratios == pytest.approx([1.0] + [0.9] * 5)
 
 
-@pytest.mark.xfail(reason="known defect: Measure goes on with the ratios of the run before", strict=True)
 def test_measuring_twice(model: Flux1) -> None:
     """One ratio per call of the network; a second run does not append to the table of the first."""
     measure = Measure()
@@ -364,7 +359,9 @@ def test_measuring_twice(model: Flux1) -> None:
 def test_names_and_settings(name: str) -> None:
     """Each by its name; unknown ones are refused with the list of those there are."""
     assert type(cache(name)) is CACHES[name]
-    with pytest.raises(InputError, match=f"cache '{name}' has no setting 'speed'; it has (threshold|interval|ratios)"):
+    with pytest.raises(
+        InputError, match=f"cache '{name}' has no setting 'speed'; it has (threshold|interval|ratios|runs)"
+    ):
         cache(name, speed=1)
     with pytest.raises(InputError, match="unknown cache") as caught:
         cache(name.upper())
@@ -379,12 +376,11 @@ def test_names_and_settings(name: str) -> None:
 )
 def test_bad_numbers(name: str, setting: str, value: Any) -> None:
     """The message names the setting and what it was."""
-    with pytest.raises(InputError, match=f"{setting} must be a finite number") as caught:
+    with pytest.raises(InputError, match=f"{setting} must be a (finite|whole) number") as caught:
         cache(name, **{setting: value})
     assert repr(value) in str(caught.value)
 
 
-@pytest.mark.xfail(reason="known defect: fractions pass the checks", strict=True)
 @pytest.mark.parametrize("setting", ["interval", "order", "warmup"])
 def test_numbers_of_steps_are_whole(model: Flux1, setting: str) -> None:
     """Half a step, or half a derivative, is refused at once, not in the middle of a run."""

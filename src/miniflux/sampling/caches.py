@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from miniflux.errors import InputError
 from miniflux.models.flux1 import Flux1, run_block
-from miniflux.sampling.guidance import check_number
+from miniflux.sampling.checks import check_number, made, whole
 
 
 @dataclass
@@ -31,19 +31,23 @@ class Bill:
 class Branch:
     """What a cache does for one text (positive, negative ...) of one run; made by `Cache.start`.
 
-    Subclasses decide. `reuse` is asked once per call of the network and `learn` told after every full one.
+    Subclasses decide. `reuse` is asked once per call of the network and `learn` told after every full one. All pictures
+    of a batch share the decision.
 
     Attributes:
         after_first: decide after the first block, and take the addition from there.
+        call: number of the run's call of the network, from 0; set from outside before each. A text that is wanted in a
+            part of the steps only does not see all of them.
     """
 
     after_first = False
+    call = 0
 
     def __init__(self, network: Flux1, calls: int, bill: Bill) -> None:
         names = [f"double_blocks.{i}" for i in range(len(network.double_blocks))]
         names += [f"single_blocks.{i}" for i in range(len(network.single_blocks))]
         self.first, self.last = names[0], names[-1]
-        self.calls, self.bill, self.call = calls, bill, -1
+        self.calls, self.bill, self.learned = calls, bill, False
         self.text_tokens = 0
         self.base = self.kept = torch.empty(0)
         self.reusing = False
@@ -71,12 +75,11 @@ class Branch:
     ) -> tuple[Tensor, ...]:
         first = name == self.first
         if first:
-            self.call += 1
             self.reusing = False
             self.text_tokens = streams[1].shape[1] if len(streams) == 2 else 0
             if not self.after_first:
                 self.base = streams[0]
-                self.reusing = self.reuse(streams[0], block, context[0])
+                self.reusing = self.reuse(streams[0], block, context[0]) and self.learned
         if self.reusing:
             self.bill.skipped += 1
             out = streams
@@ -91,6 +94,7 @@ class Branch:
                 out = self._with_image(out, self.base + self.addition())
             else:
                 self.learn(self._image(out) - self.base)
+                self.learned = True
         return out
 
     def _image(self, streams: tuple[Tensor, ...]) -> Tensor:
@@ -132,7 +136,7 @@ class _Tea(Branch):
     def reuse(self, change: Tensor, block: nn.Module, vec: Tensor) -> bool:
         modulated = block.img_mod(vec)[0](block.img_norm1(change))  # pyright: ignore
         before, self.before = self.before, modulated
-        if before is None or self.call in (0, self.calls - 1):
+        if before is None or self.call == self.calls - 1:
             self.distance = 0.0
             return False
         x = _relative(modulated, before)
@@ -203,7 +207,11 @@ class FirstBlockCache:
         check_number("threshold", self.threshold, 0)
 
     def start(self, network: Flux1, calls: int, bill: Bill) -> Branch:
-        """The working part for one text of a run with so many calls of the network."""
+        """The working part for one text of a run with so many calls of the network.
+
+        Raises:
+            InputError: the cache lacks what it needs for this network.
+        """
         return _FirstBlock(network, calls, bill, self)
 
 
@@ -227,6 +235,8 @@ class TeaCache:
 
     def __post_init__(self) -> None:
         check_number("threshold", self.threshold, 0)
+        for coefficient in self.coefficients:
+            check_number("a coefficient", coefficient, -math.inf)
 
     def start(self, network: Flux1, calls: int, bill: Bill) -> Branch:
         """See `FirstBlockCache.start`."""
@@ -254,8 +264,10 @@ class MagCache:
 
     def __post_init__(self) -> None:
         check_number("threshold", self.threshold, 0)
-        check_number("longest", self.longest, 1)
+        whole("longest", self.longest, 1)
         check_number("retention", self.retention, 0, 1)
+        for ratio in self.ratios:
+            check_number("a ratio", ratio, 0)
 
     def start(self, network: Flux1, calls: int, bill: Bill) -> Branch:
         """See `FirstBlockCache.start`."""
@@ -279,9 +291,9 @@ class TaylorSeer:
     warmup: int = 3
 
     def __post_init__(self) -> None:
-        check_number("interval", self.interval, 1)
-        check_number("order", self.order, 0)
-        check_number("warmup", self.warmup, 1)
+        whole("interval", self.interval, 1)
+        whole("order", self.order, 0)
+        whole("warmup", self.warmup, 1)
 
     def start(self, network: Flux1, calls: int, bill: Bill) -> Branch:
         """See `FirstBlockCache.start`."""
@@ -293,14 +305,20 @@ class Measure:
     """Compute everything, and note how the length of what the blocks add changes: what `MagCache` wants to know.
 
     Attributes:
-        ratios: filled by a run, one per call of the network.
+        runs: filled by runs, a list for each text of each: one ratio per call of the network.
     """
 
-    ratios: list[float] = field(default_factory=list[float])
+    runs: list[list[float]] = field(default_factory=list[list[float]])
+
+    @property
+    def ratios(self) -> list[float]:
+        """Those of the last text of the last run."""
+        return self.runs[-1]
 
     def start(self, network: Flux1, calls: int, bill: Bill) -> Branch:
         """See `FirstBlockCache.start`."""
-        return _Watch(network, calls, bill, self.ratios)
+        self.runs.append([])
+        return _Watch(network, calls, bill, self.runs[-1])
 
 
 class _Watch(Branch):
@@ -334,10 +352,4 @@ def cache(name: str, **settings: Any) -> Cache:
     Raises:
         InputError: an unknown name or setting, or a value out of its range.
     """
-    if name not in CACHES:
-        raise InputError(f"unknown cache {name!r}; known: {', '.join(CACHES)}")
-    known = [f.name for f in fields(CACHES[name])]
-    for setting in settings:
-        if setting not in known:
-            raise InputError(f"cache {name!r} has no setting {setting!r}; it has {', '.join(known)}")
-    return CACHES[name](**settings)
+    return made("cache", CACHES, name, settings)

@@ -41,7 +41,7 @@ class Words:
 
 @dataclass(frozen=True)
 class Moment:
-    """A run between two steps: enough to go on from, bit for bit, unless a step cache is at work (it starts anew).
+    """A run between two steps: enough to go on from, bit for bit.
 
     Attributes:
         step, steps: steps done, and in all.
@@ -131,6 +131,8 @@ def denoise(
     steps = schedule.steps
     words = {"positive": Words(txt, txt_ids, vec, txt_mask), "negative": negative, "empty": empty}
     _check(model, schedule, method, guide, words, rng, resume, stop)
+    if cache is not None and resume is not None:
+        raise InputError("resume cannot be exact with a step cache: its memory is not part of a moment")
 
     tell = _Network(
         model,
@@ -247,12 +249,14 @@ class _Network:
     cache: Cache | None
     calls: int
     bill: Bill | None
+    call: int = -1
     branches: dict[tuple[str, ...], Branch] = field(default_factory=dict[tuple[str, ...], Branch])
 
     def __call__(
         self, x: Tensor, sigma: float, step: int, steps: int, memory: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """The guided velocity (B, L, C) in float32, and what the guide remembers."""
+        self.call += 1
         wanted = self.guide.wants(sigma, step, steps)
         parts: dict[str, Tensor] = {}
         together = tuple(name for name in wanted if name not in ("skipped", "attended"))
@@ -274,9 +278,10 @@ class _Network:
     ) -> Tensor:
         """One call of the network, for the texts of these names side by side: (len(names) * B, L, C)."""
         if run is None and self.cache is not None:
-            run = self.branches.get(names)
-            if run is None:
-                run = self.branches[names] = self.cache.start(self.model, self.calls, self.bill or Bill())
+            if names not in self.branches:
+                self.branches[names] = self.cache.start(self.model, self.calls, self.bill or Bill())
+            run = branch = self.branches[names]
+            branch.call = self.call
         elif run is None and self.bill is not None:
             run = partial(_count, self.bill)
         if run is not None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from torch import Tensor
 from miniflux.errors import InputError
 from miniflux.models.flux1 import Attend
 from miniflux.models.layers import attention
+from miniflux.sampling.checks import check_number, check_window, made, whole
 
 Scale = float | Callable[[float], float]
 """A strength, or a function from the noise level to it."""
@@ -41,20 +42,6 @@ def scale_at(scale: Scale, sigma: float) -> float:
     value = scale(sigma)
     check_number("scale", value, 0)
     return value
-
-
-def check_number(name: str, value: float, low: float, high: float = math.inf) -> None:
-    """Raises InputError unless `value` is a finite number from low to high."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)  # pyright: ignore[reportUnnecessaryIsInstance]
-    if not number or not math.isfinite(value) or not low <= value <= high:
-        bounds = f"of at least {low:g}" if math.isinf(high) else f"from {low:g} to {high:g}"
-        raise InputError(f"{name} must be a finite number {bounds}, got {value!r}")
-
-
-def check_window(name: str, window: tuple[float, float]) -> None:
-    """Raises InputError unless 0 <= start < stop <= 1."""
-    if len(window) != 2 or not 0 <= window[0] < window[1] <= 1:
-        raise InputError(f"{name} must be (start, stop), 0 <= start < stop <= 1, got {window!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +110,7 @@ class CfgZero(Cfg):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("zero_steps", self.zero_steps, 0)
+        whole("zero_steps", self.zero_steps, 0)
 
     def mix(
         self, parts: Mapping[str, Tensor], sigma: float, step: int, memory: Tensor | None
@@ -220,6 +207,8 @@ class SkipLayer(Cfg):
         super().__post_init__()
         check_number("skip_scale", self.skip_scale, 0)
         check_window("skip_window", self.skip_window)
+        if isinstance(self.layers, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InputError(f"layers must be a tuple of names, got the string {self.layers!r}")
 
     def wants(self, sigma: float, step: int, steps: int) -> tuple[str, ...]:
         start, stop = self.skip_window
@@ -298,10 +287,4 @@ def guide(method: str, **settings: Any) -> Cfg:
     Raises:
         InputError: an unknown name or setting, or a value out of its range.
     """
-    if method not in GUIDES:
-        raise InputError(f"unknown guidance method {method!r}; known: {', '.join(GUIDES)}")
-    known = [f.name for f in fields(GUIDES[method])]
-    for name in settings:
-        if name not in known:
-            raise InputError(f"guidance method {method!r} has no setting {name!r}; it has {', '.join(known)}")
-    return GUIDES[method](**settings)
+    return made("guidance method", GUIDES, method, settings)

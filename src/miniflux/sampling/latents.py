@@ -12,16 +12,11 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from miniflux.errors import InputError
+from miniflux.sampling.checks import whole
 
 PATCH = 2  # latent rows and columns per token
 PIXELS_PER_TOKEN = 16  # 8 pixels per latent row in the autoencoder, times the patch
 MAX_SEED = 2**64 - 1  # what torch's generator takes
-
-
-def check_seed(seed: int) -> None:
-    """Raises InputError unless `seed` is a whole number from 0 to 2^64 - 1."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InputError(f"seed must be a whole number from 0 to {MAX_SEED}, got {seed!r}")
 
 
 def initial_noise(height: int, width: int, seed: int, channels: int = 16) -> Tensor:
@@ -41,7 +36,7 @@ def initial_noise(height: int, width: int, seed: int, channels: int = 16) -> Ten
     Raises:
         InputError: the seed is not a whole number in its range, or the picture has no pixels.
     """
-    check_seed(seed)
+    whole("seed", seed, 0, MAX_SEED)
     if height < 1 or width < 1:
         raise InputError(f"height and width must be at least 1, got {height}x{width}")
     rows, columns = (PATCH * math.ceil(side / PIXELS_PER_TOKEN) for side in (height, width))

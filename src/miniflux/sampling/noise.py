@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from miniflux.errors import InputError
-from miniflux.sampling.latents import check_seed, initial_noise
+from miniflux.sampling.checks import whole
+from miniflux.sampling.latents import MAX_SEED, initial_noise
 from miniflux.sampling.solvers import StepNoise
 
 
@@ -29,7 +30,7 @@ def step_noise(seeds: Sequence[int]) -> StepNoise:
         InputError: a seed is not a whole number in its range.
     """
     for seed in seeds:
-        check_seed(seed)
+        whole("seed", seed, 0, MAX_SEED)
 
     def draw(step: int, x: Tensor) -> Tensor:
         if len(seeds) != len(x):

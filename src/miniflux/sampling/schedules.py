@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import overload
 
 from miniflux.errors import InputError
+from miniflux.sampling.checks import whole
 
 Curve = Callable[[float], float]
 """How far the noise levels are moved towards 1: from an evenly spaced level in [0, 1] to the one that is used."""
@@ -118,8 +119,7 @@ def uniform_sigmas(steps: int) -> list[float]:
     Raises:
         InputError: steps is not a whole number of at least 1.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InputError(f"steps must be a whole number of at least 1, got {steps!r}")
+    whole("steps", steps, 1)
     return [1 - i / steps for i in range(steps)] + [0.0]
 
 
@@ -315,7 +315,9 @@ def from_strength(schedule: Schedule, strength: float) -> Schedule:
     """The part of a schedule that changes a picture by `strength`, from 0 (not at all) to 1 (all of it).
 
     It starts at the level that lies a share of 1 - strength of the steps after the first, between two levels if need
-    be, so that the result changes continuously with the strength.
+    be, so that the result changes continuously with the strength, for deterministic solvers of one step. Those that
+    look back jump a little where a step more begins, because their second step then knows more; stochastic ones draw
+    the noise of another step there.
 
     Raises:
         InputError: strength is not a number above 0 and up to 1, or the schedule has restarts.

@@ -65,13 +65,15 @@ def observed_order(errors: Sequence[Error]) -> float:
 
 
 def table(errors: Sequence[Error]) -> str:
-    """The errors as text, a solver per row, with the order observed and the one of theory."""
-    lines = [f"{'solver':<14} {'order':>5} {'observed':>8}   calls: relative L2 error of the latents"]
+    """The errors as text, a solver per row; in brackets the order that its start leaves."""
+    lines = [f"{'solver':<14} {'order':>7} {'observed':>8}   calls: relative L2 error of the latents"]
     for name in dict.fromkeys(error.solver for error in errors):
         mine = [error for error in errors if error.solver == name]
         order = f"{observed_order(mine):8.2f}" if len(mine) > 1 else f"{'-':>8}"
         row = "   ".join(f"{error.calls:3d}: {error.error:.5f}" for error in mine)
-        lines.append(f"{name:<14} {solver(name).order:>5} {order}   {row}")
+        method = solver(name)
+        theory = f"{method.order}" if method.start_order is None else f"{method.order} ({method.start_order})"
+        lines.append(f"{name:<14} {theory:>7} {order}   {row}")
     return "\n".join(lines)
 
 
