@@ -43,11 +43,10 @@ MAIN = (128, 128)
 TEACHER = [
     Phase("teacher 64", 6500, SMALL, 128, 1.5e-3),
     Phase("teacher 128", 9_000, (MAIN, *OTHERS), 48, 7.5e-4, main=0.9),
-    Phase("teacher sizes", 2_400, (MAIN, *OTHERS), 48, 5e-4, main=0.25),
+    Phase("teacher sizes", 6_900, (MAIN, *OTHERS), 48, 7.5e-4, main=0.2),
 ]
-START = 15_500  # steps that a teacher which starts from finished weights need not make
-DEV = [Phase("dev", 300, (MAIN, *OTHERS), 48, 4e-4, main=0.5)]
-SCHNELL = [Phase("schnell", 300, (MAIN, *OTHERS), 48, 4e-4, main=0.5)]
+DEV = [Phase("dev", 400, (MAIN, *OTHERS), 48, 4e-4, main=0.25)]
+SCHNELL = [Phase("schnell", 400, (MAIN, *OTHERS), 48, 4e-4, main=0.25)]
 
 POOL = 4_000  # pictures of the main canvas kept as latents; a quarter for the short stages
 REPORT = {"teacher": 2000, "dev": 150, "schnell": 150}  # steps between sheets
@@ -80,8 +79,9 @@ def matrices(name: str) -> bool:
     return "blocks" in name or "encoder.block" in name or "encoder.layers" in name
 
 
-def make(folder: Path, start: Path | None = None) -> None:
-    """All stages, from wherever the last run stopped; or the later ones, from the weights in the folder `start`."""
+def make(folder: Path, start: Path | None = None, begin: int = 0) -> None:
+    """All stages, from wherever the last run stopped; or the later ones, from the weights in the folder `start`, whose
+    teacher is taken to have made `begin` steps."""
     before = None if start is None else miniflux.load("nano-dev", weights=start)
     if start is not None and not (folder / "text").exists():
         for name in ("tokenizer", "tokenizer_2"):
@@ -106,7 +106,7 @@ def make(folder: Path, start: Path | None = None) -> None:
     about = {"stage": "teacher"}
     state = TrainingState(teacher, folder / "teacher", TEACHER[0].rate, about, decay=0.9995, matrices=matrices)
     if not state.resume() and before is not None:
-        state.step = START
+        state.step = begin
 
     def teacher_report(step: int) -> None:
         report("teacher", state.average.flux, state.average.text, autoencoder, folder, step)
@@ -147,12 +147,13 @@ def main() -> None:
     arguments = argparse.ArgumentParser(prog="miniflux.nano.recipe", description=__doc__)
     arguments.add_argument("folder", type=Path, nargs="?", default=Path("runs/nano"))
     arguments.add_argument("--start", type=Path, help="a folder of finished weights, to train them further")
+    arguments.add_argument("--begin", type=int, default=0, metavar="N", help="the teacher's step to go on from there")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     # Attention over a hundred tokens trains faster as plain matrix products than with the CPU's flash kernel.
     # One thread for forward and backward passes: two would each keep a team of workers, which wait for each other.
     with sdpa_kernel(SDPBackend.MATH), torch.autograd.set_multithreading_enabled(False):
         options = arguments.parse_args()
-        make(options.folder, options.start)
+        make(options.folder, options.start, options.begin)
 
 
 if __name__ == "__main__":

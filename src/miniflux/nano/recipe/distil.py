@@ -40,7 +40,7 @@ def guidance_loss(
     Target: v_u + g * (v_c - v_u), for a random strength g per picture.
     """
     captions = ["" if rng.random() < 0.05 else caption for caption in captions]
-    sigmas = noise_levels(len(x0))
+    sigmas = noise_levels(*x0.shape[:2])
     strength = torch.empty(len(x0)).uniform_(*GUIDANCE_RANGE)
     x = mix(x0, torch.randn_like(x0), sigmas)
     with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 import time
 from collections.abc import Callable
@@ -46,6 +47,7 @@ class Phase:
 
 
 SMALL = ((64, 64),)
+MAIN_TOKENS = 64  # of the main canvas, 128x128
 SHORT = 32  # T5 tokens that nearly every caption fits in
 COMPILE = True  # train the teacher with torch.compile on these canvases, which make most of the batches
 COMPILED_SIZES = ((64, 64), (128, 128))
@@ -135,9 +137,13 @@ class Data:
         return captions, x0, pool.size
 
 
-def noise_levels(batch: int) -> Tensor:
-    """Mostly high ones. What a shape will be is decided above 0.8: below, the picture itself shows it."""
-    return logit_normal_sigmas(batch, mean=1.2, std=1.3)
+def noise_levels(batch: int, tokens: int) -> Tensor:
+    """Mostly high ones. What a shape will be is decided above 0.8 on the main canvas: below, the picture itself shows it.
+
+    The more tokens a picture has, the more noise it takes to hide it: log-odds grow by half the logarithm of their
+    number (arXiv 2403.03206, section 5.3.2).
+    """
+    return logit_normal_sigmas(batch, mean=1.2 + 0.5 * math.log(tokens / MAIN_TOKENS), std=1.3)
 
 
 def velocity(
@@ -186,7 +192,7 @@ def teacher_loss(
 ) -> Tensor:
     """Flow matching with one caption in ten left out, so that guidance has something to compare with."""
     captions = ["" if rng.random() < 0.1 else caption for caption in captions]
-    sigmas, noise = noise_levels(len(x0)), torch.randn_like(x0)
+    sigmas, noise = noise_levels(*x0.shape[:2]), torch.randn_like(x0)
     text = embed(teacher.text, captions, rng)
     flux = compiled(teacher.flux) if COMPILE and size in COMPILED_SIZES and text.mask is None else teacher.flux
     v = velocity(flux, mix(x0, noise, sigmas), size, sigmas, text)

@@ -69,7 +69,7 @@ def realism_loss(
     nano-dev predicts what guidance makes of a prediction. What it makes of it, v(g) - v(1) of the plain model, is added
     to the target, so that the LoRA learns the light and leaves the guidance as it is.
     """
-    sigmas, noise = noise_levels(len(x0)), torch.randn_like(x0)
+    sigmas, noise = noise_levels(*x0.shape[:2]), torch.randn_like(x0)
     strength = torch.empty(len(x0)).uniform_(*GUIDANCE_RANGE)
     x = mix(x0, noise, sigmas)
     with torch.no_grad():
