@@ -53,6 +53,11 @@ class TrainableLora(nn.Module):
         pairs = list(zip(layers, changes, strict=True))
         adapters_of(network)[name] = Adapter(name, "training", changes=cast("list[tuple[str, Change]]", pairs))
 
+    def set_scale(self, scale: float) -> None:
+        """What the change is multiplied by from now on."""
+        for change in cast("list[LowRank]", list(self.changes)):
+            change.scale.fill_(scale)
+
     def tensors(self, network: Flux1, dialect: str, dtype: torch.dtype) -> dict[str, Tensor]:
         """The tensors of a LoRA file; `network`: what it is for, on any device.
 

@@ -22,18 +22,20 @@ from miniflux.checkpoints.files import write_tensors
 from miniflux.checkpoints.saving import write_beside
 from miniflux.models.flux1 import Flux1
 from miniflux.nano.recipe.distil import GUIDANCE_RANGE
-from miniflux.nano.recipe.flow import Phase, embed, noise_levels, run, velocity
+from miniflux.nano.recipe.flow import OTHERS, Phase, embed, run, velocity
 from miniflux.nano.recipe.text import TextEncoders
 from miniflux.pipeline import Pipeline
-from miniflux.training.flow import mix
+from miniflux.training.flow import logit_normal_sigmas, mix
 from miniflux.training.lora import TrainableLora
 from miniflux.training.state import TrainingState
 
 log = logging.getLogger(__name__)
 
 RANK = 64
-PHASES = [Phase("realism", 800, ((128, 128), (96, 96), (128, 192), (192, 128)), 32, 2e-3, main=0.85)]
+MAIN = (128, 128)
+PHASES = [Phase("realism", 3000, (MAIN, *OTHERS), 32, 2e-3, main=0.7)]
 POOL = 1500
+SCALES = (0.75, 1.25)  # practised: the light is on at 0.8 already, and 1.25 does not overdo it
 PROMPTS = ("a red circle on a blue background", "a large yellow star on a purple background",
            "a green square left of a orange circle on a white background")  # fmt: skip
 
@@ -57,6 +59,7 @@ def encoders_of(pipe: Pipeline) -> TextEncoders:
 
 def realism_loss(
     flux: Flux1,
+    lora: TrainableLora,
     plain: Flux1,
     encoders: TextEncoders,
     captions: list[str],
@@ -67,9 +70,11 @@ def realism_loss(
     """Flow matching on lit pictures, for the guided prediction.
 
     nano-dev predicts what guidance makes of a prediction. What it makes of it, v(g) - v(1) of the plain model, is added
-    to the target, so that the LoRA learns the light and leaves the guidance as it is.
+    to the target, so that the LoRA learns the light and leaves the guidance as it is. Light is seen at all noise levels,
+    not only at the high ones where shapes are decided.
     """
-    sigmas, noise = noise_levels(*x0.shape[:2]), torch.randn_like(x0)
+    lora.set_scale(rng.uniform(*SCALES))
+    sigmas, noise = logit_normal_sigmas(len(x0), mean=0.5, std=1.4), torch.randn_like(x0)
     strength = torch.empty(len(x0)).uniform_(*GUIDANCE_RANGE)
     x = mix(x0, noise, sigmas)
     with torch.no_grad():
@@ -90,10 +95,11 @@ def make(folder: Path) -> Path:
     state.resume()
 
     def report(step: int) -> None:
+        lora.set_scale(1.0)
         pipe.generate(PROMPTS, images=3).save(folder / f"realism-{step:05d}.png")
 
-    loss = partial(realism_loss, pipe.transformer, plain, encoders_of(pipe))
-    run(state, PHASES, pipe.autoencoder, loss, 6, POOL, (400, report), lit=True)
+    loss = partial(realism_loss, pipe.transformer, lora, plain, encoders_of(pipe))
+    run(state, PHASES, pipe.autoencoder, loss, 6, POOL, (300, report), lit=True)
     path = folder / "weights" / "loras" / "realism.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = state.average.tensors(plain, "xlabs", torch.bfloat16)
