@@ -21,7 +21,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # Rooms and what of the project each may import; every room may import itself. Arrows point one way: from the apps down.
 NETWORKS = {"errors", "models", "sampling"}
 PARTS = NETWORKS | {"version", "variants", "checkpoints", "text", "conditions", "lora", "memory"}
-LIBRARY = PARTS | {"pipeline", "result", "root"}
+LIBRARY = PARTS | {"plan", "pipeline", "result", "root"}
 MAY_IMPORT = {
     "errors": set(),
     "version": set(),
@@ -34,7 +34,8 @@ MAY_IMPORT = {
     "lora": PARTS,
     "memory": PARTS,
     "result": PARTS,
-    "pipeline": PARTS | {"result"},
+    "plan": PARTS,
+    "pipeline": PARTS | {"plan", "result"},
     "root": LIBRARY,  # miniflux/__init__.py
     "study": LIBRARY | {"nano"},  # for captions
     "training": LIBRARY,

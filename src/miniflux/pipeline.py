@@ -5,10 +5,9 @@
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +20,23 @@ from miniflux.errors import InputError, MinifluxError
 from miniflux.lora.adapters import described
 from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.flux1 import Flux1
+from miniflux.plan import (
+    MAX_IMAGES,
+    Callback,
+    Plan,
+    Progress,
+    Watcher,
+    cache_for,
+    guidance_for,
+    levels_for,
+    size_for,
+)
 from miniflux.result import Result, checked_output, from_image, psnr, to_image
 from miniflux.sampling import (
-    CACHES,
-    GUIDES,
     Bill,
     Moment,
-    Schedule,
-    Solver,
     Words,
     add_noise,
-    custom_schedule,
     denoise,
     from_strength,
     image_ids,
@@ -44,31 +49,16 @@ from miniflux.sampling import (
     varied_noise,
     with_restarts,
 )
-from miniflux.sampling import cache as find_cache
-from miniflux.sampling import schedule as make_schedule
 from miniflux.sampling import solver as find_solver
 from miniflux.sampling.caches import Cache
-from miniflux.sampling.checks import check_number, whole
+from miniflux.sampling.checks import whole
 from miniflux.sampling.guidance import Cfg, Scale
 from miniflux.sampling.latents import MAX_SEED, PATCH, PIXELS_PER_TOKEN
-from miniflux.sampling.schedules import dynamic_shift, flux1_mu, static_shift, unshifted
 from miniflux.text import Padding, Text
 from miniflux.variants import Variant
 from miniflux.version import __version__
 
-__all__ = ["Pipeline", "Result", "checked_output", "load"]
-
-log = logging.getLogger(__name__)
-
-MAX_SIDE = 8192  # pixels; far beyond what the models were trained on, small enough to catch a slip of the finger
-MAX_STEPS = 1000
-MAX_IMAGES = 1000
-
-Progress = Callable[[int, int], None]
-"""Called after every step with (steps done, steps in all), over all pictures of a call. May raise to stop the run."""
-
-Callback = Callable[[int, Moment], "Tensor | None"]
-"""Called after every step with (number of the picture, moment); latents (1, L, C) it returns replace the run's."""
+__all__ = ["Callback", "Pipeline", "Progress", "Result", "checked_output", "load"]
 
 
 class Pipeline:
@@ -169,7 +159,7 @@ class Pipeline:
         images = whole("images", images, 1, MAX_IMAGES)
         total = images * len(prompts)
         seed = whole("seed", seed, 0, MAX_SEED + 1 - total)
-        width, height = self._size(width, height, image)
+        width, height = size_for(self.variant, self.autoencoder.config, width, height, image)
         rows, columns = (side // (self.autoencoder.config.downscale * PATCH) for side in (height, width))
         if negative is not None and guide is None:
             raise InputError(
@@ -183,17 +173,17 @@ class Pipeline:
             raise InputError(f"strength {strength!r} says how much of an image to change, and no image is given")
 
         # 2. Noise levels, from 1 to 0, and how to step from each to the next.
-        levels = self._levels(schedule, steps, rows * columns, shift)
+        levels = levels_for(self.variant, schedule, steps, rows * columns, shift)
         levels = levels if image is None else from_strength(levels, strength)
         levels = levels if restart is None else with_restarts(levels, *restart)
-        plan = _Plan(
+        plan = Plan(
             rows=rows,
             columns=columns,
             levels=levels,
-            guidance=self._guidance(guidance),
+            guidance=guidance_for(self.variant, self.transformer.config.guidance_embed, guidance),
             method=find_solver(solver),
             guide=guide,
-            cache=self._cache(cache) if isinstance(cache, str) else cache,
+            cache=cache_for(self.variant, cache),
             resume=resume,
             stop=stop,
         )
@@ -232,7 +222,7 @@ class Pipeline:
             varied = None if variation is None else (variation[0] + i, variation[1])
             noise = self._noise(plan, seed + i, varied)
             begin = noise if source is None else add_noise(source, 0.0, plan.levels[0], noise)
-            moment, bill = self._denoise(plan, words, begin, seed + i, _Watcher(i, total, progress, callback))
+            moment, bill = self._denoise(plan, words, begin, seed + i, Watcher(i, total, progress, callback))
             tokens = moment.picture if moment.step < moment.steps else moment.x
             pictures.append(to_image(self._decode(tokens, plan)))
             latents.append(self._unpacked(moment.x, plan).cpu())
@@ -244,7 +234,7 @@ class Pipeline:
             if plan.cache is not None:
                 about["cache"] = {**plan.cache_described(), "evaluated": bill.evaluated, "skipped": bill.skipped}
             if check_cache:
-                exact, _ = self._denoise(replace(plan, cache=None), words, begin, seed + i, _Watcher(i, total))
+                exact, _ = self._denoise(replace(plan, cache=None), words, begin, seed + i, Watcher(i, total))
                 about["cache"] |= {
                     "latent_l2": float((moment.x - exact.x).norm() / exact.x.norm()),
                     "psnr": psnr(pictures[-1], to_image(self._decode(exact.x, plan))),
@@ -254,11 +244,11 @@ class Pipeline:
 
     def _denoise(
         self,
-        plan: _Plan,
+        plan: Plan,
         words: tuple[Words, Words | None, Words | None],
         begin: Tensor,
         seed: int,
-        watch: _Watcher,
+        watch: Watcher,
     ) -> tuple[Moment, Bill]:
         """The last moment of one picture's run, and what it cost."""
         bill, (text, negative, empty) = Bill(), words
@@ -312,29 +302,16 @@ class Pipeline:
             for i in range(len(prompts))
         )
 
-    def _levels(self, spacing: str | Sequence[float], steps: int | None, tokens: int, shift: float | None) -> Schedule:
-        steps = None if steps is None else whole("steps", steps, 1, MAX_STEPS)
-        if not isinstance(spacing, str):
-            levels = custom_schedule(spacing)
-            if levels.steps != (steps or levels.steps):
-                raise InputError(f"steps {steps} and a schedule of {levels.steps} steps contradict each other")
-            if shift is not None:
-                raise InputError(f"shift {shift!r} cannot be applied to noise levels of your own")
-            return levels
-        own = dynamic_shift(flux1_mu(tokens)) if self.variant.shift else unshifted
-        curve = own if shift is None else static_shift(shift)
-        return make_schedule(spacing, self.variant.steps if steps is None else steps, curve)
-
-    def _noise(self, plan: _Plan, seed: int, variation: tuple[int, float] | None) -> Tensor:
+    def _noise(self, plan: Plan, seed: int, variation: tuple[int, float] | None) -> Tensor:
         height, width, channels = *plan.sides, self.autoencoder.config.z_channels
         if variation is None:
             return initial_noise(height, width, seed, channels)
         return varied_noise(height, width, seed, variation, channels)
 
-    def _unpacked(self, tokens: Tensor, plan: _Plan) -> Tensor:
+    def _unpacked(self, tokens: Tensor, plan: Plan) -> Tensor:
         return unpack(tokens, *plan.sides).float()
 
-    def _decode(self, tokens: Tensor, plan: _Plan) -> Tensor:
+    def _decode(self, tokens: Tensor, plan: Plan) -> Tensor:
         pixels = self.autoencoder.decode(self._unpacked(tokens, plan).to(self.autoencoder.decoder.conv_in.weight.dtype))
         if not bool(torch.isfinite(pixels).all()):
             dtype = str(self.dtype).removeprefix("torch.")
@@ -347,112 +324,6 @@ class Pipeline:
             return image.float().cpu()
         weight = self.autoencoder.encoder.conv_in.weight
         return self.autoencoder.encode(from_image(image)[None].to(weight.device, weight.dtype)).float().cpu()
-
-    def _cache(self, name: str) -> Cache:
-        return find_cache(name, ratios=self.variant.mag_ratios) if name == "mag" else find_cache(name)
-
-    def _guidance(self, guidance: Scale | None) -> Scale | None:
-        if not self.transformer.config.guidance_embed:
-            if guidance is not None:
-                raise InputError(f"{self.variant.name} has no guidance input: leave guidance out, got {guidance!r}")
-            return None
-        if guidance is None:
-            return self.variant.guidance
-        if callable(guidance):
-            return guidance
-        check_number("guidance", guidance, 0)
-        return float(guidance)
-
-    def _size(self, width: int | None, height: int | None, image: Image.Image | Tensor | None) -> tuple[int, int]:
-        """Width and height to draw, in pixels."""
-        if image is None:
-            return self._side("width", width), self._side("height", height)
-        scale = self.autoencoder.config.downscale
-        if isinstance(image, Tensor):
-            channels = self.autoencoder.config.z_channels
-            if image.ndim != 4 or image.shape[:2] != (1, channels):
-                raise InputError(f"latents must be (1, {channels}, h, w), got {tuple(image.shape)}")
-            given = image.shape[3] * scale, image.shape[2] * scale
-        else:
-            given = image.size
-        if any(side % (scale * PATCH) for side in given) or (width or given[0], height or given[1]) != given:
-            wanted = f"{width or given[0]}x{height or given[1]}"
-            raise InputError(
-                f"the image is {given[0]}x{given[1]}, to be drawn at {wanted}: resize it to the size wanted, multiples "
-                f"of {scale * PATCH}"
-            )
-        return given
-
-    def _side(self, name: str, side: int | None) -> int:
-        multiple = self.autoencoder.config.downscale * PATCH
-        side = self.variant.size if side is None else whole(name, side, multiple, MAX_SIDE)
-        rounded = multiple * math.ceil(side / multiple)
-        if rounded != side:
-            log.warning("%s %d is not a multiple of %d: drawing %d", name, side, multiple, rounded)
-        return rounded
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Plan:
-    """What all pictures of a call share."""
-
-    rows: int
-    columns: int
-    levels: Schedule
-    guidance: Scale | None
-    method: Solver
-    guide: Cfg | None
-    cache: Cache | None
-    resume: Moment | None
-    stop: int | None
-
-    @property
-    def sides(self) -> tuple[int, int]:
-        """Height and width in the pixels that `initial_noise` and `unpack` count in."""
-        return self.rows * PIXELS_PER_TOKEN, self.columns * PIXELS_PER_TOKEN
-
-    def described(self) -> dict[str, Any]:
-        """As plain JSON: functions as their values at the noise levels."""
-
-        def plain(value: Any) -> Any:
-            if callable(value):
-                return [value(sigma) for sigma in self.levels[:-1]]
-            return list(value) if isinstance(value, tuple) else value  # pyright: ignore[reportUnknownArgumentType]
-
-        guide = None
-        if self.guide is not None:
-            method = next(name for name, kind in GUIDES.items() if kind is type(self.guide))
-            guide = {"method": method, **{f.name: plain(getattr(self.guide, f.name)) for f in fields(self.guide)}}
-        return {
-            "steps": self.levels.steps,
-            "sigmas": list(self.levels),
-            "solver": self.method.name,
-            "guidance": plain(self.guidance),
-            "guide": guide,
-            "stop": self.stop,
-        }
-
-    def cache_described(self) -> dict[str, Any]:
-        name = next(name for name, kind in CACHES.items() if kind is type(self.cache))
-        return {"name": name, **{f.name: getattr(self.cache, f.name) for f in fields(self.cache)}}  # pyright: ignore
-
-
-@dataclass
-class _Watcher:
-    """Tells the caller's functions about every step of one picture, and keeps the last moment."""
-
-    index: int
-    total: int
-    progress: Progress | None = None
-    callback: Callback | None = None
-    moment: Moment | None = None
-
-    def __call__(self, moment: Moment) -> Tensor | None:
-        replacement = None if self.callback is None else self.callback(self.index, moment)
-        self.moment = moment if replacement is None else replace(moment, x=replacement.to(moment.x))
-        if self.progress is not None:
-            self.progress(self.index * moment.steps + moment.step, self.total * moment.steps)
-        return replacement
 
 
 def load(
