@@ -21,7 +21,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # Rooms and what of the project each may import; every room may import itself. Arrows point one way: from the apps down.
 NETWORKS = {"errors", "models", "sampling"}
 PARTS = NETWORKS | {"version", "variants", "checkpoints", "text", "conditions", "lora", "memory"}
-LIBRARY = PARTS | {"plan", "pipeline", "result", "root"}
+LIBRARY = PARTS | {"plan", "settings", "cache", "pipeline", "result", "root"}
 MAY_IMPORT = {
     "errors": set(),
     "version": set(),
@@ -33,14 +33,18 @@ MAY_IMPORT = {
     "conditions": PARTS,
     "lora": PARTS,
     "memory": PARTS,
-    "result": PARTS,
     "plan": PARTS,
-    "pipeline": PARTS | {"plan", "result"},
+    "settings": PARTS | {"plan"},
+    "result": PARTS | {"plan", "settings"},
+    "cache": PARTS | {"plan", "settings", "result"},
+    "pipeline": PARTS | {"plan", "settings", "result", "cache"},
     "root": LIBRARY,  # miniflux/__init__.py
     "study": LIBRARY | {"nano"},  # for captions
     "training": LIBRARY,
     "nano": LIBRARY | {"training"},
-    "apps": LIBRARY | {"study", "training", "nano"},
+    "replay": LIBRARY,
+    "service": LIBRARY | {"replay"},
+    "apps": LIBRARY | {"study", "training", "nano", "replay", "service"},
     "__main__": {"apps"},
 }
 

@@ -37,5 +37,17 @@ class LoraError(MinifluxError):
     """A LoRA file is damaged, of no known dialect, made for another model, or would change nothing."""
 
 
+class SettingsError(InputError):
+    """Settings from a file or from another program are not what they should be; the message names the field."""
+
+
+class QueueFullError(MinifluxError):
+    """More wait already than the queue takes; the message says how many, and when to try again."""
+
+
+class CancelledError(MinifluxError):
+    """Work was stopped because somebody asked for it."""
+
+
 class MissingExtraError(MinifluxError):
     """An optional package is not installed; the message names the extra that brings it."""

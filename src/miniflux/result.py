@@ -51,6 +51,10 @@ class Result:
             sheet.paste(image, (i % columns * width, i // columns * height))
         return sheet
 
+    def single(self, i: int) -> Result:
+        """Picture i as a result of its own."""
+        return Result([self.images[i]], self.latents[i : i + 1], [self.settings[i]])
+
     def save(self, path: str | Path) -> Path:
         """Write the picture, or the grid of several, with the settings inside. Written beside and renamed.
 

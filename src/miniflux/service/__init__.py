@@ -1,0 +1,25 @@
+"""What a server needs, whatever it speaks: a queue, a history, models that come and go, batches and grids.
+
+No code of the web is in here: the page and later an HTTP server parse, call these, and show.
+"""
+
+from miniflux.service.grids import Axis, Grid, batch, parse_prompts
+from miniflux.service.history import Entry, History, new_session
+from miniflux.service.models import Listed, Models
+from miniflux.service.queue import Cost, Job, Queue, Status
+
+__all__ = [
+    "Axis",
+    "Cost",
+    "Entry",
+    "Grid",
+    "History",
+    "Job",
+    "Listed",
+    "Models",
+    "Queue",
+    "Status",
+    "batch",
+    "new_session",
+    "parse_prompts",
+]

@@ -1,0 +1,332 @@
+"""Everything that makes a picture, as one frozen record that can be checked without a model."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, get_args
+
+from miniflux.errors import InputError, SettingsError
+from miniflux.plan import MAX_IMAGES, guidance_for, levels_for, size_for
+from miniflux.sampling import CACHES, GUIDES, from_strength, solver, with_restarts
+from miniflux.sampling.caches import Cache, Measure
+from miniflux.sampling.checks import check_number, made, whole
+from miniflux.sampling.guidance import Cfg
+from miniflux.sampling.latents import MAX_SEED, PATCH
+from miniflux.settings import strict
+from miniflux.text import Padding
+from miniflux.variants import ALIASES, VARIANTS, Variant, variant
+
+MAX_LORAS = 32
+MAX_LEVELS = 2001  # noise levels of one's own
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class LoraUse:
+    """One LoRA of a picture.
+
+    Attributes:
+        file: a path, or the name of a bundled one.
+        scale: its strength; or (beginning of a module's name, strength) for each.
+        sha256: of the file, in hexadecimal; None if it does not matter which it is.
+    """
+
+    file: str
+    scale: float | tuple[tuple[str, float], ...] = 1.0
+    sha256: str | None = None
+
+    def __post_init__(self) -> None:
+        if not strict.text("a LoRA's file", self.file):
+            raise SettingsError("a LoRA's file must be named, got ''")
+        if isinstance(self.scale, tuple):
+            for start, value in self.scale:
+                strict.text("the beginning of a module's name", start)
+                check_number(f"the scale of {start}", value, -float("inf"))
+        else:
+            check_number("the scale of a LoRA", self.scale, -float("inf"))
+        if self.sha256 is not None and not re.fullmatch("[0-9a-f]{64}", strict.text("sha256", self.sha256)):
+            raise SettingsError(f"sha256 must be 64 hexadecimal digits, got {strict.shown(self.sha256)}")
+
+    @property
+    def strength(self) -> float | dict[str, float]:
+        """The scale as `miniflux.lora.attach` takes it."""
+        return dict(self.scale) if isinstance(self.scale, tuple) else self.scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One call of `Pipeline.generate`, whose arguments the fields are, with the model and the LoRAs it is made on.
+
+    Attributes:
+        prompt: at most `strict.MAX_PROMPT` characters of any kind.
+        model: what `miniflux.load` takes: a variant's name, or a path.
+        loras: in the order in which they are attached.
+        images: how many; picture i is drawn from seed + i.
+        image: SHA-256 of the picture (or latents) that is changed, which itself is given to whoever draws.
+        dtype: as of `miniflux.load`; None to choose for the device.
+
+    Raises:
+        InputError: a field is not what it may be; the message names it and its value. What depends on the model is
+            checked by `check`.
+    """
+
+    prompt: str
+    negative: str | None = None
+    model: str = "nano-dev"
+    loras: tuple[LoraUse, ...] = ()
+    seed: int = 0
+    images: int = 1
+    steps: int | None = None
+    width: int | None = None
+    height: int | None = None
+    guidance: float | None = None
+    guide: Cfg | None = None
+    solver: str = "euler"
+    schedule: str | tuple[float, ...] = "uniform"
+    shift: float | None = None
+    restart: tuple[float, float, int] | None = None
+    variation: tuple[int, float] | None = None
+    cache: Cache | None = None
+    t5_length: int | None = None
+    padding: Padding = "released"
+    image: str | None = None
+    strength: float = 1.0
+    stop: int | None = None
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        strict.text("prompt", self.prompt, strict.MAX_PROMPT)
+        if self.negative is not None:
+            strict.text("negative", self.negative, strict.MAX_PROMPT)
+            if self.guide is None:
+                raise InputError(
+                    f"negative {strict.shown(self.negative)} has no effect without a guide (method cfg, scale above 1)"
+                )
+        if not strict.text("model", self.model):
+            raise SettingsError("model must be named, got ''")
+        if len(self.loras) > MAX_LORAS:
+            raise InputError(f"{len(self.loras)} LoRAs at once; at most {MAX_LORAS} are taken")
+        whole("images", self.images, 1, MAX_IMAGES)
+        whole("seed", self.seed, 0, MAX_SEED + 1 - self.images)
+        solver(strict.text("solver", self.solver, 100))
+        if self.variation is not None:
+            whole("the seed of variation", self.variation[0], 0, MAX_SEED + 1 - self.images)
+            check_number("the amount of variation", self.variation[1], 0, 1)
+        if self.t5_length is not None:
+            whole("t5_length", self.t5_length, 1)
+        if self.padding not in get_args(Padding):
+            raise InputError(f"padding must be one of {', '.join(get_args(Padding))}, got {self.padding!r}")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.image is None and self.strength != 1:
+            raise InputError(f"strength {self.strength!r} says how much of an image to change, and there is no image")
+        if isinstance(self.cache, Measure):
+            raise InputError("the cache 'measure' measures and spares nothing: it makes no picture of its own")
+        if self.model in VARIANTS or self.model in ALIASES:
+            self.check(variant(self.model))
+
+    def check(self, chosen: Variant) -> None:
+        """Check what depends on the model, without its weights. Done when the record is made if it names a variant.
+
+        Raises:
+            InputError: as `Pipeline.generate`.
+        """
+        width, height = size_for(chosen, chosen.autoencoder, self.width, self.height)
+        levels = levels_for(chosen, self._spacing, self.steps, self._tokens(chosen, width, height), self.shift)
+        if self.image is not None:
+            levels = from_strength(levels, self.strength)
+        if self.restart is not None:
+            levels = with_restarts(levels, *self.restart)
+        guidance_for(chosen, chosen.transformer.guidance_embed, self.guidance)
+        if self.stop is not None:
+            whole("stop", self.stop, 1, levels.steps)
+
+    @property
+    def _spacing(self) -> str | list[float]:
+        return self.schedule if isinstance(self.schedule, str) else list(self.schedule)
+
+    @staticmethod
+    def _tokens(chosen: Variant, width: int, height: int) -> int:
+        side = chosen.autoencoder.downscale * PATCH
+        return (width // side) * (height // side)
+
+    def size(self, chosen: Variant) -> tuple[int, int]:
+        """Width and height that will be drawn, in pixels."""
+        return size_for(chosen, chosen.autoencoder, self.width, self.height)
+
+    def steps_in_all(self, chosen: Variant) -> int:
+        """Steps of all pictures together, as `progress` counts them."""
+        width, height = self.size(chosen)
+        levels = levels_for(chosen, self._spacing, self.steps, self._tokens(chosen, width, height), self.shift)
+        levels = levels if self.image is None else from_strength(levels, self.strength)
+        levels = levels if self.restart is None else with_restarts(levels, *self.restart)
+        return self.images * (levels.steps if self.stop is None else self.stop)
+
+    def single(self, i: int) -> Request:
+        """Picture i of this request, as a request of its own."""
+        varied = None if self.variation is None else (self.variation[0] + i, self.variation[1])
+        return replace(self, images=1, seed=self.seed + i, variation=varied)
+
+    def arguments(self) -> dict[str, Any]:
+        """What to call `Pipeline.generate` with; `image` itself is to be added by whoever has it."""
+        elsewhere = ("model", "loras", "dtype", "image", "strength")
+        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in elsewhere}
+        found["schedule"] = self._spacing
+        return found
+
+    # As JSON
+
+    def as_json(self) -> dict[str, Any]:
+        """As plain JSON, without what is None or the default; `from_json` inverts it."""
+        found: dict[str, Any] = {"prompt": self.prompt}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name != "prompt" and value != f.default:
+                found[f.name] = _WRITE.get(f.name, _same)(value)
+        return found
+
+    def text(self) -> str:
+        """As one line of JSON."""
+        return json.dumps(self.as_json(), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, given: str | bytes | Mapping[str, Any]) -> Request:
+        """The request that a JSON text or object stands for.
+
+        Raises:
+            SettingsError: a field is unknown or of another kind than it should be.
+            InputError: a value is out of its range.
+        """
+        about = strict.record(
+            "settings", strict.parsed("settings", given) if isinstance(given, (str, bytes)) else given
+        )
+        strict.only("settings", about, [f.name for f in fields(cls)])
+        if "prompt" not in about:
+            raise SettingsError("settings: the field 'prompt' is missing")
+        return cls(**{name: _READ[name](name, value) for name, value in about.items() if value is not None})
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _guide_as_json(guide: Cfg) -> dict[str, Any]:
+    method = next(name for name, kind in GUIDES.items() if kind is type(guide))
+    return {"method": method, **{f.name: _listed(getattr(guide, f.name)) for f in fields(guide)}}
+
+
+def _cache_as_json(cache: Cache) -> dict[str, Any]:
+    name = next(name for name, kind in CACHES.items() if kind is type(cache))
+    return {"name": name, **{f.name: _listed(getattr(cache, f.name)) for f in fields(cache)}}  # pyright: ignore[reportArgumentType]
+
+
+def _lora_as_json(use: LoraUse) -> dict[str, Any]:
+    about: dict[str, Any] = {"file": use.file, "scale": use.strength}
+    return about if use.sha256 is None else {**about, "sha256": use.sha256}
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+_WRITE = {
+    "guide": _guide_as_json,
+    "cache": _cache_as_json,
+    "loras": lambda uses: [_lora_as_json(use) for use in uses],
+    "schedule": _listed,
+    "restart": _listed,
+    "variation": _listed,
+}
+
+
+def _lora(what: str, value: object) -> LoraUse:
+    about = strict.record(what, value)
+    strict.only(what, about, ("file", "scale", "sha256"))
+    if "file" not in about:
+        raise SettingsError(f"{what}: the field 'file' is missing")
+    scale = about.get("scale", 1.0)
+    if isinstance(scale, dict):
+        scale = tuple(
+            (start, strict.number(f"{what}: the scale of {strict.shown(start)}", x)) for start, x in scale.items()
+        )
+    else:
+        scale = strict.number(f"{what}: scale", scale)
+    return LoraUse(strict.text(f"{what}: file", about["file"]), scale, about.get("sha256"))
+
+
+def _loras(what: str, value: object) -> tuple[LoraUse, ...]:
+    return tuple(_lora(f"{what}[{i}]", use) for i, use in enumerate(strict.items(what, value, MAX_LORAS)))
+
+
+def _settings_of(what: str, kinds: Mapping[str, type[Any]], tag: str, value: object) -> Any:
+    """One of several dataclasses from an object that names it in the field `tag`."""
+    about = dict(strict.record(what, value))
+    name = strict.text(f"{what}: {tag}", about.pop(tag, None), 100)
+    for setting, x in about.items():
+        if isinstance(x, list):
+            about[setting] = tuple(
+                strict.text(f"{what}: {setting}", part)
+                if isinstance(part, str)
+                else strict.number(f"{what}: {setting}", part)
+                for part in strict.items(f"{what}: {setting}", x, MAX_LEVELS)
+            )
+        elif isinstance(x, (str, dict)):
+            raise SettingsError(f"{what}: {setting} must be a number or a list, got {strict.shown(x)}")
+    try:
+        return made(what, kinds, name, about)
+    except TypeError as error:
+        raise SettingsError(f"{what} {strict.shown(name)}: a setting is of the wrong kind: {error}") from None
+
+
+def _spacing(what: str, value: object) -> str | tuple[float, ...]:
+    if isinstance(value, str):
+        return strict.text(what, value, 100)
+    return tuple(strict.number(f"{what}[{i}]", level) for i, level in enumerate(strict.items(what, value, MAX_LEVELS)))
+
+
+def _restart(what: str, value: object) -> tuple[float, float, int]:
+    parts = strict.items(what, value, 3)
+    if len(parts) != 3:
+        raise SettingsError(f"{what} must be [low, high, times], got {strict.shown(parts)}")
+    return strict.number(what, parts[0]), strict.number(what, parts[1]), strict.integer(what, parts[2])
+
+
+def _variation(what: str, value: object) -> tuple[int, float]:
+    parts = strict.items(what, value, 2)
+    if len(parts) != 2:
+        raise SettingsError(f"{what} must be [seed, amount], got {strict.shown(parts)}")
+    return strict.integer(what, parts[0]), strict.number(what, parts[1])
+
+
+def _prompt(what: str, value: object) -> str:
+    return strict.text(what, value, strict.MAX_PROMPT)
+
+
+_READ: dict[str, Any] = {
+    "prompt": _prompt,
+    "negative": _prompt,
+    "model": strict.text,
+    "loras": _loras,
+    "seed": strict.integer,
+    "images": strict.integer,
+    "steps": strict.integer,
+    "width": strict.integer,
+    "height": strict.integer,
+    "guidance": strict.number,
+    "guide": lambda what, value: _settings_of(what, GUIDES, "method", value),
+    "solver": strict.text,
+    "schedule": _spacing,
+    "shift": strict.number,
+    "restart": _restart,
+    "variation": _variation,
+    "cache": lambda what, value: _settings_of(what, CACHES, "name", value),
+    "t5_length": strict.integer,
+    "padding": strict.text,
+    "image": strict.text,
+    "strength": strict.number,
+    "stop": strict.integer,
+    "dtype": strict.text,
+}
