@@ -4,13 +4,16 @@
 #   VENV        where it goes
 #   PIP_FLAGS   more options for pip, such as the index of PyTorch's CPU wheels
 #   ARGS        more arguments for the program that a target runs
+#   WORKERS     processes that tests run in, each with one thread for torch; 0 for none beside pytest itself
 
 PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?=
 ARGS ?=
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 RUNTIME := $(VENV)/.miniflux-installed
 TESTING := $(VENV)/.miniflux-test-installed
@@ -53,7 +56,7 @@ demo: $(RUNTIME)  ## draw a picture with the bundled model
 	@echo "The picture is $(CURDIR)/demo.png"
 
 test: $(TESTING)  ## run the tests; the summary counts and names what was skipped
-	$(BIN)/python -m pytest -rs $(ARGS)
+	$(PYTEST) -rs $(ARGS)
 
 check: lint types test  ## lint, types and tests
 
@@ -69,7 +72,7 @@ types: $(TESTING)  ## pyright, strict on src
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 cov: $(TESTING)  ## run the tests and measure which lines of src they reach
-	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+	$(PYTEST) --cov --cov-report=term $(ARGS)
 
 nano: $(RUNTIME)  ## train the bundled models again (hours); stops and resumes at any point
 	$(BIN)/python -m miniflux.nano.recipe $(ARGS)

@@ -43,10 +43,10 @@ MAIN = (128, 128)
 TEACHER = [
     Phase("teacher 64", 6500, SMALL, 128, 1.5e-3),
     Phase("teacher 128", 9_000, (MAIN, *OTHERS), 48, 7.5e-4, main=0.9),
-    Phase("teacher sizes", 6_900, (MAIN, *OTHERS), 48, 7.5e-4, main=0.2),
+    Phase("teacher sizes", 5_500, (MAIN, *OTHERS), 48, 7.5e-4, main=0.2),
 ]
-DEV = [Phase("dev", 400, (MAIN, *OTHERS), 48, 4e-4, main=0.25)]
-SCHNELL = [Phase("schnell", 400, (MAIN, *OTHERS), 48, 4e-4, main=0.25)]
+DEV = [Phase("dev", 300, (MAIN, *OTHERS), 48, 4e-4, main=0.25)]
+SCHNELL = [Phase("schnell", 300, (MAIN, *OTHERS), 48, 4e-4, main=0.25)]
 
 POOL = 4_000  # pictures of the main canvas kept as latents; a quarter for the short stages
 REPORT = {"teacher": 2000, "dev": 150, "schnell": 150}  # steps between sheets
