@@ -27,7 +27,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     patch = pytest.MonkeyPatch()
     round_ = stage1.Round((stage1.Phase(32, 4, 1), stage1.Phase(48, 2, 1, focus=1.0)), 1e-3)
     patch.setattr(stage1, "ROUNDS", (round_,))
-    patch.setattr(stage1, "POOL", 4)
+    for name, count in (("POOL", 4), ("MEASURED", 8), ("CHECKED", 2)):
+        patch.setattr(stage1, name, count)
     for name in ("TEACHER", "DEV", "SCHNELL"):
         patch.setattr(recipe, name, [Phase(name.lower(), 2, SMALL, 2, 1e-3)])
     patch.setattr(flow, "COMPILE", False)

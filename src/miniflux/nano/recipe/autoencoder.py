@@ -60,6 +60,8 @@ ROUNDS = (
     Round((Phase(48, 24, 4000, focus=0.9), Phase(128, 6, 500)), 1.2e-3),
 )
 POOL = 6000  # pictures kept in memory, one of them replaced at every step
+MEASURED = 256  # pictures that scale and shift of the latents are measured on
+CHECKED = 64  # pictures that the reconstruction is measured on
 
 
 def picture(rng: random.Random, size: int) -> np.ndarray:
@@ -142,18 +144,18 @@ def train(folder: Path, seed: int = 1) -> Autoencoder:
     state.save()
     average = Autoencoder(CONFIG)
     average.load_state_dict(state.average.state_dict())
-    sample = np.stack([picture(random.Random(i), 128) for i in range(256)])
+    sample = np.stack([picture(random.Random(i), 128) for i in range(MEASURED)])
     return with_measured_latents(average.eval(), torch.from_numpy(sample).permute(0, 3, 1, 2).float() / 127.5 - 1)
 
 
 @torch.no_grad()
-def psnr(model: Autoencoder, lit: bool, count: int = 64) -> float:
-    """Mean reconstruction PSNR in dB over `count` unseen scenes at 128x128."""
+def psnr(model: Autoencoder, lit: bool) -> float:
+    """Mean reconstruction PSNR in dB over unseen scenes at 128x128."""
     rng = random.Random(10_000 + lit)
     values: list[float] = []
-    for _ in range(count):
+    for _ in range(CHECKED):
         scene = scenes.two_objects(rng)
         image = scenes.render_lit(scene, 128, 128, rng) if lit else scenes.render(scene, 128, 128)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
         values.append(-10 * math.log10(F.mse_loss(model(pixels).clamp(-1, 1), pixels).item() / 4))
-    return sum(values) / count
+    return sum(values) / CHECKED
