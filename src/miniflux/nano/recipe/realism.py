@@ -86,6 +86,7 @@ def realism_loss(
 
 def make(folder: Path) -> Path:
     """Train, or go on training; returns the finished file."""
+    folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(11)
     pipe, plain = miniflux.load("nano-dev", dtype="float32"), miniflux.load("nano-dev", dtype="float32").transformer
     for network in (pipe.transformer, plain, pipe.autoencoder, pipe.text.clip, pipe.text.t5):
