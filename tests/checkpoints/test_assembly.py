@@ -213,10 +213,10 @@ def test_parts_that_are_missing(folder: Path) -> None:
 
 # the part, what is changed in its config or put in its place, the complaint
 SPOILED: dict[str, tuple[str, dict[str, Any] | str | bytes, str]] = {
-    "cut off": ("text_encoder", '{"vocab_size": 2000, "hidd', "not a JSON file"),
-    "binary": ("text_encoder_2", b"\xff\xfe\x00\x80", "not a JSON file"),
+    "cut off": ("text_encoder", '{"vocab_size": 2000, "hidd', "is no JSON"),
+    "binary": ("text_encoder_2", b"\xff\xfe\x00\x80", "is no JSON"),
     "list": ("vae", "[5]", "expected a JSON object"),
-    "bottomless": ("vae", "[" * 100_000, "not a JSON file"),
+    "bottomless": ("vae", "[" * 100_000, "is no JSON"),
     "missing field": ("text_encoder", '{"vocab_size": 2000}', "not a ClipTextConfig: .*hidden_size"),
     "missing vae field": ("vae", '{"in_channels": 3}', "not an AutoencoderKL: 'block_out_channels'"),
     "text for a number": ("text_encoder_2", {"num_layers": "two"}, "num_layers must be a whole number .* got 'two'"),

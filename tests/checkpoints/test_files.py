@@ -183,7 +183,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
         raw({"a": entry(0, 8, shape=[3])}, b"\0" * 8),
         r"'a' of shape \[3\].* needs 12 bytes.* says 8",
     ),
-    "negative shape": (raw({"a": entry(0, 8, shape=[-1, -2])}, b"\0" * 8), r"'a' of shape \[-1, -2\]"),
+    "negative shape": (raw({"a": entry(0, 8, shape=[-1, -2])}, b"\0" * 8), "entry of 'a' is malformed"),
     "misdeclared dtype": (raw({"a": entry(0, 8, dtype="F16")}, b"\0" * 8), "dtype F16 needs 4 bytes.* says 8"),
     "negative offset": (raw({"a": entry(-8, 0)}, b"\0" * 8), "'a' .*"),
     "offsets the wrong way round": (raw({"a": entry(8, 0)}, b"\0" * 8), "'a' .* says -8"),
@@ -316,7 +316,7 @@ NO_INDEX = (
 def test_a_malformed_index_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "model.safetensors.index.json"
     path.write_text(content, "utf-8")
-    with pytest.raises(CheckpointError, match=rf"^{re.escape(str(path))}: not a safetensors index"):
+    with pytest.raises(CheckpointError, match=rf"^{re.escape(str(path))}(: not a safetensors index| is no JSON)"):
         shard_paths(path)
 
 

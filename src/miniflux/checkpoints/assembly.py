@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -17,6 +16,7 @@ from torch import nn
 from miniflux.checkpoints.files import TensorSource, open_tensors, tensor_paths
 from miniflux.checkpoints.finding import Files, find
 from miniflux.checkpoints.inspection import describe, fits, flux1_config, network_of
+from miniflux.checkpoints.jsonfiles import json_file
 from miniflux.checkpoints.loading import compare, load_into
 from miniflux.errors import CheckpointError, ConfigError, InputError
 from miniflux.memory.compute import choose_device, choose_dtype
@@ -204,12 +204,7 @@ def _json(path: Path) -> dict[str, Any]:
     """The content of a config file; empty if there is none."""
     if not path.is_file():
         return {}
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a JSON file: {error}") from error
+    content = json_file(path)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object")
     return content

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from miniflux.checkpoints.jsonfiles import MAX_JSON, json_file, json_of, open_regular, shown
 from miniflux.errors import CheckpointError
 
 DTYPES: dict[str, torch.dtype] = {
@@ -34,8 +36,20 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-MAX_HEADER = 100_000_000  # bytes; the limit of the reference implementation
 INDEX_SUFFIX = ".safetensors.index.json"
+FIELDS = ("dtype", "shape", "data_offsets")  # of a tensor's entry in the header, and no others
+MAX_SHARDS = 1000  # of one model; published ones have a few dozen
+MAX_AXES = 32  # of a tensor's shape; published tensors have 5 at most
+# What other files begin with that are found under the name of a safetensors file.
+STRANGERS: dict[bytes, str] = {
+    b"PK\x03\x04": "a zip archive as torch.save writes it: with a pickle, which can run code and is never loaded",
+    b"\x80": "a pickle, which can run code and is never loaded",
+    b"GGUF": "a GGUF file; its name must end in .gguf",
+    b"version https://git-lfs": "a Git LFS pointer; the file itself was not downloaded",
+    b"<!DOCTYPE": "a web page, perhaps the answer to a failed download",
+    b"<html": "a web page, perhaps the answer to a failed download",
+    b"\x1f\x8b": "a gzip archive",
+}
 
 
 @dataclass(frozen=True)
@@ -58,24 +72,20 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.size = path.stat().st_size
-            with path.open("rb") as file:
+            with open_regular(path) as file:
+                self.size = os.fstat(file.fileno()).st_size
                 prefix = file.read(8)
                 if len(prefix) < 8:
                     raise CheckpointError(f"{path}: {self.size} bytes are too few for a safetensors file")
                 (length,) = struct.unpack("<Q", prefix)
-                if length > min(MAX_HEADER, self.size - 8):
+                if length > self.size - 8 or length > MAX_JSON:
                     raise CheckpointError(
-                        f"{path}: not a safetensors file, or cut off: its header claims {length} bytes, "
-                        f"{self.size - 8} follow"
+                        f"{path}: not a safetensors file{self._stranger(prefix + file.read(32), length)}"
                     )
-                header = json.loads(file.read(length))
+                text = file.read(length)
         except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(f"{path}: not a safetensors file: its header is no JSON") from error
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+        header = json_of(text, f"{path}: not a safetensors file: its header")
         if not isinstance(header, dict):
             raise CheckpointError(f"{path}: not a safetensors file: its header is no JSON object")
         metadata = header.pop("__metadata__", None) or {}
@@ -88,27 +98,40 @@ class TensorFile:
         self._check_order(8 + length)
         self._bytes: Tensor | None = None
 
+    def _stranger(self, begin: bytes, length: int) -> str:
+        """What else a file seems to be whose first bytes are no length of a header."""
+        for start, what in STRANGERS.items():
+            if begin.startswith(start) and (len(start) > 2 or length > MAX_JSON):  # else it may be a length
+                return f": it looks like {what}"
+        if length > self.size - 8:
+            return f", or cut off: its header claims {length} bytes, {self.size - 8} follow"
+        return f": its header claims {length:,} bytes; more than {MAX_JSON:,} are not read"
+
     def _entry(self, key: str, about: Any, offset: int) -> Entry:
-        try:
-            name, shape, (start, end) = about["dtype"], tuple(about["shape"]), about["data_offsets"]
-        except (KeyError, TypeError, ValueError):
-            name, shape, start, end = None, (), 0, 0
-        whole = all(type(n) is int for n in (*shape, start, end))
-        if not isinstance(name, str) or not whole or math.prod(max(n, 1) for n in shape) >= 2**63:
-            raise CheckpointError(f"{self.path}: the header entry of {key!r} is malformed: {about!r:.200}")
+        fields: list[Any] = [about.get(field) for field in FIELDS] if isinstance(about, dict) else [None] * 3
+        name, shape, offsets = fields
+        numbers = _whole(shape, MAX_AXES) and _whole(offsets, 2) and len(offsets) == 2
+        if (
+            not isinstance(name, str)
+            or not numbers
+            or len(about) > len(FIELDS)
+            or math.prod(max(n, 1) for n in shape) >= 2**63
+        ):
+            raise CheckpointError(f"{self.path}: the header entry of {shown(key)} is malformed: {shown(about)}")
+        start, end = offsets
         if name not in DTYPES:
-            raise CheckpointError(f"{self.path}: {key!r} has the unknown dtype {name!r}")
+            raise CheckpointError(f"{self.path}: {shown(key)} has the unknown dtype {shown(name)}")
         expected = math.prod(shape) * DTYPES[name].itemsize
-        if min(shape, default=0) < 0 or start < 0 or end - start != expected:
+        if end - start != expected:
             raise CheckpointError(
-                f"{self.path}: {key!r} of shape {list(shape)} and dtype {name} needs {expected} bytes, "
+                f"{self.path}: {shown(key)} of shape {shape} and dtype {name} needs {expected} bytes, "
                 f"its header says {end - start}"
             )
         if offset + end > self.size:
             raise CheckpointError(
-                f"{self.path}: cut off: {key!r} ends at byte {offset + end}, the file has {self.size}"
+                f"{self.path}: cut off: {shown(key)} ends at byte {offset + end}, the file has {self.size}"
             )
-        return Entry(DTYPES[name], shape, offset + start, expected)
+        return Entry(DTYPES[name], tuple(shape), offset + start, expected)
 
     def _check_order(self, offset: int) -> None:
         """Tensors must fill the file from the header to its end, as the reference implementation demands."""
@@ -116,7 +139,9 @@ class TensorFile:
         for key, entry in sorted(self.entries.items(), key=lambda item: (item[1].start, item[1].size)):
             if entry.start != end:
                 what = "overlaps another tensor" if entry.start < end else "comes after bytes of no tensor"
-                raise CheckpointError(f"{self.path}: {key!r} starts at byte {entry.start}, expected {end}: it {what}")
+                raise CheckpointError(
+                    f"{self.path}: {shown(key)} starts at byte {entry.start}, expected {end}: it {what}"
+                )
             end += entry.size
         if end != self.size:
             raise CheckpointError(f"{self.path}: {self.size - end} bytes too many: its tensors end at byte {end}")
@@ -145,7 +170,7 @@ class TensorFile:
                 while done < entry.size:
                     count = file.readinto(memoryview(buffer)[done:])
                     if not count:
-                        raise CheckpointError(f"{self.path}: cut off while {key!r} was being read")
+                        raise CheckpointError(f"{self.path}: cut off while {shown(key)} was being read")
                     done += count
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from error
@@ -190,6 +215,13 @@ def stream_tensors(
             file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
+def _whole(numbers: object, most: int) -> bool:
+    """Whether this is a list of at most `most` whole numbers from 0 to 2**63; true and false are none."""
+    return (
+        isinstance(numbers, list) and len(numbers) <= most and all(type(n) is int and 0 <= n < 2**63 for n in numbers)
+    )
+
+
 class TensorSource(Mapping[str, Tensor]):
     """The tensors of one or several files as one mapping.
 
@@ -208,7 +240,7 @@ class TensorSource(Mapping[str, Tensor]):
             self.metadata.update(file.metadata)
             for key, entry in file.entries.items():
                 if key in self._home:
-                    raise CheckpointError(f"{key!r} is in {self._home[key].path} and again in {file.path}")
+                    raise CheckpointError(f"{shown(key)} is in {self._home[key].path} and again in {file.path}")
                 self._home[key], self.entries[key] = file, entry
 
     def __getitem__(self, key: str) -> Tensor:
@@ -230,22 +262,26 @@ class TensorSource(Mapping[str, Tensor]):
 
 
 def shard_paths(index: Path) -> list[Path]:
-    """The files that an index (`*.safetensors.index.json`) names.
+    """The files that an index (`*.safetensors.index.json`) names, which lie beside it.
 
     Raises:
-        CheckpointError: the index is malformed, or shards are missing; all of them are named.
+        CheckpointError: the index is malformed, names files of other folders, or shards are missing; all are named.
     """
-    try:
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    except OSError as error:
-        raise CheckpointError(f"{index}: cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{index}: not a safetensors index: {type(error).__name__}: {error}") from error
-    if not names or any(not isinstance(name, str) for name in names):
-        raise CheckpointError(f"{index}: not a safetensors index: its weight_map names no files")
-    missing = [name for name in names if not (index.parent / name).is_file()]
+    content = json_file(index)
+    shards = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(shards, dict) or not shards or any(not isinstance(name, str) for name in shards.values()):
+        raise CheckpointError(f"{index}: not a safetensors index: expected a weight_map from tensors to file names")
+    names = sorted(set(shards.values()))
+    if len(names) > MAX_SHARDS:
+        raise CheckpointError(f"{index}: names {len(names):,} files; more than {MAX_SHARDS:,} are not looked for")
+    for name in names:
+        if name in ("", ".", "..") or "\0" in name or {PurePosixPath(name).name, PureWindowsPath(name).name} != {name}:
+            raise CheckpointError(f"{index}: names {shown(name)}; shards are files in the folder of their index")
+    missing = [name for name in names if not os.path.isfile(index.parent / name)]
     if missing:
-        raise CheckpointError(f"{index} names {len(names)} files, of which these are missing: {', '.join(missing)}")
+        raise CheckpointError(
+            f"{index} names {len(names)} files, of which these are missing: {', '.join(missing):.1000}"
+        )
     return [index.parent / name for name in names]
 
 
@@ -258,9 +294,10 @@ def tensor_paths(path: str | Path) -> list[Path]:
     path = Path(path)
     if path.name.endswith(INDEX_SUFFIX):
         return shard_paths(path)
-    if not path.is_dir():
-        if not path.exists():
-            raise CheckpointError(f"{path}: no such file")
+    if not os.path.isdir(path):
+        if not os.path.exists(path):  # not path.exists(), which raises where the name is too long
+            link = "a symbolic link that leads nowhere or in a circle" if os.path.islink(path) else "no such file"
+            raise CheckpointError(f"{path}: {link}")
         return [path]
     indices = sorted(path.glob("*" + INDEX_SUFFIX))
     files = sorted(path.glob("*.safetensors"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from miniflux.checkpoints.files import TensorSource, open_tensors
+from miniflux.checkpoints.jsonfiles import json_file, json_of
 from miniflux.checkpoints.loading import is_finite
 from miniflux.errors import CheckpointError, LoraError
 from miniflux.lora.dialects import Place, recognise
@@ -207,16 +207,12 @@ def _peft_config(folder: Path, path: Path) -> dict[str, Any] | None:
     file = folder / PEFT_CONFIG
     if not file.is_file() or not (path.is_dir() or path.name.startswith("adapter_model")):
         return None
-    return _json(str(file), file.read_text("utf-8"))
+    return _object(str(file), json_file(file))
 
 
-def _json(what: str, text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{what}: is not JSON") from error
+def _object(what: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise CheckpointError(f"{what}: is not a JSON object")
+        raise CheckpointError(f"{what} is not a JSON object")
     return value
 
 
@@ -228,7 +224,8 @@ class _StatedAlphas:
         if config is not None:
             self.configs["transformer"] = config
         if PEFT_METADATA in metadata:
-            for key, value in _json(f"the header's {PEFT_METADATA}", metadata[PEFT_METADATA]).items():
+            what = f"the header's {PEFT_METADATA}"
+            for key, value in _object(what, json_of(metadata[PEFT_METADATA].encode(), what)).items():
                 network, dot, field = key.partition(".")
                 if dot:
                     self.configs.setdefault(network, {})[field] = value

@@ -6,7 +6,6 @@ and unescapes HTML first) and the one of transformers differ, this follows trans
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Split
 from tokenizers.pre_tokenizers import Sequence as PreTokenizers
 from torch import Tensor
 
+from miniflux.checkpoints.jsonfiles import MAX_JSON, json_file
 from miniflux.errors import InputError, TokenizerError
 
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
@@ -91,8 +91,8 @@ def load_clip_tokenizer(path: str | Path) -> TextTokenizer:
         if not path.exists():
             raise TokenizerError(f"no {path}: expected a folder with vocab.json and merges.txt, or tokenizer.json")
         if path.name != "tokenizer.json" and vocab.is_file() and merges.is_file():
-            vocabulary = json.loads(vocab.read_text("utf-8"))
-            pairs = [tuple(line.split()) for line in merges.read_text("utf-8").splitlines()]
+            vocabulary = json_file(vocab)
+            pairs = [tuple(line.split()) for line in _bounded(merges).read_text("utf-8").splitlines()]
             pairs = [(p[0], p[1]) for p in pairs if len(p) == 2 and p[0] != "#version:"]
             bpe = BPE(
                 vocabulary,
@@ -140,7 +140,7 @@ def load_t5_tokenizer(path: str | Path) -> TextTokenizer:
     if not pieces.is_file():
         raise TokenizerError(f"no T5 tokenizer in {path}: expected tokenizer.json or spiece.model")
     try:
-        model = SentencePieceProcessor(model_file=str(pieces))
+        model = SentencePieceProcessor(model_file=str(_bounded(pieces)))
     except (OSError, RuntimeError) as error:
         raise TokenizerError(f"cannot read {pieces}: not a SentencePiece model") from error
     for name, number, piece in (("end", model.eos_id(), T5_END), ("padding", model.pad_id(), T5_PAD)):
@@ -149,9 +149,19 @@ def load_t5_tokenizer(path: str | Path) -> TextTokenizer:
     return TextTokenizer(_pieces(model), (), model.eos_id(), model.pad_id())
 
 
+def _bounded(path: Path) -> Path:
+    """The path, if the file is not too large to be a tokenizer's: the published ones have 2.5 MB at most."""
+    size = path.stat().st_size
+    if size > MAX_JSON:
+        raise TokenizerError(f"{path}: {size:,} bytes; a tokenizer's file of more than {MAX_JSON:,} is not read")
+    return path
+
+
 def _from_json(path: Path) -> Tokenizer:
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(_bounded(path)))
+    except TokenizerError:
+        raise
     except Exception as error:  # the library raises bare Exception for every kind of bad file
         raise TokenizerError(f"cannot read {path}: {error}") from error
     tokenizer.no_padding()
