@@ -148,11 +148,11 @@ def test_truncated_files(cut: int, network: Flux1, tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["{", "[1]", '"x"'])
 def test_bad_metadata(text: str, network: Flux1, tmp_path: Path) -> None:
     save_file(good(), tmp_path / "a.safetensors", {"lora_adapter_metadata": text})
-    with pytest.raises(CheckpointError, match="lora_adapter_metadata.*is not (JSON|a JSON object)"):
+    with pytest.raises(CheckpointError, match="lora_adapter_metadata is (no JSON|not a JSON object)"):
         attach(network, tmp_path / "a.safetensors")
     save_file(good(), tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(text, "utf-8")
-    with pytest.raises(CheckpointError, match=r"adapter_config.json: is not (JSON|a JSON object)"):
+    with pytest.raises(CheckpointError, match=r"adapter_config.json is (no JSON|not a JSON object)"):
         attach(network, tmp_path / "adapter_model.safetensors")
 
 

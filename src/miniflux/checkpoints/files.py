@@ -88,7 +88,8 @@ class TensorFile:
         header = json_of(text, f"{path}: not a safetensors file: its header")
         if not isinstance(header, dict):
             raise CheckpointError(f"{path}: not a safetensors file: its header is no JSON object")
-        metadata = header.pop("__metadata__", None) or {}
+        metadata = header.pop("__metadata__", None)
+        metadata = {} if metadata is None else metadata
         if not isinstance(metadata, dict) or any(not isinstance(value, str) for value in metadata.values()):
             raise CheckpointError(f"{path}: its __metadata__ is not a JSON object of strings")
         self.metadata: dict[str, str] = metadata

@@ -1,7 +1,7 @@
 """JSON from files that anybody may have written: bounded, and read the same way by every parser.
 
 A few megabytes of brackets become hundreds of megabytes of Python objects, a key that stands twice means something
-else to every reader, and Python reads JSON that no other parser takes (`NaN`, halves of surrogate pairs).
+else to every reader, and Python takes halves of surrogate pairs for characters.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import reprlib
 import stat
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
 from miniflux.errors import CheckpointError
 
@@ -39,7 +39,7 @@ def json_of(text: bytes, what: str) -> Any:
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{what} is no JSON: not UTF-8 at byte {error.start}") from error
     try:
-        return json.loads(decoded, object_pairs_hook=_object, parse_constant=_constant, parse_int=_whole)
+        return json.loads(decoded, object_pairs_hook=_object, parse_int=_whole)
     except _DuplicateKey as error:
         raise CheckpointError(f"{what} {error}") from error
     except (ValueError, RecursionError) as error:
@@ -94,10 +94,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _whole(digits: str) -> int | float:
     """JSON's `-0` is not the whole number 0: elsewhere it is read as a floating-point number."""
     return -0.0 if digits == "-0" else int(digits)
-
-
-def _constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
 
 
 def shown(value: object) -> str:
