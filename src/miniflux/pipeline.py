@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from miniflux.cache import Drawn, ResultCache, not_keyed, picture_key, result_cache
 from miniflux.checkpoints.assembly import assemble
+from miniflux.checkpoints.origin import Origin, Stamp
 from miniflux.errors import InputError, MinifluxError
-from miniflux.lora.adapters import described
+from miniflux.lora.adapters import described, files_of
 from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.flux1 import Flux1
 from miniflux.plan import (
@@ -25,13 +28,14 @@ from miniflux.plan import (
     Callback,
     Plan,
     Progress,
+    Watch,
     Watcher,
     cache_for,
     guidance_for,
     levels_for,
     size_for,
 )
-from miniflux.result import Result, checked_output, from_image, psnr, to_image
+from miniflux.result import Result, checked_output, digest_of, from_image, psnr, to_image
 from miniflux.sampling import (
     Bill,
     Moment,
@@ -67,14 +71,25 @@ class Pipeline:
     Attributes:
         variant: what was loaded, with its defaults.
         transformer, autoencoder, text: the parts, for people who came to study them.
+        origin: the files they were read from; None if they were not.
+        results: pictures drawn before, or None.
 
-    Calls may come from several threads at once: nothing in here changes while it draws, except the prompt cache,
-    which is locked.
+    Calls may come from several threads at once: nothing in here changes while it draws, except the caches of prompts
+    and of results, which are locked.
     """
 
-    def __init__(self, variant: Variant, transformer: Flux1, autoencoder: Autoencoder, text: Text) -> None:
+    def __init__(
+        self,
+        variant: Variant,
+        transformer: Flux1,
+        autoencoder: Autoencoder,
+        text: Text,
+        origin: Origin | None = None,
+        results: ResultCache | None = None,
+    ) -> None:
         self.variant = variant
         self.transformer, self.autoencoder, self.text = transformer, autoencoder, text
+        self.origin, self.results = origin, results
 
     @property
     def device(self) -> torch.device:
@@ -110,6 +125,7 @@ class Pipeline:
         check_cache: bool = False,
         progress: Progress | None = None,
         callback: Callback | None = None,
+        watch: Watch | None = None,
         resume: Moment | None = None,
         stop: int | None = None,
     ) -> Result:
@@ -144,6 +160,7 @@ class Pipeline:
             progress: called after every step with (steps done, steps in all).
             callback: called after every step with (number of the picture, `sampling.Moment`); latents that it returns
                 replace those of the run. May raise to stop, which leaves the pipeline as it was.
+            watch: as callback, but it only looks on; not called for pictures that come from the result cache.
             resume: a moment of an earlier run with the same arguments, to go on from, bit for bit; for one picture,
                 and without a step cache.
             stop: end after so many steps: latents are as they then are, the picture is the one they point to.
@@ -188,59 +205,125 @@ class Pipeline:
             stop=stop,
         )
 
-        # 3. Text: T5's tokens and CLIP's summary, from the cache where the prompt was seen before.
-        texts = self._words(prompts, t5_length, padding)
-        others = self._words([negative or "", ""], t5_length, padding) if guide is not None else [None, None]
-
-        # 4. Each picture on its own: noise from its seed, denoising, decoding.
-        source = None if image is None else self._encode(image)
-        pictures: list[Image.Image] = []
-        latents: list[Tensor] = []
-        settings: list[dict[str, Any]] = []
-        moment: Moment | None = None
-        said = {
+        # 3. What will be said of the pictures: also the key under which those drawn before are kept.
+        files = self._files()
+        said: dict[str, Any] = {
             "version": __version__,
             "torch": str(torch.__version__),
-            "model": self.variant.name,
+            **self._described(),
             "width": width,
             "height": height,
             "t5_length": self.text.length if t5_length is None else t5_length,
             "padding": padding,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "device": self.device.type,
-            "loras": described(self),
             **plan.described(),
-            "schedule": schedule if isinstance(schedule, str) else "custom",
+            "steps_asked": self.variant.steps if steps is None and isinstance(schedule, str) else steps,
+            "schedule": schedule if isinstance(schedule, str) else [float(level) for level in schedule],
             "shift": shift,
             "restart": None if restart is None else list(restart),
             "negative": negative,
-            "image": None if image is None else "given",
+            "image": None if image is None else digest_of(image),
             "strength": strength,
         }
-        for i in range(total):
-            words = (texts[i // images], others[0], others[1])
+        unkeyed = None if self.results is None else not_keyed(plan, said, files, callback is not None, check_cache)
+
+        # 4. Each picture on its own: text, noise from its seed, denoising, decoding - unless it was drawn before.
+        begun: list[_Begun] = []
+
+        def draw(i: int) -> Drawn:
+            if not begun:  # text comes from a cache of its own, and is not needed where all pictures were drawn before
+                begun.append(self._begin(prompts, plan, negative, t5_length, padding, image))
             varied = None if variation is None else (variation[0] + i, variation[1])
-            noise = self._noise(plan, seed + i, varied)
-            begin = noise if source is None else add_noise(source, 0.0, plan.levels[0], noise)
-            moment, bill = self._denoise(plan, words, begin, seed + i, Watcher(i, total, progress, callback))
-            tokens = moment.picture if moment.step < moment.steps else moment.x
-            pictures.append(to_image(self._decode(tokens, plan)))
-            latents.append(self._unpacked(moment.x, plan).cpu())
-            about: dict[str, Any] = {
-                "prompt": prompts[i // images],
-                "seed": seed + i,
-                "variation": varied and list(varied),
+            watcher = Watcher(i, total, progress, callback, watch)
+            return self._draw(plan, begun[0], i // images, seed + i, varied, watcher, check_cache)
+
+        pictures: list[Drawn] = []
+        settings: list[dict[str, Any]] = []
+        for i in range(total):
+            varied = None if variation is None else [variation[0] + i, variation[1]]
+            about = {**said, "prompt": prompts[i // images], "seed": seed + i, "variation": varied}
+            if self.results is None or unkeyed is not None:
+                picture = draw(i)
+                about |= picture.about | ({} if unkeyed is None else {"not_cached": unkeyed})
+            else:
+                waiting = partial(plan.tell, progress, i, total)
+                picture, cached = self.results.once(picture_key(about, files), partial(draw, i), waiting)
+                if cached:
+                    plan.tell(progress, i + 1, total)
+                about |= picture.about | {"cached": cached}
+            pictures.append(picture)
+            settings.append(about)
+        latents = torch.cat([picture.latents for picture in pictures])
+        moment = pictures[0].moment if total == 1 else None
+        return Result([picture.image for picture in pictures], latents, settings, moment, files)
+
+    def _described(self) -> dict[str, Any]:
+        """What of the settings of a picture is the pipeline's own."""
+        origin = self.origin
+        return {
+            "model": self.variant.name,
+            "model_path": None if origin is None or origin.name == self.variant.name else origin.name,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype_asked": None if origin is None else origin.dtype,
+            "device": self.device.type,
+            "threads": torch.get_num_threads(),
+            "loras": described(self),
+        }
+
+    def _files(self) -> tuple[tuple[str, Stamp], ...]:
+        """Every file that the next picture is made from, LoRAs last; none if it cannot be known."""
+        if self.origin is None:
+            return ()
+        loras = tuple((f"lora {name}", stamp) for name, stamps in files_of(self).items() for stamp in stamps)
+        return self.origin.files + loras
+
+    def _begin(
+        self,
+        prompts: Sequence[str],
+        plan: Plan,
+        negative: str | None,
+        t5_length: int | None,
+        padding: Padding,
+        image: Image.Image | Tensor | None,
+    ) -> _Begun:
+        """T5's tokens and CLIP's summary of all texts, and the latents of the picture to change."""
+        # Cut to the longest of a call, prompts would depend on each other.
+        groups = [[prompt] for prompt in prompts] if padding == "trimmed" else [prompts]
+        texts = [words for group in groups for words in self._words(group, t5_length, padding)]
+        guided = plan.guide is not None
+        others = self._words([negative or "", ""], t5_length, padding) if guided else (None, None)
+        return _Begun(texts, others[0], others[1], None if image is None else self._encode(image))
+
+    def _draw(
+        self,
+        plan: Plan,
+        begun: _Begun,
+        which: int,
+        seed: int,
+        variation: tuple[int, float] | None,
+        watcher: Watcher,
+        check_cache: bool,
+    ) -> Drawn:
+        """One picture, of the prompt of this number."""
+        words = (begun.texts[which], begun.negative, begun.empty)
+        noise = self._noise(plan, seed, variation)
+        begin = noise if begun.source is None else add_noise(begun.source, 0.0, plan.levels[0], noise)
+        moment, bill = self._denoise(plan, words, begin, seed, watcher)
+        tokens = moment.picture if moment.step < moment.steps else moment.x
+        image = to_image(self._decode(tokens, plan))
+        about: dict[str, Any] = {}
+        if watcher.replaced:
+            about["replaced"] = True
+        if plan.resume is not None:
+            about["resumed"] = plan.resume.step
+        if plan.cache is not None:
+            about["cache"] = {**plan.cache_described(), "evaluated": bill.evaluated, "skipped": bill.skipped}
+        if check_cache:
+            exact, _ = self._denoise(replace(plan, cache=None), words, begin, seed, Watcher(0, 1))
+            about["cache"] |= {
+                "latent_l2": float((moment.x - exact.x).norm() / exact.x.norm()),
+                "psnr": psnr(image, to_image(self._decode(exact.x, plan))),
             }
-            if plan.cache is not None:
-                about["cache"] = {**plan.cache_described(), "evaluated": bill.evaluated, "skipped": bill.skipped}
-            if check_cache:
-                exact, _ = self._denoise(replace(plan, cache=None), words, begin, seed + i, Watcher(i, total))
-                about["cache"] |= {
-                    "latent_l2": float((moment.x - exact.x).norm() / exact.x.norm()),
-                    "psnr": psnr(pictures[-1], to_image(self._decode(exact.x, plan))),
-                }
-            settings.append({**said, **about})
-        return Result(pictures, torch.cat(latents), settings, moment if total == 1 else None)
+        return Drawn(image, self._unpacked(moment.x, plan).cpu(), about, moment)
 
     def _denoise(
         self,
@@ -326,6 +409,16 @@ class Pipeline:
         return self.autoencoder.encode(from_image(image)[None].to(weight.device, weight.dtype)).float().cpu()
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """What the pictures of a call share: the words of each prompt, the other texts, the latents to change."""
+
+    texts: list[Words]
+    negative: Words | None
+    empty: Words | None
+    source: Tensor | None
+
+
 def load(
     name_or_path: str | Path,
     *,
@@ -333,6 +426,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     memory: str = "auto",
+    cache: ResultCache | str | Path | None = None,
 ) -> Pipeline:
     """Put a pipeline together from files.
 
@@ -348,9 +442,13 @@ def load(
             autoencoder, published in float32, keeps that unless a dtype is given.
         memory: where weights live while they work; `auto` and `resident` keep them on the device.
 
+        cache: a folder for pictures, or a `ResultCache`: what was drawn before, of the same things, is not drawn again;
+            `settings` say which. Hashes of all weights are computed for it, once per file.
+
     Raises:
         InputError: an unknown variant, device, dtype or memory mode.
         WeightsNotFoundError: files are missing; all of them are named.
         CheckpointError: a file does not hold what it should.
     """
-    return Pipeline(*assemble(name_or_path, weights=weights, device=device, dtype=dtype, memory=memory))
+    results = result_cache(cache)
+    return Pipeline(*assemble(name_or_path, weights=weights, device=device, dtype=dtype, memory=memory), results)

@@ -35,6 +35,9 @@ Progress = Callable[[int, int], None]
 Callback = Callable[[int, Moment], "Tensor | None"]
 """Called after every step with (number of the picture, moment); latents (1, L, C) it returns replace the run's."""
 
+Watch = Callable[[int, Moment], None]
+"""As `Callback`, but it only looks on."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -61,7 +64,7 @@ class Plan:
         def plain(value: Any) -> Any:
             if callable(value):
                 return [value(sigma) for sigma in self.levels[:-1]]
-            return list(value) if isinstance(value, tuple) else value  # pyright: ignore[reportUnknownArgumentType]
+            return _listed(value)
 
         guide = None
         if self.guide is not None:
@@ -74,11 +77,23 @@ class Plan:
             "guidance": plain(self.guidance),
             "guide": guide,
             "stop": self.stop,
+            **({} if self.cache is None else {"cache": self.cache_described()}),
         }
+
+    def tell(self, progress: Progress | None, done: int, total: int) -> None:
+        """Tell how many of all pictures are done, in steps."""
+        if progress is not None:
+            steps = self.levels.steps
+            progress(done * steps, total * steps)
 
     def cache_described(self) -> dict[str, Any]:
         name = next(name for name, kind in CACHES.items() if kind is type(self.cache))
-        return {"name": name, **{f.name: getattr(self.cache, f.name) for f in fields(self.cache)}}  # pyright: ignore
+        return {"name": name, **{f.name: _listed(getattr(self.cache, f.name)) for f in fields(self.cache)}}  # pyright: ignore
+
+
+def _listed(value: Any) -> Any:
+    """As JSON has it."""
+    return list(value) if isinstance(value, tuple) else value  # pyright: ignore[reportUnknownArgumentType]
 
 
 @dataclass
@@ -89,11 +104,16 @@ class Watcher:
     total: int
     progress: Progress | None = None
     callback: Callback | None = None
+    watch: Watch | None = None
     moment: Moment | None = None
+    replaced: bool = False
 
     def __call__(self, moment: Moment) -> Tensor | None:
         replacement = None if self.callback is None else self.callback(self.index, moment)
         self.moment = moment if replacement is None else replace(moment, x=replacement.to(moment.x))
+        self.replaced |= replacement is not None
+        if self.watch is not None:
+            self.watch(self.index, self.moment)
         if self.progress is not None:
             self.progress(self.index * moment.steps + moment.step, self.total * moment.steps)
         return replacement

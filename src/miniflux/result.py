@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import math
 import os
 from collections.abc import Sequence
@@ -13,15 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from torch import Tensor
 
+from miniflux.checkpoints.origin import Stamp, hashed
 from miniflux.checkpoints.saving import write_beside
 from miniflux.errors import OutputError
 from miniflux.sampling import Moment
-
-SETTINGS_KEY = "miniflux"  # text chunk of a PNG, and what JPEG and WebP keep as the EXIF description
-EXIF_DESCRIPTION = 0x010E
+from miniflux.settings.pictures import options_for
 
 
 @dataclass(frozen=True)
@@ -32,13 +31,27 @@ class Result:
         images: RGB pictures, in order.
         latents: the final latents (N, C, h, w), float32, on the CPU.
         settings: one dict per picture with all that made it; the values are plain JSON.
-        moment: of a single picture, the state after its last step, which `resume` takes; None of several.
+        moment: of a single picture, the state after its last step, which `resume` takes; None of several, and of one
+            that came from the result cache.
+        files: what it was made from, and of which part.
     """
 
     images: list[Image.Image]
     latents: Tensor
     settings: list[dict[str, Any]]
     moment: Moment | None = None
+    files: tuple[tuple[str, Stamp], ...] = ()
+
+    @property
+    def cached(self) -> bool:
+        """Whether all pictures came from the result cache."""
+        return all(about.get("cached", False) for about in self.settings)
+
+    def hash_files(self) -> None:
+        """Add the SHA-256 of every file to the settings, as `save` does; computed once per file, about 1 s per GB."""
+        told = hashed(self.files)
+        for about in self.settings:
+            about["files"] = told
 
     def grid(self) -> Image.Image:
         """All pictures on one sheet, row by row, about as many columns as rows; a single picture is itself."""
@@ -53,37 +66,39 @@ class Result:
 
     def single(self, i: int) -> Result:
         """Picture i as a result of its own."""
-        return Result([self.images[i]], self.latents[i : i + 1], [self.settings[i]])
+        return Result([self.images[i]], self.latents[i : i + 1], [self.settings[i]], files=self.files)
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | Path, metadata: bool = True) -> Path:
         """Write the picture, or the grid of several, with the settings inside. Written beside and renamed.
 
         Args:
             path: ends in .png, .jpg, .jpeg or .webp.
+            metadata: False to leave the settings out.
 
         Raises:
-            OutputError: another ending, or the place cannot be written to.
+            OutputError: another ending, the place cannot be written to, or settings of too many bytes.
         """
         path = checked_output(path)
-        text = json.dumps(self.settings[0] if len(self.settings) == 1 else self.settings)
-        options: dict[str, Any]
-        if path.suffix.lower() == ".png":
-            info = PngImagePlugin.PngInfo()
-            info.add_text(SETTINGS_KEY, text)
-            options = {"format": "PNG", "pnginfo": info}
-        else:
-            exif = Image.Exif()
-            exif[EXIF_DESCRIPTION] = text
-            kind = "WEBP" if path.suffix.lower() == ".webp" else "JPEG"
-            options = {"format": kind, "quality": 95, "exif": exif}
-        write_beside(path, lambda beside: self.grid().save(beside, **options))
+        if metadata:
+            self.hash_files()
+        save_picture(self.grid(), path, self.settings if metadata else None)
         return path
 
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+def save_picture(picture: Image.Image, path: Path, settings: Sequence[dict[str, Any]] | None) -> None:
+    """Write a picture with the settings of all that is on it, or none."""
+    options = {} if settings is None else options_for(path, list(settings))
+
+    def write(beside: Path) -> None:
+        picture.save(beside, format=FORMATS[path.suffix.lower()], quality=95, **options)
+
+    write_beside(path, write)
 
 
-def checked_output(path: str | Path, endings: Sequence[str] = PICTURES) -> Path:
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+
+
+def checked_output(path: str | Path, endings: Sequence[str] = tuple(FORMATS)) -> Path:
     """The path, if a picture can be written there; asked before the work is done.
 
     Raises:
@@ -114,6 +129,12 @@ def from_image(image: Image.Image) -> Tensor:
         image = Image.alpha_composite(white, image.convert("RGBA"))
     pixels = torch.from_numpy(np.array(image.convert("RGB")))
     return rearrange(pixels, "H W C -> C H W").float() / 127.5 - 1
+
+
+def digest_of(image: Image.Image | Tensor) -> str:
+    """SHA-256 of the pixels of a picture, or of latents, with their shape."""
+    values = np.asarray(image.convert("RGBA")) if isinstance(image, Image.Image) else image.float().cpu().numpy()
+    return hashlib.sha256(repr(values.shape).encode() + values.tobytes()).hexdigest()
 
 
 def psnr(image: Image.Image, other: Image.Image) -> float:

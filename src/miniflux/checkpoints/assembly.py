@@ -18,6 +18,7 @@ from miniflux.checkpoints.finding import Files, find
 from miniflux.checkpoints.inspection import describe, fits, flux1_config, network_of
 from miniflux.checkpoints.jsonfiles import json_file
 from miniflux.checkpoints.loading import compare, load_into
+from miniflux.checkpoints.origin import Origin, stamped
 from miniflux.errors import CheckpointError, ConfigError, InputError
 from miniflux.memory.compute import choose_device, choose_dtype
 from miniflux.models.autoencoder import Autoencoder, AutoencoderConfig
@@ -56,6 +57,7 @@ class Parts(NamedTuple):
     transformer: Flux1
     autoencoder: Autoencoder
     text: Text
+    origin: Origin
 
 
 def assemble(
@@ -78,6 +80,9 @@ def assemble(
         raise InputError(f"weights {str(weights)!r} is no folder; single files are given as a dict from part to file")
     given = {part: Path(path) for part, path in weights.items()} if isinstance(weights, Mapping) else {}
     chosen, files = locate(name_or_path, first, given)
+    named = str(name_or_path) in VARIANTS or str(name_or_path) in ALIASES
+    asked = None if dtype is None else str(dtype).removeprefix("torch.")
+    origin = Origin(chosen.name if named else str(name_or_path), asked, stamped(files))
 
     # 2. Which sizes: of the text encoders from their config files where there are any, else those of the variant.
     chosen = replace(
@@ -108,6 +113,7 @@ def assemble(
             load_t5_tokenizer(files.t5_tokenizer),
             chosen.t5_length,
         ),
+        origin,
     )
     log.info(
         "%s: %.1f million parameters in %s on %s, loaded in %.1f s",

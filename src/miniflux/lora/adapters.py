@@ -9,6 +9,7 @@ from typing import Any, Protocol, cast
 
 from torch import nn
 
+from miniflux.checkpoints.origin import Stamp
 from miniflux.errors import InputError, LoraError
 from miniflux.lora.dialects import Network
 from miniflux.lora.layer import Change
@@ -44,6 +45,7 @@ class Adapter:
         scale: as given.
         schedule: a function of the noise level that multiplies the scale, or None.
         merged: whether the changes are in the weights now.
+        files: those it was read from; none if it was given as tensors.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Adapter:
     scale: Scale = 1.0
     schedule: Callable[[float], float] | None = None
     merged: bool = False
+    files: tuple[Stamp, ...] = ()
 
     @property
     def layers(self) -> list[str]:
@@ -99,6 +102,15 @@ def attached(target: Target) -> dict[str, Scale]:
     }
 
 
+def files_of(target: Target) -> dict[str, tuple[Stamp, ...]]:
+    """The files of everything that is attached, by its name; in the order of attaching."""
+    return {
+        adapter.name: adapter.files
+        for network in networks(target).values()
+        for adapter in adapters_of(network).values()
+    }
+
+
 def described(target: Target) -> list[dict[str, Any]]:
     """What is attached, in plain JSON, for the settings of a picture."""
     found: dict[str, dict[str, Any]] = {}
@@ -111,6 +123,8 @@ def described(target: Target) -> list[dict[str, Any]]:
             else:
                 about["scale"] = dict(adapter.scale) if isinstance(adapter.scale, Mapping) else adapter.scale
             about["scheduled"] = about.get("scheduled", False) or adapter.schedule is not None
+            if adapter.merged:
+                about["merged"] = True
     return list(found.values())
 
 

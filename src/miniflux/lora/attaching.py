@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from miniflux.checkpoints.finding import BUNDLED
+from miniflux.checkpoints.origin import stamps
 from miniflux.errors import LoraError
 from miniflux.lora.adapters import (
     ADAPTERS,
@@ -85,10 +86,11 @@ def attach(
     name = checked_name(name)
     if any(name in adapters_of(network) for network in found.values()):
         raise LoraError(f"a LoRA named {name!r} is attached already; detach it first, or give this one another name")
+    files = tuple(stamps(where)) if isinstance(where, Path) else ()
     plan = planned(found, read(where), strict)
     check_scale(scale, [layer for changes in plan.changes.values() for layer, _ in changes], name)
     for kind, network in found.items():
-        adapter = Adapter(name, plan.file.source, changes=plan.changes.get(kind, []))
+        adapter = Adapter(name, plan.file.source, changes=plan.changes.get(kind, []), files=files)
         for (module, parameter), tensor in plan.replaced.get(kind, {}).items():
             _replace(network, adapter, module, parameter, tensor)
         for layer in adapter.layers:
@@ -121,7 +123,7 @@ def detach(target: Target, name: str) -> None:
         del adapters_of(network)[adapter.name]
         if not adapters_of(network):
             del network.__dict__[ADAPTERS]
-    _forget_prompts(target)
+    _forget_prompts(target, found)
 
 
 def set_scale(target: Target, name: str, scale: Scale) -> None:
@@ -140,7 +142,7 @@ def set_scale(target: Target, name: str, scale: Scale) -> None:
     for network, adapter in found:
         adapter.scale = scale
         apply_scale(network, adapter)
-    _forget_prompts(target)
+    _forget_prompts(target, found)
 
 
 def set_schedule(target: Target, name: str, schedule: Callable[[float], float] | None) -> None:
@@ -200,8 +202,9 @@ def _watch(network: nn.Module, adapter: Adapter, schedule: Callable[[float], flo
     )
 
 
-def _forget_prompts(target: Target) -> None:
-    if not isinstance(target, nn.Module):
+def _forget_prompts(target: Target, changed: Sequence[tuple[nn.Module, Adapter]]) -> None:
+    """Embeddings are those of other encoders now, if an adapter of a text encoder has changed."""
+    if not isinstance(target, nn.Module) and any(not isinstance(network, Flux1) for network, _ in changed):
         target.text.clear()
 
 

@@ -1,6 +1,5 @@
 """What makes a picture, as a record: checked, written into files, read back from them and from those of others."""
 
-from miniflux.settings.pictures import Reading, read_picture
 from miniflux.settings.request import LoraUse, Request
 
-__all__ = ["LoraUse", "Reading", "Request", "read_picture"]
+__all__ = ["LoraUse", "Request"]

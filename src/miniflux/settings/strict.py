@@ -10,6 +10,7 @@ from miniflux.errors import SettingsError
 
 MAX_BYTES = 2 * 2**20  # two prompts of the longest allowed length, every character written as \u0000, fit
 MAX_DEPTH = 32  # of brackets within brackets
+MAX_NUMBER = 1e300  # beyond it, whole numbers are too large for a float
 MAX_PROMPT = 2**17  # characters; T5 reads 512 tokens of them
 
 
@@ -22,36 +23,32 @@ def parsed(what: str, text: str | bytes) -> Any:
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     if len(data) > MAX_BYTES:
         raise SettingsError(f"{what}: {len(data)} bytes of JSON; at most {MAX_BYTES} are read")
-    if _depth(data) > MAX_DEPTH:
-        raise SettingsError(f"{what}: JSON nested deeper than {MAX_DEPTH} levels")
     try:
-        return json.loads(data, object_pairs_hook=_unique, parse_constant=_no_number)
+        value = json.loads(data, object_pairs_hook=_unique, parse_constant=_no_number)
+        _check_depth(value)
     except SettingsError as error:
         raise SettingsError(f"{what}: {error}") from None
-    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, and bytes that are not UTF-8
+    except RecursionError:
+        raise SettingsError(f"{what}: nested deeper than {MAX_DEPTH} levels") from None
+    except ValueError as error:  # also a number of thousands of digits, and bytes that are not UTF-8
         raise SettingsError(f"{what}: not JSON: {error}") from None
+    return value
 
 
-def _depth(data: bytes) -> int:
-    """How deep brackets lie within brackets, counted without building anything; brackets in strings do not count."""
-    depth = deepest = 0
-    inside = escaped = False
-    for byte in data:
-        if inside:
-            if escaped:
-                escaped = False
-            elif byte == 0x5C:
-                escaped = True
-            elif byte == 0x22:
-                inside = False
-        elif byte == 0x22:
-            inside = True
-        elif byte in b"[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif byte in b"]}":
-            depth -= 1
-    return deepest
+def _check_depth(value: Any) -> None:
+    """Refuse what is nested too deep for those who read it by recursion."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        below: list[Any] = []
+        for x in level:
+            if isinstance(x, dict):
+                below += x.values()
+            elif isinstance(x, list):
+                below += x
+        if not below:
+            return
+        level = below
+    raise SettingsError(f"nested deeper than {MAX_DEPTH} levels")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -108,9 +105,9 @@ def integer(what: str, value: object) -> int:
 
 
 def number(what: str, value: object) -> float:
-    """The value, if it is a number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise SettingsError(f"{what} must be a number, got {shown(value)}")
+    """The value, if it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > MAX_NUMBER:
+        raise SettingsError(f"{what} must be a finite number, got {shown(value)}")
     return value
 
 
