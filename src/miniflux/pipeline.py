@@ -93,11 +93,11 @@ class Pipeline:
 
     @property
     def device(self) -> torch.device:
-        return self.transformer.img_in.weight.device
+        return next(self.transformer.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.transformer.img_in.weight.dtype
+        return next(self.transformer.parameters()).dtype  # of a bias, where weights are packed
 
     @torch.inference_mode()
     def generate(

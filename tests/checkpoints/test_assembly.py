@@ -379,7 +379,7 @@ def test_the_wrong_file_for_a_variant_is_named(nano: Path) -> None:
 def official(manifest: Callable[[str], dict[str, list[int]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """All parts of FLUX.1 dev at full size, as holes on the disk."""
     monkeypatch.setattr(compute, "bfloat16_slowness", lambda: 0.5)
-    monkeypatch.setattr(loading, "_fetch", lambda *_: pytest.fail("would read 24 GB"))
+    monkeypatch.setattr(loading, "fetch", lambda *_: pytest.fail("would read 24 GB"))
     for name in ("MINIFLUX_WEIGHTS", "HF_HUB_CACHE"):
         monkeypatch.setenv(name, str(tmp_path))
     names = {"flux1-dev": "bfl-flux1-dev", "ae": "bfl-flux1-ae", "clip_l": "te-clip-l", "t5xxl_fp16": "te-t5-xxl"}

@@ -1,14 +1,19 @@
 """Files into networks and back: strict loading, layouts as tables, inspection, saving."""
 
+from miniflux.checkpoints import gguf as gguf  # enters itself among the readers of files
 from miniflux.checkpoints.files import TensorSource, open_tensors
+from miniflux.checkpoints.formats import FORMATS
 from miniflux.checkpoints.inspection import Inspection, inspect
 from miniflux.checkpoints.layouts import from_layout, layouts_of, to_layout
 from miniflux.checkpoints.loading import LoadReport, load_into
+from miniflux.checkpoints.quantized import QuantizedLinear
 from miniflux.checkpoints.saving import save
 
 __all__ = [
+    "FORMATS",
     "Inspection",
     "LoadReport",
+    "QuantizedLinear",
     "TensorSource",
     "from_layout",
     "inspect",

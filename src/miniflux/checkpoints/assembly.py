@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from torch import nn
 
 from miniflux.checkpoints.files import TensorSource, open_tensors, tensor_paths
 from miniflux.checkpoints.finding import Files, find
+from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.inspection import describe, fits, flux1_config, network_of
 from miniflux.checkpoints.jsonfiles import json_file
 from miniflux.checkpoints.loading import compare, load_into
@@ -96,7 +98,7 @@ def assemble(
     # 3. Which precision, from what the transformer's file stores.
     source = open_tensors(files.transformer)
     largest = max(source.entries.values(), key=lambda entry: entry.size)
-    parameters = sum(entry.size // entry.dtype.itemsize for entry in source.entries.values())
+    parameters = sum(math.prod(entry.shape) for entry in contents_of(source).entries.values())
     compute = choose_dtype(dtype, place, largest.dtype, parameters)
 
     # 4. Build on the meta device, assign from the files.
@@ -185,7 +187,7 @@ def _variant_in(transformer: Path, folder: Path) -> Variant:
     if axes is not None and not (isinstance(axes, list) and all(type(dim) is int for dim in axes)):
         raise CheckpointError(f"{transformer / 'config.json'}: axes_dims_rope must be a list of numbers, got {axes!r}")
     try:
-        config = flux1_config(source.entries, source.metadata, tuple(axes) if axes else None)
+        config = flux1_config(contents_of(source).entries, source.metadata, tuple(axes) if axes else None)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
     known = variant_of(config)

@@ -54,12 +54,17 @@ STRANGERS: dict[bytes, str] = {
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies: its dtype, its shape and its place in the file, in bytes."""
+    """Where one tensor lies: its dtype, its shape and its place in the file, in bytes.
+
+    Of packed tensors in GGUF files also the type of block, and the shape of what is packed.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
     size: int
+    block: str = ""
+    unpacked: tuple[int, ...] = ()
 
 
 class TensorFile:
@@ -177,6 +182,20 @@ class TensorFile:
             raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from error
 
 
+# Readers of other kinds of files, by the first bytes; each enters itself.
+READERS: dict[bytes, type[TensorFile]] = {}
+
+
+def open_file(path: Path) -> TensorFile:
+    """A file of tensors, its kind told by its first bytes; safetensors files have none of their own."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(max(map(len, READERS), default=0))
+    except OSError:  # which the reader reports
+        start = b""
+    return next((kind for magic, kind in READERS.items() if start.startswith(magic)), TensorFile)(path)
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file: the same tensors always give the same bytes.
 
@@ -233,7 +252,7 @@ class TensorSource(Mapping[str, Tensor]):
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        self.files = [TensorFile(path) for path in paths]
+        self.files = [open_file(path) for path in paths]
         self.metadata: dict[str, str] = {}
         self.entries: dict[str, Entry] = {}
         self._home: dict[str, TensorFile] = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from miniflux.checkpoints.files import Entry, TensorSource, open_tensors
+from miniflux.checkpoints.formats.reading import contents_of, format_of, formats_in
 from miniflux.checkpoints.loading import LoadReport, compare
 from miniflux.errors import CheckpointError, ConfigError
 from miniflux.models.autoencoder import Autoencoder
@@ -34,7 +34,8 @@ class Part:
         network: `Flux1`, `Autoencoder`, `ClipTextEncoder`, `T5Encoder`, or `unknown`.
         variant: the released model it belongs to, a description of its sizes, or the model it is closest to.
         layout: naming of its tensors.
-        formats: number of tensors by stored dtype.
+        format: what the file is called after: the format that most of its bytes are in.
+        formats: number of tensors by format, or by dtype where they are not packed.
         tensors, parameters, bytes: how many, how large.
         problems: what does not fit the network it seems to be, one line each.
     """
@@ -43,6 +44,7 @@ class Part:
     network: str
     variant: str
     layout: str
+    format: str
     formats: dict[str, int]
     tensors: int
     parameters: int
@@ -56,7 +58,7 @@ class Part:
             f"  network     {self.network}",
             f"  variant     {self.variant}",
             f"  layout      {self.layout}",
-            f"  format      {formats}",
+            f"  format      {self.format} ({formats})",
             f"  size        {self.tensors} tensors, {self.parameters:,} parameters, {self.bytes:,} bytes",
         ]
         return "\n".join(lines + [f"  problem     {problem}" for problem in self.problems])
@@ -96,9 +98,10 @@ def _part(source: TensorSource) -> Part:
         network=network,
         variant=variant,
         layout=report.layout if report else "unknown",
-        formats=dict(Counter(str(entry.dtype).removeprefix("torch.") for entry in entries.values())),
+        format=format_of(source),
+        formats=formats_in(source),
         tensors=len(entries),
-        parameters=sum(math.prod(entry.shape) for entry in entries.values()),
+        parameters=sum(math.prod(entry.shape) for entry in contents_of(source).entries.values()),
         bytes=sum(entry.size for entry in entries.values()),
         problems=[f"{kind}: {key}" for kind, keys in report.problems.items() for key in keys] if report else [],
     )
@@ -135,7 +138,7 @@ def _recognise(source: TensorSource) -> tuple[str, str, LoadReport | None]:
     if kind is Flux1:
         names.update({config: [name] for name, config in OTHER_TRANSFORMERS.items()})
         try:
-            candidates = [flux1_config(source.entries, source.metadata)]
+            candidates = [flux1_config(contents_of(source).entries, source.metadata)]
         except CheckpointError:
             candidates = list(names)
     best: tuple[Any, LoadReport] | None = None
@@ -159,7 +162,7 @@ def _wrong(report: LoadReport) -> int:
 def fits(source: TensorSource, config: Flux1Config) -> bool:
     """Whether the sizes in a transformer's file are those of `config`, though tensors may be missing."""
     try:
-        return flux1_config(source.entries, source.metadata, tuple(config.axes_dim)) == config
+        return flux1_config(contents_of(source).entries, source.metadata, tuple(config.axes_dim)) == config
     except CheckpointError:
         return False
 
@@ -170,7 +173,7 @@ def describe(source: TensorSource) -> str:
     if kind is not Flux1:
         return f"the tensors of {kind.__name__}" if kind else "no network known here"
     try:
-        config = flux1_config(source.entries, source.metadata)
+        config = flux1_config(contents_of(source).entries, source.metadata)
     except CheckpointError as error:
         return str(error)
     known = {**{v.name: v.transformer for v in VARIANTS.values()}, **OTHER_TRANSFORMERS}
@@ -191,6 +194,7 @@ def flux1_config(entries: Entries, metadata: Mapping[str, str], axes_dim: tuple[
     """The config of a FLUX.1 transformer, from the shapes in its file (either layout).
 
     Args:
+        entries: of the file; packed weights by the shapes that they unpack to (`Contents.entries`).
         metadata: of the file's header; `axes_dim` there (a JSON list) settles what shapes cannot tell.
         axes_dim: rotary axes, if the caller knows them.
 

@@ -16,15 +16,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from miniflux.checkpoints.quantized import packed_layers
 from miniflux.errors import CheckpointError
 from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.clip import ClipTextEncoder
 from miniflux.models.flux1 import Flux1
 from miniflux.models.t5 import T5Encoder
 
-How = Literal["same", "rows", "swap halves", "1x1"]
+How = Literal["same", "rows", "swap halves", "1x1", "packed"]
 """same: equal. rows: theirs stacked along the output rows are ours. swap halves: the two halves of the rows change
-places. 1x1: theirs is the weight of a linear, ours of a 1x1 convolution (and the biases are equal)."""
+places. 1x1: theirs is the weight of a linear, ours of a 1x1 convolution (and the biases are equal). packed: a part of a
+packed weight, equal and always in its own dtype."""
 
 
 @dataclass(frozen=True)
@@ -160,20 +162,27 @@ def layouts_of(module: nn.Module) -> list[str]:
 
 
 def origins(module: nn.Module, layout: str) -> dict[str, Origin]:
-    """For every tensor of the network: which keys of a file in `layout` it comes from.
+    """For every tensor of the network: which keys of a file in `layout` it comes from. Packed layers know the keys of
+    their parts, which are those of the file that they were made for.
 
     Raises:
         CheckpointError: the network has no such layout.
     """
-    keys = list(module.state_dict())
-    if layout == ORIGINAL:
-        return {key: Origin((key,), "same") for key in keys}
     tables = TABLES.get(type(module), {})
-    if layout not in tables:
+    if layout not in (ORIGINAL, *tables):
         known = ", ".join(layouts_of(module))
         raise CheckpointError(f"{type(module).__name__} has no layout {layout!r}; known: {known}")
     levels = len(module.config.ch_mult) if isinstance(module, Autoencoder) else 0
-    return {key: _origin(key, tables[layout], levels) for key in keys}
+    packed = {
+        f"{name}.{part}": key for name, layer in packed_layers(module).items() for part, key in layer.origins.items()
+    }
+
+    def origin(key: str) -> Origin:
+        if key in packed:
+            return Origin((packed[key],), "packed")
+        return Origin((key,), "same") if layout == ORIGINAL else _origin(key, tables[layout], levels)
+
+    return {key: origin(key) for key in module.state_dict()}
 
 
 def _origin(key: str, rows: Sequence[Row], levels: int) -> Origin:

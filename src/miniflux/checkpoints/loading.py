@@ -11,8 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from miniflux.checkpoints.files import TensorSource, open_tensors
+from miniflux.checkpoints.files import Entry, TensorSource, open_tensors
+from miniflux.checkpoints.formats.base import FLOATS, Kind, Stored
+from miniflux.checkpoints.formats.reading import SIDES, Contents, GivenTensors, contents_of
+from miniflux.checkpoints.formats.scaled import METADATA, PLAIN
 from miniflux.checkpoints.layouts import REDUNDANT, Origin, detect, hidden_size, origins, their_shape_fits, to_ours
+from miniflux.checkpoints.quantized import QuantizedLinear, packed_layers
 from miniflux.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -31,8 +35,10 @@ class LoadReport:
         missing: keys of the network that the file lacks.
         unused: keys of the file that nothing asked for.
         misshapen: "key: the file's shape, the expected shape".
-        not_floating: "key: dtype" of weights stored as whole numbers, such as those of quantised files.
+        not_floating: "key: dtype" of weights stored as whole numbers in no format known here.
+        damaged: "key: what is wrong" of packed weights that cannot be unpacked, and what is wrong with the header.
         bad: keys of the network whose values are not finite.
+        packed: how many weights the file stores in each format of packed weights.
     """
 
     source: str
@@ -44,7 +50,9 @@ class LoadReport:
     unused: list[str] = field(default_factory=list)
     misshapen: list[str] = field(default_factory=list)
     not_floating: list[str] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
+    packed: dict[str, int] = field(default_factory=dict)
 
     @property
     def problems(self) -> dict[str, list[str]]:
@@ -53,6 +61,7 @@ class LoadReport:
             "unused": self.unused,
             "misshapen": self.misshapen,
             "not floating-point": self.not_floating,
+            "damaged": self.damaged,
             "not finite (NaN or infinite)": self.bad,
         }
         return {name: keys for name, keys in found.items() if keys}
@@ -60,32 +69,127 @@ class LoadReport:
     def __str__(self) -> str:
         """A first line that sums up, then every key that is not as it should be."""
         counts = [f"{len(keys)} {name}, such as {keys[0]}" for name, keys in self.problems.items()]
-        lines = [f"{self.source}: {'; '.join(counts) or f'{len(self.used)} tensors, all used'} (layout: {self.layout})"]
+        packed = "".join(f", {count} x {name}" for name, count in self.packed.items())
+        summary = "; ".join(counts) or f"{len(self.used)} tensors, all used"
+        lines = [f"{self.source}: {summary} (layout: {self.layout}{packed})"]
         lines += [f"  {name}: {key}" for name, keys in self.problems.items() for key in keys]
         lines += [f"  not needed: {key} ({why})" for key, why in self.redundant.items()]
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How a file fills a network.
+
+    Attributes:
+        layout: the naming of the file.
+        layers: packed layers, on the meta device, that are to take the place of the network's linears of these names.
+        origins: where each tensor of the network comes from, with those layers in place.
+        kinds: dtype and shape of each; the dtype counts for parts of packed weights alone.
+    """
+
+    layout: str
+    layers: dict[str, QuantizedLinear]
+    origins: dict[str, Origin]
+    kinds: dict[str, Kind]
+
+
+def plan_for(module: nn.Module, source: TensorSource, layout: str | None = None) -> Plan:
+    """Compare names and decide which layers stay packed; nothing is changed, and of the file only headers and the small
+    texts that describe packed weights are read."""
+    contents = contents_of(source)
+    layout = layout or detect(module, source.entries)
+    plan = Plan(layout, {}, origins(module, layout), {})
+    plan.kinds.update({key: (t.dtype, tuple(t.shape)) for key, t in module.state_dict().items()})
+    for name, linear in module.named_modules():
+        if not isinstance(linear, nn.Linear) or not contents.stored:
+            continue
+        origin, stored = plan.origins[f"{name}.weight"], dict[str, Stored]()
+        for key in origin.keys:
+            how, entry = contents.of(key), contents.entries.get(key)
+            if how is None and entry is not None and entry.dtype in FLOATS and key.endswith(".weight"):
+                how = PLAIN.read({"weight": (entry.dtype, entry.shape)}, source.__getitem__)
+            if how is not None:
+                stored[key.removesuffix(".weight")] = how
+        packed = any(key in contents.stored for key in stored)
+        shapes, target = [how.shape for how in stored.values()], tuple(linear.weight.shape)
+        complete = len(stored) == len(origin.keys) and their_shape_fits(shapes, origin.how, target, hidden_size(module))
+        if packed and complete:
+            bias = f"{name}.bias" in plan.kinds
+            layer = QuantizedLinear(target[0], target[1], bias, stored, swapped=origin.how == "swap halves")
+            plan.layers[name] = layer
+            del plan.origins[f"{name}.weight"], plan.kinds[f"{name}.weight"]
+            for part, key in layer.origins.items():
+                plan.origins[f"{name}.{part}"] = Origin((key,), "packed")
+                tensor = layer.get_buffer(part)
+                plan.kinds[f"{name}.{part}"] = (tensor.dtype, tuple(tensor.shape))
+    return plan
+
+
+def take_packed_layers(module: nn.Module, source: TensorSource, layout: str | None = None) -> str:
+    """Put packed layers, still on the meta device, in the place of all linears whose weights a file keeps packed.
+    `origins(module, layout)` then names the file's tensors for every key of the state dict, packed parts included, and
+    `fetch` reads each of them.
+
+    Args:
+        layout: name of the file's key layout; None to recognise it.
+
+    Returns:
+        The layout.
+    """
+    plan = plan_for(module, source, layout)
+    for name, layer in plan.layers.items():
+        _put(module, name, layer)
+    return plan.layout
+
+
+def _put(module: nn.Module, name: str, layer: QuantizedLinear) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(module.get_submodule(parent), child, layer.train(module.training))
+
+
 def compare(module: nn.Module, source: Mapping[str, Tensor], layout: str | None = None) -> LoadReport:
-    """Compare the tensors of a file with those a network needs, by name and shape; no data is read."""
-    shapes = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
-    entries = source.entries if isinstance(source, TensorSource) else source
-    layout = layout or detect(module, entries)
-    report = LoadReport(str(source) if isinstance(source, TensorSource) else "the given tensors", layout)
+    """Compare the tensors of a file with those a network needs, by name and shape; no weights are read."""
+    source = source if isinstance(source, TensorSource) else GivenTensors(source)
+    return _report(module, source, plan_for(module, source, layout))
+
+
+def _report(module: nn.Module, source: TensorSource, plan: Plan) -> LoadReport:
+    entries, contents = source.entries, contents_of(source)
+    report = LoadReport(str(source), plan.layout)
     report.dtypes = dict(Counter(str(entry.dtype).removeprefix("torch.") for entry in entries.values()))
-    for key, origin in origins(module, layout).items():
+    report.packed = dict(Counter(stored.format.label for stored in contents.stored.values()))
+    for key, origin in plan.origins.items():
         absent = [name for name in origin.keys if name not in entries]
-        report.missing += [key if layout == "original" else f"{key} (here: {name})" for name in absent]
+        report.missing += [key if plan.layout == "original" else f"{key} (here: {name})" for name in absent]
         if absent:
             continue
         report.used += origin.keys
-        theirs = [tuple(entries[name].shape) for name in origin.keys]
-        if not their_shape_fits(theirs, origin.how, shapes[key], hidden_size(module)):
+        if origin.how == "packed":
+            entry = entries[origin.keys[0]]
+            if (entry.dtype, entry.shape) != plan.kinds[key]:
+                report.misshapen.append(f"{key}: {_kind(entry)} in the file, {_kind(plan.kinds[key])} expected")
+            continue
+        damaged = [name for name in origin.keys if _is_damaged(module, key, name, contents, entries)]
+        report.damaged += [f"{key}: {contents.broken[name.removesuffix('.weight')]}" for name in damaged]
+        if damaged:
+            continue
+        for name in origin.keys:  # packed, but no linear's: unpacked when it is loaded
+            if (how := contents.of(name)) is not None:
+                report.used += [f"{name.removesuffix('weight')}{part}" for part in (*how.parts, *how.read)[1:]]
+        theirs = [contents.entries[name].shape for name in origin.keys]
+        if not their_shape_fits(theirs, origin.how, plan.kinds[key][1], hidden_size(module)):
             given = " + ".join(str(list(shape)) for shape in theirs)
-            report.misshapen.append(f"{key}: {given} in the file, {list(shapes[key])} expected")
-        kinds = {entries[name].dtype for name in origin.keys if not entries[name].dtype.is_floating_point}
-        report.not_floating += [f"{key}: {str(kind).removeprefix('torch.')}" for kind in kinds]
-    used, redundant = set(report.used), REDUNDANT.get(type(module), {})
+            report.misshapen.append(f"{key}: {given} in the file, {list(plan.kinds[key][1])} expected")
+        kinds = {entries[n].dtype for n in origin.keys if contents.of(n) is None}
+        report.not_floating += [f"{key}: {_kind(kind)}" for kind in kinds if not kind.is_floating_point]
+    for layer in {**packed_layers(module), **plan.layers}.values():
+        for name, stored in zip(layer.layers, layer.stored, strict=True):
+            report.used += [f"{name}.{part}" for part in stored.read]
+    if METADATA in contents.broken:
+        report.damaged.append(contents.broken[METADATA])
+    used, redundant = set(report.used), {**REDUNDANT.get(type(module), {}), **contents.redundant}
+    used |= {f"{layer}.{side}" for layer in contents.broken for side in SIDES}  # said already
     for key in entries:
         if key not in used:
             if key in redundant:
@@ -93,6 +197,21 @@ def compare(module: nn.Module, source: Mapping[str, Tensor], layout: str | None 
             else:
                 report.unused.append(key)
     return report
+
+
+def _kind(kind: Entry | Kind | torch.dtype) -> str:
+    if isinstance(kind, torch.dtype):
+        return str(kind).removeprefix("torch.")
+    dtype, shape = (kind.dtype, kind.shape) if isinstance(kind, Entry) else kind
+    return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
+
+
+def _is_damaged(module: nn.Module, key: str, name: str, contents: Contents, entries: Mapping[str, Entry]) -> bool:
+    """Whether a weight cannot be unpacked. Float8 embeddings and norms need no scale, unlike linears."""
+    if name.removesuffix(".weight") not in contents.broken or not name.endswith(".weight"):
+        return False
+    linear = isinstance(module.get_submodule(key.rpartition(".")[0]), nn.Linear | QuantizedLinear)
+    return linear or not entries[name].dtype.is_floating_point
 
 
 def load_into(
@@ -106,66 +225,121 @@ def load_into(
     """Fill a network, usually built on the meta device, from a file, a folder with shards, or a dict of tensors.
 
     Tensors are assigned, not copied: on the CPU in the file's own layout and dtype they stay views of the mapped file.
-    Peak memory is the size of the result plus one tensor.
+    Peak memory is the size of the result plus one tensor. Linears whose weights are stored packed are replaced by a
+    `QuantizedLinear`: their bytes stay as they are, whatever `dtype` is.
 
     Args:
         layout: name of the key layout; None to recognise it.
-        device, dtype: where the tensors go and what they become; None leaves them on the CPU, in the file's dtype.
+        device, dtype: where the tensors go and what they become; None leaves them on the CPU, in the file's dtype
+            (float32 for what is packed or float8, and no weight of a linear).
 
     Returns:
         The report; every tensor was used.
 
     Raises:
-        CheckpointError: a file cannot be read, or any tensor is missing, unused, misshapen or not finite. The error's
-            text is the report: a summary line, then every key. The module is left as it was.
+        CheckpointError: a file cannot be read, or any tensor is missing, unused, misshapen, damaged or not finite. The
+            error's text is the report: a summary line, then every key. The module is left as it was.
     """
-    source = path_or_tensors if isinstance(path_or_tensors, Mapping) else open_tensors(path_or_tensors)
-    report = compare(module, source, layout)
+    if isinstance(path_or_tensors, Mapping):
+        source = path_or_tensors if isinstance(path_or_tensors, TensorSource) else GivenTensors(path_or_tensors)
+    else:
+        source = open_tensors(path_or_tensors)
+    plan = plan_for(module, source, layout)
+    report = _report(module, source, plan)
     if report.problems:
         raise CheckpointError(str(report))
-    shapes = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
     loaded: dict[str, Tensor] = {}
-    for key, origin in origins(module, report.layout).items():
-        tensor = _fetch(source, origin, shapes[key], dtype).to(dtype=dtype)
+    for key, origin in plan.origins.items():
+        tensor = fetch(source, origin, plan.kinds[key][1], dtype)
+        if origin.how != "packed":
+            tensor = tensor.to(torch.float32 if dtype is None and tensor.dtype.itemsize == 1 else dtype)
         if not is_finite(tensor):  # checked in its new dtype, because float16 may overflow
             report.bad.append(key)
         loaded[key] = tensor.to(device)
+    for name, layer in {**packed_layers(module), **plan.layers}.items():
+        for i, stored in enumerate(layer.stored):
+            parts = {part: loaded[f"{name}.{buffer}"] for part, buffer in layer.names(i).items()}
+            if not stored.format.sound(stored, parts):
+                report.bad.append(f"{name}.{layer.names(i)['weight']} (its {stored.format.label} scales)")
     if report.bad:
         raise CheckpointError(str(report))
+    for name, layer in plan.layers.items():
+        _put(module, name, layer)
     module.load_state_dict(loaded, assign=True)
     for why in report.redundant.items():
         log.info("%s: %s is not needed: %s", report.source, *why)
     return report
 
 
-def _fetch(source: Mapping[str, Tensor], origin: Origin, shape: tuple[int, ...], dtype: torch.dtype | None) -> Tensor:
-    """One of our tensors. Views of the mapped file where possible; where bytes must move anyway, they are read into
-    fresh memory, so that the pages of the file do not count twice."""
-    if not isinstance(source, TensorSource):
-        return to_ours([source[key] for key in origin.keys], origin.how, shape)
+def fetch(
+    source: TensorSource,
+    origin: Origin,
+    shape: tuple[int, ...],
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """One of a network's tensors.
+
+    Without `out` a view of the mapped file where possible; where bytes must move anyway, they are read into fresh
+    memory, so that the pages of the file do not count twice. Packed weights are unpacked, unless the origin is a part
+    of one.
+
+    Args:
+        origin: what it is made of, from `origins`.
+        shape: of the result.
+        dtype: what the caller is going to convert it to; None if it will stay in the file's dtype.
+        out: contiguous memory of this shape, in any floating dtype (that of the file, for parts of packed weights), to
+            read into.
+    """
+    if out is not None:
+        _fill(source, origin, out)
+        return out
+    stored = [contents_of(source).of(key) if origin.how != "packed" else None for key in origin.keys]
     entries = [source.entries[key] for key in origin.keys]
+    if any(stored):
+        made = torch.empty(shape, dtype=dtype or torch.float32, device=source[origin.keys[0]].device)
+        _fill(source, origin, made)
+        return made
+    if isinstance(source, GivenTensors):
+        return to_ours([source[key] for key in origin.keys], origin.how, shape)
     if origin.how == "rows":
         kinds = {entry.dtype for entry in entries}
         stacked = torch.empty(shape, dtype=kinds.pop() if len(kinds) == 1 else torch.float32)
-        parts = stacked.split([entry.shape[0] for entry in entries])
-        for key, entry, part in zip(origin.keys, entries, parts, strict=True):
-            if entry.dtype == part.dtype:
-                source.read(key, part)
-            else:
-                part.copy_(source[key])
+        _fill(source, origin, stacked)
         return stacked
     (key,), (entry,) = origin.keys, entries
-    if origin.how != "swap halves" and dtype in (None, entry.dtype):
+    if origin.how == "packed" or (origin.how != "swap halves" and dtype in (None, entry.dtype)):
         return to_ours([source[key]], origin.how, shape)
     moved = torch.empty(entry.shape, dtype=entry.dtype)
     source.read(key, moved)
     return to_ours([moved], origin.how, shape)
 
 
+def _fill(source: TensorSource, origin: Origin, out: Tensor) -> None:
+    """Read a tensor into memory of its shape."""
+    if origin.how == "rows":
+        heights = [contents_of(source).entries[key].shape[0] for key in origin.keys]
+        for key, part in zip(origin.keys, out.split(heights), strict=True):
+            _fill(source, Origin((key,), "same"), part)
+        return
+    (key,) = origin.keys
+    stored = contents_of(source).of(key) if origin.how != "packed" else None
+    if stored is not None:
+        layer = key.removesuffix(".weight")
+        stored.unpack({part: source[f"{layer}.{part}"] for part in stored.parts}, out)
+    elif source.entries[key].dtype == out.dtype and out.device.type == "cpu":
+        source.read(key, out)
+    else:
+        out.copy_(source[key].view(out.shape))
+    if origin.how == "swap halves":
+        out.copy_(to_ours([out], origin.how, tuple(out.shape)))
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Whether no element is NaN or infinite: one pass at memory speed, because minimum and maximum carry NaN along."""
-    if tensor.is_meta or tensor.numel() == 0:
+    if tensor.is_meta or tensor.numel() == 0 or not tensor.dtype.is_floating_point:
         return True
-    if tensor.dtype.itemsize == 1:  # float8 has no minimum
-        tensor = tensor.float()
+    if tensor.dtype.itemsize == 1:  # float8 has no minimum; without its sign, what is not finite is largest
+        largest = torch.tensor(torch.finfo(tensor.dtype).max).to(tensor.dtype).view(torch.uint8)
+        return int((tensor.view(torch.uint8) & 127).max()) <= int(largest)
     return all(bool(torch.isfinite(bound)) for bound in tensor.aminmax())

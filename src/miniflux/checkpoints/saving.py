@@ -10,7 +10,8 @@ from torch import nn
 
 from miniflux.checkpoints.files import write_tensors
 from miniflux.checkpoints.layouts import ORIGINAL, to_layout
-from miniflux.errors import InputError, OutputError
+from miniflux.checkpoints.quantized import packed_layers
+from miniflux.errors import CheckpointError, InputError, OutputError
 from miniflux.models.flux1 import Flux1
 
 
@@ -26,10 +27,12 @@ def save(
 
     Raises:
         OutputError: the path has another ending or cannot be written.
-        CheckpointError: the network has no such layout.
+        CheckpointError: the network has no such layout, or holds packed weights.
         InputError: metadata that are not strings.
     """
     path = checkpoint_path(path)
+    if packed_layers(module):
+        raise CheckpointError(f"{path}: a network with packed weights is not saved; convert the file that they are in")
     tensors = to_layout(module, module.state_dict(), layout)
     about = {"format": "pt", **({"axes_dim": json.dumps(module.config.axes_dim)} if isinstance(module, Flux1) else {})}
     for key, value in (metadata or {}).items():

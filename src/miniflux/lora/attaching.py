@@ -6,13 +6,15 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from miniflux.checkpoints.finding import BUNDLED
 from miniflux.checkpoints.origin import stamps
+from miniflux.checkpoints.quantized import QuantizedLinear, device_of
 from miniflux.errors import LoraError
 from miniflux.lora.adapters import (
     ADAPTERS,
@@ -95,7 +97,7 @@ def attach(
             _replace(network, adapter, module, parameter, tensor)
         for layer in adapter.layers:
             module = network.get_submodule(layer)
-            device = cast(Tensor, module.weight).device
+            device = device_of(module)
             add_changes(module, name, [change.to(device) for at, change in adapter.changes if at == layer])
         if adapter.changes or adapter.saved:
             adapters_of(network)[name] = adapter
@@ -210,13 +212,20 @@ def _forget_prompts(target: Target, changed: Sequence[tuple[nn.Module, Adapter]]
 
 def _put(network: nn.Module, module: str, parameter: str, value: nn.Parameter) -> None:
     owner = network.get_submodule(module)
+    if isinstance(owner, QuantizedLinear):  # whose weight stays; only the width of img_in changes
+        owner.in_features = value.shape[1]
+        return
     setattr(owner, parameter, value)
     if isinstance(owner, nn.Linear):
         owner.out_features, owner.in_features = owner.weight.shape
 
 
 def _replace(network: nn.Module, adapter: Adapter, module: str, parameter: str, tensor: Tensor) -> None:
-    old = network.get_submodule(module).get_parameter(parameter)
+    owner = network.get_submodule(module)
+    if isinstance(owner, QuantizedLinear):
+        old = nn.Parameter(torch.empty(owner.out_features, owner.in_features, device="meta"), requires_grad=False)
+    else:
+        old = owner.get_parameter(parameter)
     new = nn.Parameter(tensor.to(old.device, old.dtype), requires_grad=False)
     adapter.saved[module, parameter] = (old, new)
     _put(network, module, parameter, new)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from miniflux.checkpoints.layouts import hidden_size, stacked_rows
+from miniflux.checkpoints.quantized import QuantizedLinear, dense_weight
 from miniflux.errors import LoraError
 from miniflux.lora.adapters import adapters_of, originals_of
 from miniflux.lora.dialects import NORM_PARAMETER, Network, split
@@ -118,7 +119,7 @@ def _fit(plan: Plan, network: nn.Module, group: Group) -> str | None:
         kept = originals_of(network).get((place.target, "weight"))
         if merged and kept is None:
             return f"{group.module}: DoRA needs the weight of {place.target}, into which another LoRA is merged"
-        weight = cast(Tensor, module.weight) if kept is None else kept
+        weight = cast(Tensor, dense_weight(module)) if kept is None else kept
         if not weight.dtype.is_floating_point:
             return f"{group.module}: DoRA needs the numbers of the weight, which is quantised ({weight.dtype})"
         base = weight[rows[0] : rows[1]].detach().float()
@@ -126,9 +127,12 @@ def _fit(plan: Plan, network: nn.Module, group: Group) -> str | None:
             base = torch.zeros(base.shape)
         change = Magnitude(change, magnitude, base)
     if widened:
-        old = cast(Tensor, module.weight)
-        wider = torch.zeros(out, shape[1], dtype=old.dtype, device=old.device)
-        wider[:, :width] = old.detach()
+        if isinstance(module, QuantizedLinear):  # which is told the new width, and needs no zeros
+            wider = torch.empty(out, shape[1], device="meta")
+        else:
+            old = cast(Tensor, module.weight)
+            wider = torch.zeros(out, shape[1], dtype=old.dtype, device=old.device)
+            wider[:, :width] = old.detach()
         plan.replaced.setdefault(place.network, {})[place.target, "weight"] = wider
     plan.changes.setdefault(place.network, []).append((place.target, change))
     plan.groups.append((group, change))

@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from miniflux.checkpoints.quantized import dense_weight
 from miniflux.lora.layer import Change, Magnitude
 
 
@@ -55,13 +56,13 @@ class ModuleReceipt:
 
     @cached_property
     def relative(self) -> float:
-        """||dW|| / ||W|| over the rows that change; NaN for quantised, absent or empty weights."""
+        """||dW|| / ||W|| over the rows that change (packed weights are unpacked); NaN for absent or empty ones."""
         weight = self._base()
         size = 0.0 if weight is None else float(torch.linalg.vector_norm(weight).double())
         return self.norm / size if size else math.nan
 
     def _base(self) -> Tensor | None:
-        weight = cast("Tensor | None", getattr(self.module, "weight", None))
+        weight = None if self.rows is None else dense_weight(self.module)
         if self.rows is None or weight is None or weight.is_meta or not weight.dtype.is_floating_point:
             return None
         return weight.detach()[self.rows[0] : self.rows[1]].float()

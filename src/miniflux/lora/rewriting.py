@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from miniflux.checkpoints.files import TensorSource, open_tensors, stream_tensors
+from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.inspection import flux1_config
-from miniflux.checkpoints.layouts import hidden_size, origins, to_ours, to_theirs
-from miniflux.checkpoints.loading import LoadReport, compare
+from miniflux.checkpoints.layouts import hidden_size, origins, to_theirs
+from miniflux.checkpoints.loading import LoadReport, compare, fetch
 from miniflux.checkpoints.saving import checkpoint_path, write_beside
 from miniflux.errors import CheckpointError, InputError, LoraError
 from miniflux.lora.adapters import Scale, check_scale, scale_of
@@ -38,7 +39,7 @@ def network_of_file(source: TensorSource) -> tuple[Flux1, LoadReport]:
     head = next((source.entries[key] for key in _HEADS if key in source.entries), None)
     axes = None if head is None or len(head.shape) != 1 or head.shape[0] % 2 else (head.shape[0],)
     try:
-        config = flux1_config(source.entries, source.metadata, axes)
+        config = flux1_config(contents_of(source).entries, source.metadata, axes)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
     with torch.device("meta"):  # rotary axes do not matter here: nothing is run
@@ -70,6 +71,11 @@ def merge_files(
     path = checkpoint_path(path)
     source = open_tensors(base)
     network, report = network_of_file(source)
+    scaled = {how.format.label for how in contents_of(source).stored.values() if not how.is_cast}
+    if scaled:
+        raise LoraError(
+            f"{source} is quantised ({', '.join(sorted(scaled))}): a LoRA can be attached to it, not merged"
+        )
     weights = _Weights(network, source, report.layout)
     files = [read(resolved(lora)) for lora, _ in loras]
     for group in (group for file in files for group in file.groups):
@@ -110,8 +116,7 @@ class _Weights:
 
     def ours(self, key: str) -> Tensor:
         """One of the network's tensors, as the base has it."""
-        origin = self.plan[key]
-        return to_ours([self.source[k] for k in origin.keys], origin.how, self.shapes[key])
+        return fetch(self.source, self.plan[key], self.shapes[key])
 
     def fill(self, key: str) -> None:
         """Give the network one of its tensors, if it has one of this name."""
@@ -143,6 +148,7 @@ class _Weights:
             if layer in self.changes:
                 combine = merged_weight if parameter == "weight" else merged_bias
                 value = combine(value, self.changes[layer])
+            value = value.to(self.kinds[theirs][0])  # plain float8 was widened
             self.last = (ours, to_theirs(value, origin.how, len(origin.keys), self.hidden))
         return self.last[1][origin.keys.index(theirs)]
 

@@ -110,7 +110,8 @@ class T5GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)
         if h.dtype == torch.float16:  # the sums of this product pass 65504 in the published weights
-            return F.linear(h.float(), self.wo.weight.float())
+            wide = h.float()  # a quantised layer computes in the dtype of its input
+            return F.linear(wide, self.wo.weight.float()) if type(self.wo) is nn.Linear else self.wo(wide)
         return self.wo(h)
 
 

@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from miniflux.checkpoints.quantized import QuantizedLinear, device_of
 from miniflux.errors import InputError, LoraError
 from miniflux.lora.adapters import Adapter, adapters_of, checked_name
 from miniflux.lora.encoding import Contents, encode
@@ -40,13 +41,13 @@ class TrainableLora(nn.Module):
         changes: list[LowRank] = []
         for layer in layers:
             module = dict(network.named_modules()).get(layer)
-            if not isinstance(module, nn.Linear):
+            if not isinstance(module, nn.Linear | QuantizedLinear):
                 raise InputError(f"{layer!r} is no linear of this network")
             down = torch.empty(rank, module.in_features)
             nn.init.kaiming_uniform_(down, a=5**0.5)
             change = LowRank(down, torch.zeros(module.out_features, rank), (0, module.out_features))
             change.down, change.up = nn.Parameter(change.down), nn.Parameter(change.up)
-            changes.append(change.to(module.weight.device))
+            changes.append(change.to(device_of(module)))
         self.changes = nn.ModuleList(changes)
         for layer, change in zip(layers, changes, strict=True):
             add_changes(network.get_submodule(layer), name, [change])

@@ -1,0 +1,137 @@
+"""GGUF files as sources of tensors, beside safetensors: the same lazy mapping, their blocks of bytes as they are.
+
+The container is read by the package `gguf` (extra `gguf`), what is in the blocks by `formats/ggml.py`. Sources: ggml's
+`docs/gguf.md`; the arrays `comfy.gguf.orig_shape.*` are those of city96's ComfyUI-GGUF, which stores tensors whose rows
+fit no block as rows of 256. Files of stable-diffusion.cpp have no `general.architecture`; nothing here needs one.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from miniflux.checkpoints.files import READERS, Entry, TensorFile
+from miniflux.checkpoints.formats.ggml import BLOCKS
+from miniflux.errors import CheckpointError, MissingExtraError
+
+MAGIC = b"GGUF"
+PLAIN = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+}
+ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
+LONGEST_ARRAY = 1 << 20  # entries of an array in the header; vocabularies have some 100,000, image models none
+
+
+class GgufFile(TensorFile):
+    """One GGUF file. Packed tensors are bytes, (rows, bytes of a row); their entries say the type of block and the
+    shape of the weight.
+
+    Raises:
+        CheckpointError: the file is cut off, its header contradicts itself, or it holds types that are not read here.
+        MissingExtraError: the package `gguf` is not installed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        reader = _open(path)
+        self.size = int(reader.data.nbytes)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+        self.metadata = {name: str(value) for name, value in fields.items() if not isinstance(value, list)}
+        shapes = {
+            name.removeprefix(ORIGINAL_SHAPE): tuple(value)
+            for name, value in fields.items()
+            if name.startswith(ORIGINAL_SHAPE) and isinstance(value, list)
+        }
+        self.entries = {tensor.name: self._entry_of(tensor, shapes.get(tensor.name)) for tensor in reader.tensors}
+        if not self.entries:
+            raise CheckpointError(f"{path}: holds no tensors")
+        self._check_overlap()
+        self._bytes = None
+        kind = self.metadata.get("general.file_type", "")
+        if kind.isdigit():
+            import gguf
+
+            names = {
+                int(member): name.removeprefix("MOSTLY_") for name, member in gguf.LlamaFileType.__members__.items()
+            }
+            self.metadata["general.file_type"] = names.get(int(kind), kind)
+
+    def _entry_of(self, tensor: Any, original: tuple[int, ...] | None) -> Entry:
+        name, kind = tensor.name, tensor.tensor_type.name
+        shape = tuple(int(n) for n in reversed(tensor.shape.tolist()))  # ggml counts axes from the innermost
+        start, size = int(tensor.data_offset), int(tensor.n_bytes)
+        if original is not None and (
+            any(type(n) is not int for n in original) or math.prod(original) != math.prod(shape)
+        ):
+            raise CheckpointError(f"{self.path}: {ORIGINAL_SHAPE}{name} is {list(original)}, stored is {list(shape)}")
+        if kind in PLAIN:
+            expected = math.prod(shape) * PLAIN[kind].itemsize
+            entry = Entry(PLAIN[kind], original or shape, start, expected)
+        elif kind in BLOCKS:
+            block = BLOCKS[kind]
+            if not shape or shape[-1] % block.numbers:
+                raise CheckpointError(f"{self.path}: {name!r} of shape {list(shape)} is not made of {kind} blocks")
+            packed = (*shape[:-1], shape[-1] // block.numbers * block.bytes)
+            expected = math.prod(packed)
+            entry = Entry(torch.uint8, packed, start, expected, kind, original or shape)
+        else:
+            known = ", ".join([*PLAIN, *BLOCKS])
+            raise CheckpointError(f"{self.path}: {name!r} is of type {kind}, which is not read; read are {known}")
+        if size != expected or start + size > self.size:
+            raise CheckpointError(f"{self.path}: cut off, or its header is wrong: {name!r} needs {expected} bytes")
+        return entry
+
+    def _check_overlap(self) -> None:
+        end, last = 0, ""
+        for key, entry in sorted(self.entries.items(), key=lambda item: (item[1].start, item[1].size)):
+            if entry.start < end:
+                raise CheckpointError(f"{self.path}: {key!r} overlaps {last!r}")
+            end, last = entry.start + entry.size, key
+
+
+def _open(path: Path) -> Any:
+    """The package's reader, made to stop where a file is cut off or claims absurd arrays."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise MissingExtraError(f"{path}: GGUF files are read with the extra: pip install 'miniflux[gguf]'") from error
+
+    class Reader(gguf.GGUFReader):
+        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+            found = super()._get(offset, dtype, count, override_order)
+            if len(found) != int(count):
+                raise ValueError(f"{int(count)} values are announced at byte {offset}, {len(found)} are there")
+            return found
+
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            if raw_type == gguf.GGUFValueType.ARRAY:
+                length = int(self._get(orig_offs + 4, "uint64")[0])
+                if length > LONGEST_ARRAY:
+                    raise ValueError(f"an array of {length} values in the header")
+            return super()._get_field_parts(orig_offs, raw_type)
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # numpy warns of overflow in absurd shapes; the sizes are checked below
+            return Reader(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except MemoryError as error:
+        raise CheckpointError(f"{path}: not a GGUF file, or cut off: its header asks for too much memory") from error
+    except (ValueError, KeyError, IndexError, TypeError, OverflowError, ArithmeticError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path}: not a GGUF file, or cut off: {reason:.200}") from error
+
+
+READERS[MAGIC] = GgufFile
