@@ -182,18 +182,13 @@ class TensorFile:
             raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from error
 
 
-# Readers of other kinds of files, by the first bytes; each enters itself.
-READERS: dict[bytes, type[TensorFile]] = {}
+# Readers of other kinds of files, by the ending of their names; each enters itself.
+READERS: dict[str, type[TensorFile]] = {}
 
 
 def open_file(path: Path) -> TensorFile:
-    """A file of tensors, its kind told by its first bytes; safetensors files have none of their own."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(max(map(len, READERS), default=0))
-    except OSError:  # which the reader reports
-        start = b""
-    return next((kind for magic, kind in READERS.items() if start.startswith(magic)), TensorFile)(path)
+    """A file of tensors: safetensors, unless its name ends as that of another kind."""
+    return READERS.get(path.suffix.lower(), TensorFile)(path)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -16,9 +16,9 @@ import torch
 
 from miniflux.checkpoints.files import READERS, Entry, TensorFile
 from miniflux.checkpoints.formats.ggml import BLOCKS
+from miniflux.checkpoints.jsonfiles import open_regular
 from miniflux.errors import CheckpointError, MissingExtraError
 
-MAGIC = b"GGUF"
 PLAIN = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -44,6 +44,10 @@ class GgufFile(TensorFile):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        try:
+            open_regular(path).close()
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
         reader = _open(path)
         self.size = int(reader.data.nbytes)
         fields = {name: field.contents() for name, field in reader.fields.items()}
@@ -134,4 +138,4 @@ def _open(path: Path) -> Any:
         raise CheckpointError(f"{path}: not a GGUF file, or cut off: {reason:.200}") from error
 
 
-READERS[MAGIC] = GgufFile
+READERS[".gguf"] = GgufFile

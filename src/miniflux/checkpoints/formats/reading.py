@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -18,6 +17,7 @@ from miniflux.checkpoints.formats.base import WEIGHT, Format, Stored
 from miniflux.checkpoints.formats.fourbit import ABSMAX, MAP, NESTED, NESTED_MAP, STATE
 from miniflux.checkpoints.formats.nvfp4 import BLOCK, GLOBAL, tiled
 from miniflux.checkpoints.formats.scaled import FLOAT8, MARKER, METADATA, comfy_format, parsed_json
+from miniflux.checkpoints.jsonfiles import json_of, shown
 from miniflux.errors import CheckpointError
 
 OLD_SCALE, NEW_SCALE, COMFY = "scale_weight", "weight_scale", "comfy_quant"
@@ -202,8 +202,12 @@ def _described(metadata: Mapping[str, str], found: Contents) -> dict[str, Any]:
     if METADATA not in metadata:
         return {}
     try:
-        layers = json.loads(metadata[METADATA])["layers"]
-        return {name.removeprefix(PREFIX): about for name, about in layers.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        found.broken[METADATA] = f"the header's {METADATA} is no JSON object with layers: {metadata[METADATA]!r:.80}"
+        about = json_of(metadata[METADATA].encode(), f"the header's {METADATA}")
+    except CheckpointError as error:
+        found.broken[METADATA] = str(error)
         return {}
+    layers = about.get("layers") if isinstance(about, dict) else None
+    if not isinstance(layers, dict):
+        found.broken[METADATA] = f"the header's {METADATA} is no JSON object with layers: {shown(about)}"
+        return {}
+    return {name.removeprefix(PREFIX): layer for name, layer in layers.items()}

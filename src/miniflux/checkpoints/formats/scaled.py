@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from miniflux.checkpoints.formats.base import FLOATS, WEIGHT, Format, Get, Kind, Stored, misshapen, need, pieces
+from miniflux.checkpoints.jsonfiles import json_of
 from miniflux.errors import CheckpointError
 
 FLOAT8 = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
@@ -128,8 +129,4 @@ def parsed_json(name: str, tensor: Tensor) -> object:
     """
     if tensor.dtype != torch.uint8 or tensor.ndim > 1 or tensor.numel() > 1 << 16:
         raise CheckpointError(f"{name} is no text: {list(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}")
-    text = bytes(tensor.reshape(-1).tolist()).rstrip(b"\0")
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{name} is no JSON: {text[:40]!r}") from error
+    return json_of(bytes(tensor.reshape(-1).tolist()).rstrip(b"\0"), name)
