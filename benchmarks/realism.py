@@ -47,10 +47,14 @@ def main() -> None:
     options = arguments.parse_args()
     pipe = miniflux.load("nano")
     rng = random.Random("realism 2026")
-    made = [(scenes.two_objects if i % 2 else scenes.one_object)(rng, held_out=i % 4 == 0) for i in range(options.pairs)]
+    made = [
+        (scenes.two_objects if i % 2 else scenes.one_object)(rng, held_out=i % 4 == 0) for i in range(options.pairs)
+    ]
     captions = [scene.caption for scene in made]
     plain = pipe.generate(captions, seed=70_000).images
-    print(f"{'scale':>6} {'lit':>7} {'body':>7} {'ground':>7} {'all right':>10} {'colour':>7} {'shape':>7} {'place':>7}")
+    print(
+        f"{'scale':>6} {'lit':>7} {'body':>7} {'ground':>7} {'all right':>10} {'colour':>7} {'shape':>7} {'place':>7}"
+    )
     for scale in [0.0, *options.scales]:
         if scale:
             miniflux.lora.attach(pipe, options.lora, scale, name="light")

@@ -41,6 +41,10 @@ class SettingsError(InputError):
     """Settings from a file or from another program are not what they should be; the message names the field."""
 
 
+class ReplayError(MinifluxError):
+    """A picture cannot be made again as it was; the message names what differs."""
+
+
 class QueueFullError(MinifluxError):
     """More wait already than the queue takes; the message says how many, and when to try again."""
 

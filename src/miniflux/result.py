@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from miniflux.checkpoints.origin import Stamp, hashed
@@ -90,11 +90,12 @@ def save_picture(picture: Image.Image, path: Path, settings: Sequence[dict[str, 
     options = {} if settings is None else options_for(path, list(settings))
 
     def write(beside: Path) -> None:
-        picture.save(beside, format=FORMATS[path.suffix.lower()], quality=95, **options)
+        picture.save(beside, format=FORMATS[path.suffix.lower()], quality=QUALITY, **options)
 
     write_beside(path, write)
 
 
+QUALITY = 95  # of JPEG and WebP, 0 to 100
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
@@ -114,6 +115,26 @@ def checked_output(path: str | Path, endings: Sequence[str] = tuple(FORMATS)) ->
     if not os.access(path.parent, os.W_OK):
         raise OutputError(f"{path}: the folder {path.parent} cannot be written to")
     return path
+
+
+def labelled(images: Sequence[Image.Image], columns: Sequence[str], rows: Sequence[str]) -> Image.Image:
+    """Pictures row by row on a white sheet, the names of the columns above and of the rows at the left."""
+    width, height = max(image.width for image in images), max(image.height for image in images)
+    font = ImageFont.load_default(max(12, min(width, height) // 16))
+    line = sum(font.getmetrics()) if isinstance(font, ImageFont.FreeTypeFont) else 16
+    left = max(int(font.getlength(row)) + line // 2 for row in rows) if any(rows) else 0
+    gap = 4
+    size = left + len(columns) * (width + gap), line + gap + len(rows) * (height + gap)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, name in enumerate(columns):
+        draw.text((left + i * (width + gap) + width // 2, 0), name, "black", font, anchor="ma")
+    for j, name in enumerate(rows):
+        draw.text((line // 4, line + gap + j * (height + gap) + height // 2), name, "black", font, anchor="lm")
+    for k, image in enumerate(images):
+        j, i = divmod(k, len(columns))
+        sheet.paste(image, (left + i * (width + gap), line + gap + j * (height + gap)))
+    return sheet
 
 
 def to_image(pixels: Tensor) -> Image.Image:

@@ -171,6 +171,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="PATH[:SCALE]",
         help="add a LoRA file, or the bundled one: realism:0.8; may be given several times",
     )
+    generate.add_argument("--no-metadata", action="store_true", help="leave the settings out of the file")
     generate.add_argument("--device", metavar="NAME", help="cpu, cuda, mps ...; default the best there is")
     generate.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16; default what suits the device")
     _sampling_options(generate)
@@ -242,6 +243,10 @@ def parser() -> argparse.ArgumentParser:
     solvers.add_argument("--calls", type=_numbers, default=[8, 16, 32, 64], metavar="N,N", help="default 8,16,32,64")
     solvers.add_argument("--plot", metavar="FILE", help="draw it: .png, .svg or .pdf (needs miniflux[study])")
     solvers.set_defaults(run=_study_solvers)
+
+    from miniflux.apps import replay
+
+    replay.add(commands)
 
     for command in (generate, inspect, inspect_lora, convert, merge, extract, schedules, solvers):
         command.add_argument("-v", "--verbose", action="store_true", help="say more about what is done")
@@ -328,7 +333,7 @@ def _generate(options: argparse.Namespace) -> None:
             progress=progress,
             callback=preview if options.preview_every else None,
         )
-    result.save(output)
+    result.save(output, metadata=not options.no_metadata)
     count, (w, h) = len(result.images), result.images[0].size
     print(f"{output}: {count} picture{'s' if count > 1 else ''} of {w}x{h}, {pipe.variant.name}, seed {options.seed}")
     if options.cache is not None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from miniflux.errors import InputError
+from miniflux.result import Result, checked_output, labelled, save_picture
 from miniflux.settings import Request, strict
 
 MAX_CELLS = 256
@@ -143,26 +145,31 @@ class Grid:
 
     def picture(self, images: Sequence[Image.Image]) -> Image.Image:
         """The pictures, in the order of `requests`, on one sheet with the values at its sides."""
-        columns = [self.x.label(value) for value in self.x.values]
-        rows = [""] if self.y is None else [self.y.label(value) for value in self.y.values]
-        return labelled(images, columns, rows)
+        return labelled(images, self.columns, self.rows)
 
+    def save(self, path: str | Path, results: Sequence[Result], metadata: bool = True) -> Path:
+        """Write that sheet with the settings of all its pictures inside, from which `replay` makes it again.
 
-def labelled(images: Sequence[Image.Image], columns: Sequence[str], rows: Sequence[str]) -> Image.Image:
-    """Pictures row by row on a white sheet, the names of the columns above and of the rows at the left."""
-    width, height = max(image.width for image in images), max(image.height for image in images)
-    font = ImageFont.load_default(max(12, min(width, height) // 16))
-    line = sum(font.getmetrics()) if isinstance(font, ImageFont.FreeTypeFont) else 16
-    left = max(int(font.getlength(row)) + line // 2 for row in rows) if any(rows) else 0
-    gap = 4
-    size = left + len(columns) * (width + gap), line + gap + len(rows) * (height + gap)
-    sheet = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, name in enumerate(columns):
-        draw.text((left + i * (width + gap) + width // 2, 0), name, "black", font, anchor="ma")
-    for j, name in enumerate(rows):
-        draw.text((line // 4, line + gap + j * (height + gap) + height // 2), name, "black", font, anchor="lm")
-    for k, image in enumerate(images):
-        j, i = divmod(k, len(columns))
-        sheet.paste(image, (left + i * (width + gap), line + gap + j * (height + gap)))
-    return sheet
+        Raises:
+            OutputError: as `Result.save`.
+        """
+        path = checked_output(path)
+        picture = self.picture([image for result in results for image in result.images])
+        settings: list[dict[str, Any]] = []
+        for result in results if metadata else ():
+            result.hash_files()
+            settings += result.settings
+        if settings:
+            settings[0] = {**settings[0], "sheet": {"columns": self.columns, "rows": self.rows}}
+        save_picture(picture, path, settings or None)
+        return path
+
+    @property
+    def columns(self) -> list[str]:
+        """What stands above."""
+        return [self.x.label(value) for value in self.x.values]
+
+    @property
+    def rows(self) -> list[str]:
+        """What stands at the left."""
+        return [""] if self.y is None else [self.y.label(value) for value in self.y.values]

@@ -1,5 +1,7 @@
 """What makes a picture, as a record: checked, written into files, read back from them and from those of others."""
 
-from miniflux.settings.request import LoraUse, Request
+from miniflux.settings.reading import Reading, read_picture
+from miniflux.settings.record import FileFact, Record, Sheet
+from miniflux.settings.request import AtLevels, LoraUse, Request
 
-__all__ = ["LoraUse", "Request"]
+__all__ = ["AtLevels", "FileFact", "LoraUse", "Reading", "Record", "Request", "Sheet", "read_picture"]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
@@ -20,8 +19,33 @@ from miniflux.text import Padding
 from miniflux.variants import ALIASES, VARIANTS, Variant, variant
 
 MAX_LORAS = 32
+NEAR = 1e-9  # noise levels closer than that are the same
 MAX_LEVELS = 2001  # noise levels of one's own
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class AtLevels:
+    """A strength that is known at some noise levels: what a file keeps of a function of the noise level.
+
+    Raises:
+        InputError: a strength is no number of at least 0; or, when called, a level is asked for that is not known.
+    """
+
+    sigmas: tuple[float, ...]
+    values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.sigmas) != len(self.values) or not self.values:
+            raise SettingsError(f"{len(self.values)} strengths for {len(self.sigmas)} noise levels")
+        for value in self.values:
+            check_number("a strength", value, 0)
+
+    def __call__(self, sigma: float) -> float:
+        for known, value in zip(self.sigmas, self.values, strict=True):
+            if abs(known - sigma) < NEAR:
+                return value
+        raise InputError(f"the strength at the noise level {sigma!r} is not known; levels are {list(self.sigmas)}")
 
 
 @dataclass(frozen=True)
@@ -47,8 +71,8 @@ class LoraUse:
                 check_number(f"the scale of {start}", value, -float("inf"))
         else:
             check_number("the scale of a LoRA", self.scale, -float("inf"))
-        if self.sha256 is not None and not re.fullmatch("[0-9a-f]{64}", strict.text("sha256", self.sha256)):
-            raise SettingsError(f"sha256 must be 64 hexadecimal digits, got {strict.shown(self.sha256)}")
+        if self.sha256 is not None:
+            strict.sha256("sha256", self.sha256)
 
     @property
     def strength(self) -> float | dict[str, float]:
@@ -82,7 +106,7 @@ class Request:
     steps: int | None = None
     width: int | None = None
     height: int | None = None
-    guidance: float | None = None
+    guidance: float | AtLevels | None = None
     guide: Cfg | None = None
     solver: str = "euler"
     schedule: str | tuple[float, ...] = "uniform"
@@ -206,16 +230,24 @@ class Request:
         strict.only("settings", about, [f.name for f in fields(cls)])
         if "prompt" not in about:
             raise SettingsError("settings: the field 'prompt' is missing")
-        return cls(**{name: _READ[name](name, value) for name, value in about.items() if value is not None})
+        return cls(**{name: READ[name](name, value) for name, value in about.items() if value is not None})
 
 
 def _same(value: Any) -> Any:
     return value
 
 
+def _strength_as_json(value: Any) -> Any:
+    if isinstance(value, AtLevels):
+        return {"sigmas": list(value.sigmas), "values": list(value.values)}
+    if callable(value):
+        raise SettingsError("a function has no form as JSON; AtLevels has")
+    return value
+
+
 def _guide_as_json(guide: Cfg) -> dict[str, Any]:
     method = next(name for name, kind in GUIDES.items() if kind is type(guide))
-    return {"method": method, **{f.name: _listed(getattr(guide, f.name)) for f in fields(guide)}}
+    return {"method": method, **{f.name: _listed(_strength_as_json(getattr(guide, f.name))) for f in fields(guide)}}
 
 
 def _cache_as_json(cache: Cache) -> dict[str, Any]:
@@ -233,6 +265,7 @@ def _listed(value: Any) -> Any:
 
 
 _WRITE = {
+    "guidance": _strength_as_json,
     "guide": _guide_as_json,
     "cache": _cache_as_json,
     "loras": lambda uses: [_lora_as_json(use) for use in uses],
@@ -257,7 +290,7 @@ def _lora(what: str, value: object) -> LoraUse:
     return LoraUse(strict.text(f"{what}: file", about["file"]), scale, about.get("sha256"))
 
 
-def _loras(what: str, value: object) -> tuple[LoraUse, ...]:
+def loras(what: str, value: object) -> tuple[LoraUse, ...]:
     return tuple(_lora(f"{what}[{i}]", use) for i, use in enumerate(strict.items(what, value, MAX_LORAS)))
 
 
@@ -273,12 +306,25 @@ def _settings_of(what: str, kinds: Mapping[str, type[Any]], tag: str, value: obj
                 else strict.number(f"{what}: {setting}", part)
                 for part in strict.items(f"{what}: {setting}", x, MAX_LEVELS)
             )
+        elif setting == "scale":
+            about[setting] = _strength(f"{what}: {setting}", x)
         elif isinstance(x, (str, dict)):
             raise SettingsError(f"{what}: {setting} must be a number or a list, got {strict.shown(x)}")
     try:
         return made(what, kinds, name, about)
     except TypeError as error:
         raise SettingsError(f"{what} {strict.shown(name)}: a setting is of the wrong kind: {error}") from None
+
+
+def _strength(what: str, value: object) -> float | AtLevels:
+    if not isinstance(value, dict):
+        return strict.number(what, value)
+    strict.only(what, value, ("sigmas", "values"))
+    sigmas, values = (strict.items(f"{what}: {name}", value.get(name), MAX_LEVELS) for name in ("sigmas", "values"))
+    return AtLevels(
+        tuple(strict.number(f"{what}: sigmas", x) for x in sigmas),
+        tuple(strict.number(f"{what}: values", x) for x in values),
+    )
 
 
 def _spacing(what: str, value: object) -> str | tuple[float, ...]:
@@ -305,17 +351,17 @@ def _prompt(what: str, value: object) -> str:
     return strict.text(what, value, strict.MAX_PROMPT)
 
 
-_READ: dict[str, Any] = {
+READ: dict[str, Callable[[str, Any], Any]] = {
     "prompt": _prompt,
     "negative": _prompt,
     "model": strict.text,
-    "loras": _loras,
+    "loras": loras,
     "seed": strict.integer,
     "images": strict.integer,
     "steps": strict.integer,
     "width": strict.integer,
     "height": strict.integer,
-    "guidance": strict.number,
+    "guidance": _strength,
     "guide": lambda what, value: _settings_of(what, GUIDES, "method", value),
     "solver": strict.text,
     "schedule": _spacing,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,8 +15,11 @@ MAX_NUMBER = 1e300  # beyond it, whole numbers are too large for a float
 MAX_PROMPT = 2**17  # characters; T5 reads 512 tokens of them
 
 
-def parsed(what: str, text: str | bytes) -> Any:
+def parsed(what: str, text: str | bytes, lenient: bool = False) -> Any:
     """The value that a JSON text stands for.
+
+    Args:
+        lenient: take NaN and infinities for null, as other programs write them.
 
     Raises:
         SettingsError: it is too long or too deep, is no JSON, names a key twice, or holds NaN or infinities.
@@ -24,7 +28,7 @@ def parsed(what: str, text: str | bytes) -> Any:
     if len(data) > MAX_BYTES:
         raise SettingsError(f"{what}: {len(data)} bytes of JSON; at most {MAX_BYTES} are read")
     try:
-        value = json.loads(data, object_pairs_hook=_unique, parse_constant=_no_number)
+        value = json.loads(data, object_pairs_hook=_unique, parse_constant=_null if lenient else _no_number)
         _check_depth(value)
     except SettingsError as error:
         raise SettingsError(f"{what}: {error}") from None
@@ -58,6 +62,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
         raise SettingsError(f"{shown(twice)} is there twice")
     return found
+
+
+def _null(_: str) -> None:
+    return None
 
 
 def _no_number(name: str) -> Any:
@@ -95,6 +103,13 @@ def text(what: str, value: object, longest: int = 4096) -> str:
     except UnicodeEncodeError as error:
         raise SettingsError(f"{what} holds half a character (a lone surrogate) at place {error.start}") from None
     return value
+
+
+def sha256(what: str, value: object) -> str:
+    """The value, if it is a SHA-256 as 64 hexadecimal digits."""
+    if not re.fullmatch("[0-9a-f]{64}", text(what, value)):
+        raise SettingsError(f"{what} must be 64 hexadecimal digits, got {shown(value)}")
+    return str(value)
 
 
 def integer(what: str, value: object) -> int:

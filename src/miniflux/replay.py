@@ -1,0 +1,276 @@
+"""Making a picture again from what its file says, and saying where it differs."""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from miniflux import lora
+from miniflux.checkpoints.origin import Stamp
+from miniflux.errors import InputError, ReplayError, SettingsError
+from miniflux.lora.attaching import BUNDLED_LORAS
+from miniflux.memory.compute import choose_device
+from miniflux.pipeline import Pipeline, load
+from miniflux.result import QUALITY, Result, digest_of, labelled, psnr
+from miniflux.settings import LoraUse, Record, Request, read_picture, strict
+from miniflux.version import __version__
+
+log = logging.getLogger(__name__)
+
+MAX_PIXELS = 2**28  # of a picture to compare with
+NEAR = 1e-12  # noise levels that close are the same
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A picture made again.
+
+    Attributes:
+        result: the pictures, as `generate` gives them.
+        image: what corresponds to the file: the picture, the grid or the labelled sheet.
+        same: whether its pixels are those of the file, bit for bit; for JPEG and WebP, what the encoder makes of them.
+        psnr: in dB, infinite if they are the same.
+        largest: the largest difference of a pixel, of 255.
+        differences: what was not as it was: files, versions, precision, device; a line each.
+    """
+
+    result: Result
+    image: Image.Image
+    same: bool
+    psnr: float
+    largest: int
+    differences: tuple[str, ...]
+
+
+def replay(
+    path: str | Path,
+    *,
+    force: bool = False,
+    weights: str | Path | None = None,
+    device: str | None = None,
+    image: Image.Image | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Replay:
+    """Make a picture again from its settings, and compare.
+
+    Args:
+        path: a PNG, JPEG or WebP file of ours.
+        force: go on where a file, a setting or the size differs.
+        weights: look for the model's files here first.
+        device: None for the one it was made on, if there is such a one.
+        image: the picture that was changed, if it was made from one.
+        progress: called after every step with (steps done, steps in all).
+
+    Raises:
+        SettingsError: it holds no settings of ours, or damaged ones.
+        ReplayError: a weight or LoRA file is another one or missing (all are named), or the picture to change is.
+        MinifluxError: as `load` and `generate`.
+    """
+    reading = read_picture(path)
+    if reading.origin != "miniflux":
+        wrote = "nothing that was written by miniflux" if reading.origin == "none" else f"settings of {reading.origin}"
+        raise SettingsError(f"{path}: holds {wrote}; only pictures of miniflux can be made again")
+    kept, kind = _opened(Path(path))
+    records = reading.records
+    first = records[0]
+    differences = [*_versions(first), *dict.fromkeys(doubt for record in records for doubt in record.doubts)]
+    if not first.files:
+        differences.append("the file does not name the weights it was made with")
+    _check_image(first.request, image)
+
+    pipes: dict[tuple[str, str | None], Pipeline] = {}
+    results: list[Result] = []
+    done = 0
+    total = sum(max(1, len(record.sigmas) - 1) for record in records)
+    for record in records:
+        key = (record.request.model, record.request.dtype)
+        if key not in pipes:
+            pipes[key] = _loaded(record, weights, device)
+        pipe = pipes[key]
+        wrong = _wrong_files(record, pipe)
+        uses = _found_loras(record.request.loras, Path(path).parent, wrong)
+        if wrong and not force:
+            raise ReplayError(f"{path}: not made again, because {'; '.join(dict.fromkeys(wrong))} (force goes on)")
+        differences += wrong
+
+        def told(step: int, _: int, done: int = done) -> None:
+            if progress is not None:
+                progress(done + step, total)
+
+        results.append(_drawn(pipe, record, uses, image, told))
+        done += max(1, len(record.sigmas) - 1)
+        differences += _unlike(record, results[-1])
+    result = _joined(results)
+    sheet = first.sheet
+    if sheet is None:
+        made = result.grid()
+    else:
+        made = labelled(result.images, sheet.columns, sheet.rows)
+        result.settings[0]["sheet"] = {"columns": list(sheet.columns), "rows": list(sheet.rows)}
+    if made.size != kept.size:
+        differences.append(
+            f"the file has {kept.size[0]}x{kept.size[1]} pixels, its settings make {made.size[0]}x{made.size[1]}"
+        )
+        if not force:
+            raise ReplayError(f"{path}: {differences[-1]} (force goes on)")
+        kept = kept.resize(made.size)
+    seen = _as_stored(made, kind)
+    gap = np.abs(np.asarray(seen, np.int16) - np.asarray(kept, np.int16))
+    largest = int(gap.max())
+    return Replay(result, made, largest == 0, psnr(seen, kept), largest, tuple(dict.fromkeys(differences)))
+
+
+def _opened(path: Path) -> tuple[Image.Image, str]:
+    """The pixels of a file, RGB, and its format."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise SettingsError(f"{path}: {image.width}x{image.height} pixels; at most {MAX_PIXELS} are read")
+                return image.convert("RGB"), image.format or ""
+    except (OSError, SyntaxError, ValueError) as error:
+        if isinstance(error, SettingsError):
+            raise
+        raise SettingsError(f"{path}: its pixels cannot be read: {error}") from error
+
+
+def _versions(record: Record) -> list[str]:
+    """What of the programs differs."""
+    told: list[str] = []
+    for name, then, now in (
+        ("miniflux", record.version, __version__),
+        ("torch", record.torch, str(torch.__version__)),
+    ):
+        if then and then != now:
+            told.append(f"made with {name} {then}, this is {now}")
+    return told
+
+
+def _check_image(request: Request, image: Image.Image | None) -> None:
+    if request.image is None:
+        if image is not None:
+            raise InputError("a picture to change was given, and this one was not made from any")
+    elif image is None:
+        raise ReplayError("it was made from another picture, which its file does not hold: give that one as well")
+    elif digest_of(image) != request.image:
+        raise ReplayError("the picture to change is not the one it was made from: its pixels differ")
+
+
+def _loaded(record: Record, weights: str | Path | None, device: str | None) -> Pipeline:
+    """The pipeline of a record, on its device if there is such a one here, in its precision."""
+    request = record.request
+    if device is None and record.device:
+        try:
+            device = str(choose_device(record.device))
+        except InputError:  # which is said after the run
+            log.warning("there is no device %s here", strict.shown(record.device))
+    pipe = load(request.model, weights=weights, device=device, dtype=request.dtype)
+    if record.dtype and str(pipe.dtype).removeprefix("torch.") != record.dtype:  # what suits a device may change
+        pipe = load(request.model, weights=weights, device=pipe.device, dtype=record.dtype)
+    return pipe
+
+
+def _wrong_files(record: Record, pipe: Pipeline) -> list[str]:
+    """Files of the model that are not those of the record."""
+    assert pipe.origin is not None
+    here = {(part, Path(stamp.path).name): stamp for part, stamp in pipe.origin.files}
+    wrong: list[str] = []
+    for file in record.files:
+        if file.part.startswith("lora "):
+            continue
+        parts = [stamp for (part, _), stamp in here.items() if part == file.part]
+        stamp = here.get((file.part, file.file)) or (parts[0] if len(parts) == 1 else None)
+        if stamp is None:
+            wrong.append(f"{file.part}: {file.file} is missing")
+        elif file.sha256 is None:
+            wrong.append(f"{file.part}: {file.file} had changed while the picture was made")
+        elif stamp.sha256() != file.sha256:
+            wrong.append(f"{file.part}: {stamp.path} is not the {file.file} that the picture was made with")
+    return wrong
+
+
+def _found_loras(uses: Sequence[LoraUse], beside: Path, wrong: list[str]) -> list[LoraUse]:
+    """The LoRAs of a record as they are here; `wrong` grows by those that differ or are not found."""
+    found: list[LoraUse] = []
+    for use in uses:
+        name = Path(use.file.replace("\\", "/")).name
+        places = [Path(use.file), beside / name, BUNDLED_LORAS / name, BUNDLED_LORAS / f"{name}.safetensors"]
+        files = [file for place in places for file in _tensors(place)]
+        same = [file for file in files if use.sha256 in (None, Stamp.of(file).sha256())]
+        if same or files:
+            file = (same or files)[0]
+            if not same:
+                wrong.append(f"LoRA {file} is not the one that the picture was made with")
+            found.append(LoraUse(str(file), use.scale))
+        else:
+            wrong.append(f"LoRA {use.file} is missing")
+    return found
+
+
+def _tensors(place: Path) -> list[Path]:
+    """The file at a place, or the one in the folder."""
+    if place.is_dir():
+        return sorted(place.glob("*.safetensors"))[:1]
+    return [place] if place.is_file() else []
+
+
+def _drawn(
+    pipe: Pipeline,
+    record: Record,
+    uses: Sequence[LoraUse],
+    image: Image.Image | None,
+    progress: Callable[[int, int], None],
+) -> Result:
+    names = [f"{i}" for i in range(len(uses))]
+    given: dict[str, Any] = {} if image is None else {"image": image, "strength": record.request.strength}
+    attached: list[str] = []
+    try:
+        for name, use in zip(names, uses, strict=True):
+            lora.attach(pipe, use.file, use.strength, name)
+            attached.append(name)
+        return pipe.generate(**record.request.arguments(), **given, progress=progress)
+    finally:
+        for name in reversed(attached):
+            lora.detach(pipe, name)
+
+
+def _unlike(record: Record, result: Result) -> list[str]:
+    """Facts of the run that differ from the record's."""
+    about, told = result.settings[0], list[str]()
+    for name, then in (("device", record.device), ("dtype", record.dtype), ("threads", record.threads)):
+        if then and then != about[name] and not (name == "threads" and about["device"] != "cpu"):
+            told.append(f"made with {name} {then}, this is {about[name]}")
+    sigmas = about["sigmas"]
+    pairs = zip(record.sigmas, sigmas, strict=False)
+    if record.sigmas and (len(sigmas) != len(record.sigmas) or any(abs(a - b) > NEAR for a, b in pairs)):
+        told.append("the noise levels are others than they were")
+    return told
+
+
+def _joined(results: Sequence[Result]) -> Result:
+    """Results of single pictures as one."""
+    if len(results) == 1:
+        return results[0]
+    sizes = {result.latents.shape for result in results}
+    latents = torch.cat([result.latents for result in results]) if len(sizes) == 1 else results[0].latents
+    settings = [about for result in results for about in result.settings]
+    return Result([image for result in results for image in result.images], latents, settings, files=results[0].files)
+
+
+def _as_stored(image: Image.Image, kind: str) -> Image.Image:
+    """What a file of this kind makes of a picture: JPEG and WebP lose something."""
+    if kind == "PNG":
+        return image
+    stream = io.BytesIO()
+    image.save(stream, format=kind, quality=QUALITY)
+    return Image.open(stream).convert("RGB")
