@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pickle
 import re
 import struct
@@ -333,3 +334,20 @@ def test_a_folder_must_hold_exactly_one_model(tmp_path: Path) -> None:
         save_file({"a": torch.ones(1)}, tmp_path / name)
     with pytest.raises(CheckpointError, match=r"found model\.fp16\.safetensors, model\.safetensors"):
         tensor_paths(tmp_path)
+
+
+def test_a_file_larger_than_the_memory_can_be_mapped(tmp_path: Path) -> None:
+    """Linux sets memory aside for a writable private mapping unless told not to. The file is sparse."""
+    path, size = tmp_path / "a.safetensors", 2**42
+    header = json.dumps({"a": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    header += b" " * (-len(header) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + size)
+    view = open_tensors(path)["a"]
+    assert view[-1] == 0
+    view[-1] = 1  # a private copy of one page
+    assert view[-1] == 1
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        assert file.read() == b"\0"

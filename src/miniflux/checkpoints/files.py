@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 import struct
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -157,8 +159,8 @@ class TensorFile:
         entry = self.entries[key]
         if self._bytes is None:
             try:
-                self._bytes = torch.from_file(str(self.path), shared=False, size=self.size, dtype=torch.uint8)
-            except RuntimeError as error:  # gone since, or larger than the memory of this machine
+                self._bytes = _mapped(self.path, self.size)
+            except (OSError, ValueError) as error:  # gone or shorter since
                 raise CheckpointError(f"{self.path}: cannot be mapped into memory: {error}") from error
         raw = self._bytes[entry.start : entry.start + entry.size]
         if entry.start % entry.dtype.itemsize:  # old writers did not align the header
@@ -189,6 +191,17 @@ READERS: dict[str, type[TensorFile]] = {}
 def open_file(path: Path) -> TensorFile:
     """A file of tensors: safetensors, unless its name ends as that of another kind."""
     return READERS.get(path.suffix.lower(), TensorFile)(path)
+
+
+def _mapped(path: Path, size: int) -> Tensor:
+    """The bytes of a file: writing to them makes a private copy. No memory is set aside for such copies beforehand,
+    which Linux would refuse for a file larger than the memory of the machine."""
+    with path.open("rb") as file:
+        if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+            return torch.frombuffer(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY), dtype=torch.uint8)
+        flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+        area = mmap.mmap(file.fileno(), size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    return torch.frombuffer(area, dtype=torch.uint8)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -327,10 +327,14 @@ def _fill(source: TensorSource, origin: Origin, out: Tensor) -> None:
     if stored is not None:
         layer = key.removesuffix(".weight")
         stored.unpack({part: source[f"{layer}.{part}"] for part in stored.parts}, out)
+    elif isinstance(source, GivenTensors):
+        out.copy_(source[key].view(out.shape))
     elif source.entries[key].dtype == out.dtype and out.device.type == "cpu":
         source.read(key, out)
-    else:
-        out.copy_(source[key].view(out.shape))
+    else:  # not from the mapped file, whose pages would stay in memory
+        moved = torch.empty(out.shape, dtype=source.entries[key].dtype)
+        source.read(key, moved)
+        out.copy_(moved)
     if origin.how == "swap halves":
         out.copy_(to_ours([out], origin.how, tuple(out.shape)))
 
