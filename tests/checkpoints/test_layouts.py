@@ -153,9 +153,9 @@ def test_every_row_of_a_table_is_used(build: type[nn.Module]) -> None:
 
 
 def test_layouts_of_a_network() -> None:
-    assert layouts_of(meta(Flux1, FLUX1)) == ["original", "diffusers"]
+    assert layouts_of(meta(Flux1, FLUX1)) == ["original", "diffusers", "all-in-one"]
     assert layouts_of(nn.Linear(2, 2)) == ["original"]
-    with pytest.raises(CheckpointError, match="Flux1 has no layout 'banana'; known: original, diffusers"):
+    with pytest.raises(CheckpointError, match="Flux1 has no layout 'banana'; known: original, diffusers, all-in-one"):
         origins(meta(Flux1, FLUX1), "banana")
 
 

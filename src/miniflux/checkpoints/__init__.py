@@ -7,7 +7,7 @@ from miniflux.checkpoints.inspection import Inspection, inspect
 from miniflux.checkpoints.layouts import from_layout, layouts_of, to_layout
 from miniflux.checkpoints.loading import LoadReport, load_into
 from miniflux.checkpoints.quantized import QuantizedLinear
-from miniflux.checkpoints.saving import save
+from miniflux.checkpoints.saving import save, save_all_in_one
 
 __all__ = [
     "FORMATS",
@@ -21,5 +21,6 @@ __all__ = [
     "load_into",
     "open_tensors",
     "save",
+    "save_all_in_one",
     "to_layout",
 ]

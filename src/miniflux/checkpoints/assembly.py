@@ -14,13 +14,15 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from miniflux.checkpoints.files import TensorSource, open_tensors, tensor_paths
+from miniflux.checkpoints.files import TensorSource, open_tensors
 from miniflux.checkpoints.finding import Files, find
 from miniflux.checkpoints.formats.reading import contents_of
-from miniflux.checkpoints.inspection import describe, fits, flux1_config, network_of
+from miniflux.checkpoints.inspection import describe, fits, flux1_config
 from miniflux.checkpoints.jsonfiles import json_file
 from miniflux.checkpoints.loading import compare, load_into
 from miniflux.checkpoints.origin import Origin, stamped
+from miniflux.checkpoints.prefixes import network_of, open_part, parts_of
+from miniflux.checkpoints.sizes import checked, stated
 from miniflux.errors import CheckpointError, ConfigError, InputError
 from miniflux.memory.compute import choose_device, choose_dtype
 from miniflux.models.autoencoder import Autoencoder, AutoencoderConfig
@@ -48,6 +50,7 @@ SCHEDULER: dict[str, Any] = {
     "use_exponential_sigmas": False,
     "use_beta_sigmas": False,
 }
+NAMES: dict[type[nn.Module], str] = {Autoencoder: "autoencoder", ClipTextEncoder: "clip", T5Encoder: "t5"}  # of parts
 MEMORY_MODES = ("auto", "resident")
 Config = TypeVar("Config", ClipTextConfig, T5Config)
 
@@ -96,7 +99,7 @@ def assemble(
     _check_widths(chosen, files)
 
     # 3. Which precision, from what the transformer's file stores.
-    source = open_tensors(files.transformer)
+    source = open_part(files.transformer, Flux1)
     largest = max(source.entries.values(), key=lambda entry: entry.size)
     parameters = sum(math.prod(entry.shape) for entry in contents_of(source).entries.values())
     compute = choose_dtype(dtype, place, largest.dtype, parameters)
@@ -159,14 +162,17 @@ def locate(name_or_path: str | Path, first: list[Path], given: dict[str, Path]) 
     folder = path if path.is_dir() else path.parent
     transformer = given.get("transformer") or (_transformer_in(path) if path.is_dir() else path)
     chosen = _variant_in(transformer, folder)
-    return chosen, find(chosen, [*first, folder], {"transformer": transformer, **given})
+    beside: dict[str, Path] = {}  # what else an all-in-one file holds
+    if transformer.is_file():
+        beside = {NAMES[kind]: transformer for kind in parts_of(open_tensors(transformer)) if kind in NAMES}
+    return chosen, find(chosen, [*first, folder], {"transformer": transformer, **beside, **given})
 
 
 def _transformer_in(folder: Path) -> Path:
     """The transformer in a folder: its `transformer` folder, or the one single file that holds one."""
     if (folder / "transformer").is_dir():
         return folder / "transformer"
-    found = [file for file in sorted(folder.glob("*.safetensors")) if network_of(open_tensors(file).entries) is Flux1]
+    found = [file for file in sorted(folder.glob("*.safetensors")) if Flux1 in parts_of(open_tensors(file))]
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
         raise CheckpointError(
@@ -177,8 +183,8 @@ def _transformer_in(folder: Path) -> Path:
 
 def _variant_in(transformer: Path, folder: Path) -> Variant:
     """What a transformer's file holds, read from its keys and shapes, never from its name."""
-    source = open_tensors(transformer)
-    kind = network_of(source.entries)
+    source = open_part(transformer, Flux1)
+    kind = network_of(source.entries) or next(iter(parts_of(source)), None)
     if kind is not Flux1:
         found = kind.__name__ if kind else "no network known here"
         raise CheckpointError(f"{source}: expected a FLUX.1 transformer, found {found}")
@@ -219,43 +225,39 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _config(path: Path, kind: type[Config], default: Config) -> Config:
-    """A text encoder's config from the `config.json` beside its weights; `default` where there is none."""
+    """A text encoder's config from the `config.json` beside its weights, else from the header of its file; `default`
+    where neither is there."""
     content = _json(path / "config.json") if path.is_dir() else {}
     content = content.get("text_config") or content
     if not content:
-        return default
+        return stated(_header(path), default)
     try:
         if kind is T5Config and content.get("feed_forward_proj", "gated-gelu") != "gated-gelu":
             raise ConfigError(f"feed_forward_proj {content['feed_forward_proj']!r} is not gated-gelu")
         known = {field.name for field in fields(kind)}
-        return _checked(kind(**{key: value for key, value in content.items() if key in known}))
+        return checked(kind(**{key: value for key, value in content.items() if key in known}))
     except (TypeError, AttributeError, ArithmeticError, ConfigError) as error:
         raise CheckpointError(f"{path / 'config.json'}: not a {kind.__name__}: {error}") from error
 
 
-def _checked(config: Any) -> Any:
-    """The config, if its numbers are of the kind that its class declares."""
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if field.type == "int" and (type(value) is not int or value < (0 if field.name.endswith("_id") else 1)):
-            raise ConfigError(f"{field.name} must be a whole number of at least 1, got {value!r}")
-        if field.type == "float" and type(value) not in (int, float):
-            raise ConfigError(f"{field.name} must be a number, got {value!r}")
-    return config
+def _header(path: Path) -> Mapping[str, str]:
+    """The metadata in the header of a single file."""
+    return open_tensors(path).metadata if path.is_file() else {}
 
 
 def _autoencoder_config(path: Path, default: AutoencoderConfig) -> AutoencoderConfig:
-    """The autoencoder's config from diffusers' `config.json`; `default` where there is none."""
+    """The autoencoder's config from diffusers' `config.json`, else from the header of its file; `default` where neither
+    is there."""
     content = _json(path / "config.json") if path.is_dir() else {}
     if not content:
-        return default
+        return stated(_header(path), default)
     if content.get("use_quant_conv") or content.get("use_post_quant_conv"):
         raise CheckpointError(f"{path / 'config.json'}: an autoencoder with quant convolutions is not FLUX.1's")
     try:
         widths = content["block_out_channels"]
         if any(type(width) is not int or width % widths[0] for width in widths):
             raise ConfigError(f"block_out_channels must be multiples of the first, got {widths!r}")
-        return _checked(
+        return checked(
             AutoencoderConfig(
                 in_channels=content["in_channels"],
                 ch=widths[0],
@@ -282,7 +284,7 @@ def _network(
 ) -> Any:
     """One network on its device. `chosen` is named when its transformer turns out to be another one."""
     if isinstance(source, Path):
-        source = TensorSource(tensor_paths(source))
+        source = open_part(source, kind)
     with torch.device("meta"):
         network = kind(config)  # pyright: ignore[reportCallIssue]
     report = compare(network, source)

@@ -23,9 +23,22 @@ PARTS: dict[str, tuple[str, ...]] = {
     "transformer": ("{file}", "transformer"),
     "autoencoder": ("ae.safetensors", "vae"),
     "clip": ("text_encoder", "clip_l.safetensors"),
-    "t5": ("text_encoder_2", "t5xxl_fp16.safetensors", "t5xxl_fp8_e4m3fn.safetensors"),
+    "t5": (
+        "text_encoder_2",
+        "t5xxl_fp16.safetensors",
+        "t5xxl_fp8_e4m3fn_scaled.safetensors",
+        "t5xxl_fp8_e4m3fn.safetensors",
+    ),
     "clip_tokenizer": ("tokenizer",),
     "t5_tokenizer": ("tokenizer_2",),
+}
+
+# In which folders of `ComfyUI/models` the same files lie.
+COMFYUI: dict[str, tuple[str, ...]] = {
+    "transformer": ("diffusion_models", "unet", "checkpoints"),
+    "autoencoder": ("vae",),
+    "clip": ("text_encoders", "clip"),
+    "t5": ("text_encoders", "clip"),
 }
 
 
@@ -100,7 +113,10 @@ def find(variant: Variant, first: Iterable[Path] = (), given: Mapping[str, Path]
     missing: dict[str, str] = {}
     for part, names in PARTS.items():
         wanted = [name.format(file=variant.file) for name in names]
-        candidates = [given[part]] if part in given else [folder / name for folder in folders for name in wanted]
+        # ComfyUI's folders come first: its `vae` may hold many files, of which one is meant.
+        inside = [f"{at}/{name}" for at in COMFYUI.get(part, ()) for name in wanted if name.endswith(".safetensors")]
+        usual = [folder / name for folder in folders for name in (*inside, *wanted)]
+        candidates = [given[part]] if part in given else usual
         chosen = next((path for path in candidates if _holds(path, part)), None)
         if chosen is None:
             missing[part] = str(given[part]) if part in given else " or ".join(wanted)

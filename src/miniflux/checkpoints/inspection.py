@@ -15,6 +15,7 @@ from torch import nn
 from miniflux.checkpoints.files import Entry, TensorSource, open_tensors
 from miniflux.checkpoints.formats.reading import contents_of, format_of, formats_in
 from miniflux.checkpoints.loading import LoadReport, compare
+from miniflux.checkpoints.prefixes import network_of, parts_of
 from miniflux.errors import CheckpointError, ConfigError
 from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.clip import ClipTextEncoder
@@ -87,7 +88,8 @@ def inspect(path: str | Path) -> Inspection:
     folders = [path / name for name in FOLDERS if (path / name).is_dir()]
     singles = sorted(path.glob("*.safetensors")) if path.is_dir() and folders else []
     sources = [open_tensors(place) for place in [*singles, *folders]] if folders else [open_tensors(path)]
-    return Inspection([_part(source) for source in sources])
+    parts = [part for source in sources for part in parts_of(source).values() or [source]]
+    return Inspection([_part(part) for part in parts])
 
 
 def _part(source: TensorSource) -> Part:
@@ -105,20 +107,6 @@ def _part(source: TensorSource) -> Part:
         bytes=sum(entry.size for entry in entries.values()),
         problems=[f"{kind}: {key}" for kind, keys in report.problems.items() for key in keys] if report else [],
     )
-
-
-# A key that tells each network apart, in any of its layouts.
-SIGNS: list[tuple[type[nn.Module], tuple[str, ...]]] = [
-    (Flux1, ("img_in.weight", "x_embedder.weight")),
-    (Autoencoder, ("decoder.conv_in.weight",)),
-    (ClipTextEncoder, ("text_model.final_layer_norm.weight", "embeddings.token_embedding.weight")),
-    (T5Encoder, ("encoder.final_layer_norm.weight",)),
-]
-
-
-def network_of(entries: Mapping[str, Any]) -> type[nn.Module] | None:
-    """Which network these keys belong to, or None."""
-    return next((kind for kind, signs in SIGNS if any(sign in entries for sign in signs)), None)
 
 
 def _recognise(source: TensorSource) -> tuple[str, str, LoadReport | None]:

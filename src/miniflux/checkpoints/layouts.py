@@ -117,14 +117,48 @@ def _autoencoder_rows() -> list[Row]:
     return rows
 
 
+# T5 in GGUF files, as llama.cpp names it (`gguf/tensor_mapping.py`, MODEL_ARCH.T5ENCODER).
+T5_LLAMA_CPP = [
+    _row("shared.*", "token_embd.*"),
+    _row("encoder.final_layer_norm.*", "enc.output_norm.*"),
+    _row("encoder.block.{i}.layer.0.layer_norm.*", "enc.blk.{i}.attn_norm.*"),
+    *(_row(f"encoder.block.{{i}}.layer.0.SelfAttention.{x}.*", f"enc.blk.{{i}}.attn_{x}.*") for x in "qkvo"),
+    _row("encoder.block.{i}.layer.0.SelfAttention.relative_attention_bias.*", "enc.blk.{i}.attn_rel_b.*"),
+    _row("encoder.block.{i}.layer.1.layer_norm.*", "enc.blk.{i}.ffn_norm.*"),
+    _row("encoder.block.{i}.layer.1.DenseReluDense.wi_0.*", "enc.blk.{i}.ffn_gate.*"),
+    _row("encoder.block.{i}.layer.1.DenseReluDense.wi_1.*", "enc.blk.{i}.ffn_up.*"),
+    _row("encoder.block.{i}.layer.1.DenseReluDense.wo.*", "enc.blk.{i}.ffn_down.*"),
+]
+
+ORIGINAL, DIFFUSERS, ALL_IN_ONE = "original", "diffusers", "all-in-one"
+
+# Behind what ComfyUI's all-in-one files keep each network; of other spellings see `prefixes.py`.
+PREFIXES: dict[type[nn.Module], str] = {
+    Flux1: "model.diffusion_model.",
+    Autoencoder: "vae.",
+    ClipTextEncoder: "text_encoders.clip_l.transformer.",
+    T5Encoder: "text_encoders.t5xxl.transformer.",
+}
+
+
+def _behind(kind: type[nn.Module]) -> dict[str, list[Row]]:
+    return {ALL_IN_ONE: [_row("**", PREFIXES[kind] + "**")]}
+
+
 # Layout names by network; "original" is the identity and always exists.
 TABLES: dict[type[nn.Module], dict[str, list[Row]]] = {
-    Flux1: {"diffusers": FLUX1_DIFFUSERS},
-    Autoencoder: {"diffusers": _autoencoder_rows()},
-    ClipTextEncoder: {"without prefix": [_row("text_model.**", "**")]},  # as newer transformers name it in memory
-    T5Encoder: {"encoder embedding": [_row("shared.*", "encoder.embed_tokens.*"), _row("encoder.**", "encoder.**")]},
+    Flux1: {DIFFUSERS: FLUX1_DIFFUSERS, **_behind(Flux1)},
+    Autoencoder: {DIFFUSERS: _autoencoder_rows(), **_behind(Autoencoder)},
+    ClipTextEncoder: {
+        "without prefix": [_row("text_model.**", "**")],  # as newer transformers name it in memory
+        **_behind(ClipTextEncoder),
+    },
+    T5Encoder: {
+        "encoder embedding": [_row("shared.*", "encoder.embed_tokens.*"), _row("encoder.**", "encoder.**")],
+        "llama.cpp": T5_LLAMA_CPP,
+        **_behind(T5Encoder),
+    },
 }
-ORIGINAL = "original"
 
 # Tensors that published files carry beside the network's own, and why nothing is lost without them.
 REDUNDANT: dict[type[nn.Module], dict[str, str]] = {
@@ -132,9 +166,21 @@ REDUNDANT: dict[type[nn.Module], dict[str, str]] = {
         "text_model.embeddings.position_ids": "the numbers 0, 1, 2 ...",
         "text_projection.weight": "FLUX takes the pooled vector before CLIP's projection",
         "logit_scale": "only for comparing with images",
+        "visual_projection.weight": "belongs to CLIP's image encoder",
     },
-    T5Encoder: {"encoder.embed_tokens.weight": "a second copy of shared.weight"},
+    T5Encoder: {
+        "encoder.embed_tokens.weight": "a second copy of shared.weight",
+        "logit_scale": "ComfyUI writes it with every text encoder; only CLIP has one",
+    },
 }
+VISION = "vision_model."  # what the other half of whole CLIP files begins with
+
+
+def why_redundant(kind: type[nn.Module], key: str) -> str | None:
+    """Why a network does not need a tensor that files of it carry; None if nothing is known of it."""
+    if kind is ClipTextEncoder and key.startswith(VISION):
+        return "belongs to CLIP's image encoder"
+    return REDUNDANT.get(kind, {}).get(key)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,19 @@ from miniflux.checkpoints.files import Entry, TensorSource, open_tensors
 from miniflux.checkpoints.formats.base import FLOATS, Kind, Stored
 from miniflux.checkpoints.formats.reading import SIDES, Contents, GivenTensors, contents_of
 from miniflux.checkpoints.formats.scaled import METADATA, PLAIN
-from miniflux.checkpoints.layouts import REDUNDANT, Origin, detect, hidden_size, origins, their_shape_fits, to_ours
+from miniflux.checkpoints.layouts import (
+    ALL_IN_ONE,
+    ORIGINAL,
+    PREFIXES,
+    Origin,
+    detect,
+    hidden_size,
+    origins,
+    their_shape_fits,
+    to_ours,
+    why_redundant,
+)
+from miniflux.checkpoints.prefixes import PartSource, part_of
 from miniflux.checkpoints.quantized import QuantizedLinear, packed_layers
 from miniflux.errors import CheckpointError
 
@@ -98,6 +110,8 @@ def plan_for(module: nn.Module, source: TensorSource, layout: str | None = None)
     """Compare names and decide which layers stay packed; nothing is changed, and of the file only headers and the small
     texts that describe packed weights are read."""
     contents = contents_of(source)
+    if layout == ALL_IN_ONE and isinstance(source, PartSource):  # whose names are without the prefix
+        layout = ORIGINAL
     layout = layout or detect(module, source.entries)
     plan = Plan(layout, {}, origins(module, layout), {})
     plan.kinds.update({key: (t.dtype, tuple(t.shape)) for key, t in module.state_dict().items()})
@@ -149,14 +163,15 @@ def _put(module: nn.Module, name: str, layer: QuantizedLinear) -> None:
 
 
 def compare(module: nn.Module, source: Mapping[str, Tensor], layout: str | None = None) -> LoadReport:
-    """Compare the tensors of a file with those a network needs, by name and shape; no weights are read."""
-    source = source if isinstance(source, TensorSource) else GivenTensors(source)
+    """Compare the tensors of a file with those a network needs, by name and shape; no weights are read. Of a file that
+    holds several networks, those of this network."""
+    source = part_of(source if isinstance(source, TensorSource) else GivenTensors(source), type(module))
     return _report(module, source, plan_for(module, source, layout))
 
 
 def _report(module: nn.Module, source: TensorSource, plan: Plan) -> LoadReport:
     entries, contents = source.entries, contents_of(source)
-    report = LoadReport(str(source), plan.layout)
+    report = LoadReport(str(source), _layout_name(module, source, plan.layout))
     report.dtypes = dict(Counter(str(entry.dtype).removeprefix("torch.") for entry in entries.values()))
     report.packed = dict(Counter(stored.format.label for stored in contents.stored.values()))
     for key, origin in plan.origins.items():
@@ -188,15 +203,25 @@ def _report(module: nn.Module, source: TensorSource, plan: Plan) -> LoadReport:
             report.used += [f"{name}.{part}" for part in stored.read]
     if METADATA in contents.broken:
         report.damaged.append(contents.broken[METADATA])
-    used, redundant = set(report.used), {**REDUNDANT.get(type(module), {}), **contents.redundant}
+    used = set(report.used)
     used |= {f"{layer}.{side}" for layer in contents.broken for side in SIDES}  # said already
     for key in entries:
         if key not in used:
-            if key in redundant:
-                report.redundant[key] = redundant[key]
+            why = contents.redundant.get(key) or why_redundant(type(module), key)
+            if why:
+                report.redundant[key] = why
             else:
                 report.unused.append(key)
+    if isinstance(source, PartSource):
+        report.unused += source.strays
+        report.redundant |= source.redundant
     return report
+
+
+def _layout_name(module: nn.Module, source: TensorSource, layout: str) -> str:
+    """What people call the layout of a network within a file."""
+    behind = source.prefix if isinstance(source, PartSource) else ""
+    return ALL_IN_ONE if layout == ORIGINAL and behind and behind == PREFIXES.get(type(module)) else layout
 
 
 def _kind(kind: Entry | Kind | torch.dtype) -> str:
@@ -222,7 +247,8 @@ def load_into(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> LoadReport:
-    """Fill a network, usually built on the meta device, from a file, a folder with shards, or a dict of tensors.
+    """Fill a network, usually built on the meta device, from a file, a folder with shards, or a dict of tensors. A file
+    that holds several networks, or this one behind a prefix, will do.
 
     Tensors are assigned, not copied: on the CPU in the file's own layout and dtype they stay views of the mapped file.
     Peak memory is the size of the result plus one tensor. Linears whose weights are stored packed are replaced by a
@@ -244,6 +270,7 @@ def load_into(
         source = path_or_tensors if isinstance(path_or_tensors, TensorSource) else GivenTensors(path_or_tensors)
     else:
         source = open_tensors(path_or_tensors)
+    source = part_of(source, type(module))
     plan = plan_for(module, source, layout)
     report = _report(module, source, plan)
     if report.problems:

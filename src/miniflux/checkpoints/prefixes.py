@@ -1,0 +1,181 @@
+"""Files that hold several networks under prefixes, or one: which networks, and each as a source of its own.
+
+All-in-one files name the tensors of a network as its own file does, behind a prefix: `vae.decoder.conv_in.weight`. The
+prefix is not looked up but read: it is whatever stands before the key that tells a network apart. So every spelling of
+the prefixes is understood, and a network without one is the case of the empty prefix.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from miniflux.checkpoints.files import TensorSource, open_tensors
+from miniflux.errors import CheckpointError
+from miniflux.models.autoencoder import Autoencoder
+from miniflux.models.clip import ClipTextEncoder
+from miniflux.models.flux1 import Flux1
+from miniflux.models.t5 import T5Encoder
+
+# A key that tells each network apart, in any of its layouts. The first that is there counts.
+SIGNS: list[tuple[type[nn.Module], tuple[str, ...]]] = [
+    (Flux1, ("img_in.weight", "x_embedder.weight")),
+    (Autoencoder, ("decoder.conv_in.weight",)),
+    (ClipTextEncoder, ("text_model.final_layer_norm.weight", "embeddings.token_embedding.weight")),
+    (T5Encoder, ("encoder.final_layer_norm.weight", "enc.output_norm.weight")),
+]
+
+# What all-in-one files carry beside the networks, by the last part of the key, and why nothing is lost without it.
+REDUNDANT_STRAYS = {
+    "logit_scale": "only for comparing with images",
+    "text_projection": "FLUX takes the pooled vector before CLIP's projection",
+}
+QUANTISATION = "_quantization_metadata"  # ComfyUI's: a JSON text whose `layers` are named with their prefix
+
+
+def network_of(entries: Mapping[str, Any]) -> type[nn.Module] | None:
+    """Which network these keys belong to, or None. Keys behind a prefix are not looked at."""
+    return next((kind for kind, signs in SIGNS if any(sign in entries for sign in signs)), None)
+
+
+def networks_in(keys: Collection[str]) -> dict[type[nn.Module], str]:
+    """The networks that keys belong to, each with its prefix.
+
+    Raises:
+        CheckpointError: a network is there twice, under two prefixes.
+    """
+    found: dict[type[nn.Module], str] = {}
+    for kind, signs in SIGNS:
+        for sign in signs:
+            prefixes = [key[: -len(sign)] for key in keys if key == sign or key.endswith("." + sign)]
+            if len(prefixes) > 1:
+                where = " and ".join(repr(prefix) for prefix in sorted(prefixes))
+                raise CheckpointError(f"{kind.__name__} is there {len(prefixes)} times: under {where}")
+            if prefixes:
+                found[kind] = prefixes[0]
+                break
+    return found
+
+
+@dataclass(frozen=True)
+class Division:
+    """Whose tensors the keys of a file are.
+
+    Attributes:
+        prefixes: of the networks that are there.
+        keys: of each network, without prefix -> as in the file.
+        strays: keys of no network.
+        redundant: keys of no network that are known to be of no use, with the reason.
+    """
+
+    prefixes: dict[type[nn.Module], str]
+    keys: dict[type[nn.Module], dict[str, str]]
+    strays: list[str]
+    redundant: dict[str, str]
+
+
+def divide(keys: Collection[str]) -> Division:
+    """Give every key to the network with the longest prefix that fits.
+
+    Raises:
+        CheckpointError: see `networks_in`.
+    """
+    prefixes = networks_in(keys)
+    longest = sorted(prefixes.items(), key=lambda item: -len(item[1]))
+    division = Division(prefixes, {kind: {} for kind in prefixes}, [], {})
+    for key in keys:
+        owner = next(((kind, prefix) for kind, prefix in longest if key.startswith(prefix)), None)
+        last = key.rpartition(".")[2]
+        if owner is not None:
+            division.keys[owner[0]][key[len(owner[1]) :]] = key
+        elif prefixes and last in REDUNDANT_STRAYS:
+            division.redundant[key] = REDUNDANT_STRAYS[last]
+        else:
+            division.strays.append(key)
+    return division
+
+
+class PartSource(TensorSource):
+    """The tensors of one network in a file of several, under their own names.
+
+    Attributes:
+        whole: the source that holds them.
+        prefix: what stands before each name there.
+        strays, redundant: see `Division`; they concern everybody who reads the file.
+    """
+
+    def __init__(self, whole: TensorSource, kind: type[nn.Module], division: Division) -> None:
+        self.whole, self.prefix = whole, division.prefixes[kind]
+        self.strays, self.redundant = division.strays, division.redundant
+        self.names = division.keys[kind]
+        self.files = whole.files
+        self.entries = {key: whole.entries[name] for key, name in self.names.items()}
+        self.metadata = dict(whole.metadata)
+        if QUANTISATION in self.metadata:
+            self.metadata[QUANTISATION] = _without_prefix(self.metadata[QUANTISATION], self.prefix)
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.whole[self.names[key]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def read(self, key: str, out: Tensor) -> None:
+        """Copy a tensor into `out` (same dtype, contiguous)."""
+        self.whole.read(self.names[key], out)
+
+    def __str__(self) -> str:
+        return f"{self.whole} ({self.prefix}*)"
+
+
+def _without_prefix(text: str, prefix: str) -> str:
+    """The header's table of quantised layers, of those under `prefix` alone and by their names behind it."""
+    try:
+        about = json.loads(text)
+        layers = {k[len(prefix) :]: v for k, v in about["layers"].items() if k.startswith(prefix)}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return text  # whoever reads it says what is wrong with it
+    return json.dumps({**about, "layers": layers})
+
+
+def part_of(source: TensorSource, kind: type[nn.Module]) -> TensorSource:
+    """The tensors of one network in a source that may hold several, under their own names.
+
+    A source with nothing but this network, without a prefix, or without this network, is returned as it is.
+
+    Raises:
+        CheckpointError: the source holds a network twice.
+    """
+    try:
+        division = divide(source.entries)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+    if kind not in division.prefixes or (list(division.prefixes.values()) == [""]):
+        return source
+    return PartSource(source, kind, division)
+
+
+def parts_of(source: TensorSource) -> dict[type[nn.Module], TensorSource]:
+    """Every network in a source, as a source of its own; empty if none is known here.
+
+    Raises:
+        CheckpointError: the source holds a network twice.
+    """
+    return {kind: part_of(source, kind) for kind in divide(source.entries).prefixes}
+
+
+def open_part(path: str | Path, kind: type[nn.Module]) -> TensorSource:
+    """The tensors of one network in a file, an index of shards, or a folder.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds the network twice.
+    """
+    return part_of(open_tensors(path), kind)
