@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from miniflux.checkpoints.files import TensorSource, open_tensors
+from miniflux.checkpoints.jsonfiles import json_of
 from miniflux.errors import CheckpointError
 from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.clip import ClipTextEncoder
@@ -139,7 +140,7 @@ class PartSource(TensorSource):
 def _without_prefix(text: str, prefix: str) -> str:
     """The header's table of quantised layers, of those under `prefix` alone and by their names behind it."""
     try:
-        about = json.loads(text)
+        about = json_of(text.encode(), QUANTISATION)
         layers = {k[len(prefix) :]: v for k, v in about["layers"].items() if k.startswith(prefix)}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return text  # whoever reads it says what is wrong with it

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from miniflux.checkpoints.files import Entry
+from miniflux.checkpoints.jsonfiles import json_of
 from miniflux.errors import CheckpointError, ConfigError
 from miniflux.models.autoencoder import Autoencoder, AutoencoderConfig
 from miniflux.models.clip import ClipTextConfig, ClipTextEncoder
@@ -51,7 +52,7 @@ def config_in(entries: Entries, metadata: Mapping[str, str], default: Config) ->
     shapes = {key: tuple(entry.shape) for key, entry in entries.items()}
     try:
         return READERS[kind](shapes, default)
-    except (KeyError, IndexError, ZeroDivisionError, ValueError) as error:
+    except (KeyError, IndexError, ArithmeticError, StopIteration, ValueError) as error:
         raise CheckpointError(f"no sizes of a {kind.__name__.removesuffix('Config')}: {error}") from error
 
 
@@ -64,7 +65,7 @@ def stated(metadata: Mapping[str, str], default: Config) -> Config:
     if HEADER[type(default)] not in metadata:
         return default
     try:
-        content = json.loads(metadata[HEADER[type(default)]])
+        content = json_of(metadata[HEADER[type(default)]].encode(), "it")
         known = {field.name for field in fields(default)}
         unknown = sorted(set(content) - known)
         if unknown:
