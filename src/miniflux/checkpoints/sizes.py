@@ -30,7 +30,7 @@ HEADER = {AutoencoderConfig: "autoencoder_config", ClipTextConfig: "clip_config"
 
 def in_header(network: nn.Module) -> dict[str, str]:
     """What the header of a network's file says of its config: all of it, or of a FLUX.1 transformer `axes_dim`."""
-    config: Any = network.config
+    config: Any = getattr(network, "config", None)
     if type(config) in HEADER:
         return {HEADER[type(config)]: json.dumps(asdict(config))}
     return {"axes_dim": json.dumps(config.axes_dim)} if hasattr(config, "axes_dim") else {}
