@@ -236,6 +236,7 @@ class Pipeline:
             watcher = Watcher(i, total, progress, callback, watch)
             return self._draw(plan, begun[0], i // images, seed + i, varied, watcher, check_cache)
 
+        keys: list[str] = []
         pictures: list[Drawn] = []
         settings: list[dict[str, Any]] = []
         for i in range(total):
@@ -246,7 +247,8 @@ class Pipeline:
                 about |= picture.about | ({} if unkeyed is None else {"not_cached": unkeyed})
             else:
                 waiting = partial(plan.tell, progress, i, total)
-                picture, cached = self.results.once(picture_key(about, files), partial(draw, i), waiting)
+                keys.append(picture_key(about, files))
+                picture, cached = self.results.once(keys[-1], partial(draw, i), waiting)
                 if cached:
                     plan.tell(progress, i + 1, total)
                 about |= picture.about | {"cached": cached}
@@ -254,7 +256,7 @@ class Pipeline:
             settings.append(about)
         latents = torch.cat([picture.latents for picture in pictures])
         moment = pictures[0].moment if total == 1 else None
-        return Result([picture.image for picture in pictures], latents, settings, moment, files)
+        return Result([picture.image for picture in pictures], latents, settings, moment, files, tuple(keys))
 
     def _described(self) -> dict[str, Any]:
         """What of the settings of a picture is the pipeline's own."""

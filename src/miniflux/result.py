@@ -34,6 +34,7 @@ class Result:
         moment: of a single picture, the state after its last step, which `resume` takes; None of several, and of one
             that came from the result cache.
         files: what it was made from, and of which part.
+        keys: of the pictures in the result cache; empty if they are not kept there.
     """
 
     images: list[Image.Image]
@@ -41,6 +42,7 @@ class Result:
     settings: list[dict[str, Any]]
     moment: Moment | None = None
     files: tuple[tuple[str, Stamp], ...] = ()
+    keys: tuple[str, ...] = ()
 
     @property
     def cached(self) -> bool:

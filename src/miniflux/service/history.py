@@ -13,6 +13,8 @@ import re
 import secrets
 import threading
 import time
+from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,16 @@ from typing import Any
 from PIL import Image
 
 from miniflux.checkpoints.saving import write_beside
-from miniflux.errors import InputError, SettingsError
-from miniflux.result import Result
+from miniflux.errors import InputError, OutputError, SettingsError
+from miniflux.result import Result, checked_output, save_picture
 from miniflux.sampling.checks import whole
+from miniflux.service.grids import Grid
 from miniflux.service.queue import Job
 from miniflux.settings import Request, strict
 
 log = logging.getLogger(__name__)
+
+LOADED = 64  # sessions whose entries are kept in memory
 
 
 def new_session() -> str:
@@ -87,47 +92,25 @@ class History:
         folder: where everything is kept: `pictures/`, which may be served, and `sessions/`, which may not.
         per_session: pictures of one session; the oldest go first.
         max_bytes: of all pictures together; the oldest go first.
+
+    Raises:
+        OutputError: the folder cannot be made.
     """
 
     def __init__(self, folder: str | Path, *, per_session: int = 200, max_bytes: int = 2_000_000_000) -> None:
         self.per_session, self.max_bytes = whole("per_session", per_session, 1), whole("max_bytes", max_bytes, 1)
         self.pictures, self._indices = Path(folder) / "pictures", Path(folder) / "sessions"
-        for place in (self.pictures, self._indices):
-            place.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._lock = threading.RLock()
-        self._sessions: dict[str, list[Entry]] = {}
-        self._sizes: dict[str, int] = {}
-        for index in sorted(self._indices.glob("*.json")):
-            self._sessions[index.stem] = self._read(index)
-        kept = {entry.file for entries in self._sessions.values() for entry in entries}
-        for picture in self.pictures.iterdir():  # left behind by a crash between picture and index
-            if picture.name not in kept:
-                picture.unlink(missing_ok=True)
-
-    def _read(self, index: Path) -> list[Entry]:
-        """The entries of a session whose pictures are there. A damaged index is put aside, and said."""
-        found: list[Entry] = []
         try:
-            for line in index.read_text("utf-8").splitlines():
-                entry = Entry.from_json(strict.parsed(str(index), line))
-                try:
-                    self._sizes[entry.id] = (self.pictures / entry.file).stat().st_size
-                    found.append(entry)
-                except OSError:
-                    log.warning("%s: its picture %s is gone", index, entry.file)
-        except (OSError, ValueError) as error:
-            log.warning("%s: damaged, its pictures are given up: %s", index, error)
-            index.replace(index.with_suffix(".damaged"))
-            return []
-        return found
-
-    def _write(self, key: str) -> None:
-        text = "".join(json.dumps(entry.as_json()) + "\n" for entry in self._sessions[key])
-
-        def write(beside: Path) -> None:
-            beside.write_text(text, "utf-8")
-
-        write_beside(self._indices / f"{key}.json", write)
+            for place in (self.pictures, self._indices):
+                place.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise OutputError(f"{folder}: no folder for a history: {error.strerror}") from error
+        self._lock = threading.RLock()
+        self._sessions: OrderedDict[str, list[Entry]] = OrderedDict()  # those that were asked for last
+        found = [(picture, picture.stat()) for picture in self.pictures.glob("*.png")]
+        found.sort(key=lambda x: x[1].st_mtime)
+        self._sizes = {picture.stem: about.st_size for picture, about in found}  # the oldest first
+        self._bytes = sum(self._sizes.values())
 
     def add(self, session: str, request: Request, result: Result, title: str = "") -> list[Entry]:
         """Keep the pictures of a result, one entry each.
@@ -138,22 +121,42 @@ class History:
         """
         key, made = _key(session), list[Entry]()
         for i in range(len(result.images)):
-            cached = bool(result.settings[i].get("cached"))
             entry = Entry(
-                id=secrets.token_hex(16), request=request.single(i), created=time.time(), cached=cached, title=title
+                id=secrets.token_hex(16),
+                request=request.single(i),
+                created=time.time(),
+                cached=bool(result.settings[i].get("cached")),
+                title=title,
             )
-            path = result.single(i).save(self.pictures / entry.file)
-            self._sizes[entry.id] = path.stat().st_size
+            self._count(entry, result.single(i).save(self.pictures / entry.file))
             made.append(entry)
-        with self._lock:
-            own = self._sessions.setdefault(key, [])
-            own += made
-            for entry in own[: -self.per_session]:
-                self._remove(key, entry)
-            while sum(self._sizes.values()) > self.max_bytes and len(self._sizes) > 1:
-                self._remove(*min(((k, e) for k, es in self._sessions.items() for e in es), key=lambda x: x[1].created))
-            self._write(key)
+        self._keep(key, made)
         return made
+
+    def add_sheet(self, session: str, grid: Grid, results: Sequence[Result], title: str = "") -> Entry:
+        """Keep the labelled sheet of a grid as one picture; errors as of `add`, and of `Grid.save`."""
+        key = _key(session)
+        entry = Entry(id=secrets.token_hex(16), request=grid.base.single(0), created=time.time(), title=title)
+        self._count(entry, grid.save(self.pictures / entry.file, results))
+        self._keep(key, [entry])
+        return entry
+
+    def _count(self, entry: Entry, path: Path) -> None:
+        with self._lock:
+            self._sizes[entry.id] = path.stat().st_size
+            self._bytes += self._sizes[entry.id]
+
+    def _keep(self, key: str, made: list[Entry]) -> None:
+        """Enter pictures that were written, and let the oldest go."""
+        with self._lock:
+            own = self._entries(key)
+            own += made
+            self._append(key, made)
+            for entry in own[: -self.per_session]:
+                self._remove(entry.id)
+            while self._bytes > self.max_bytes and len(self._sizes) > 1:
+                self._remove(next(iter(self._sizes)))
+            self._compact(key)
 
     def deliver(self, job: Job, which: int, result: Result) -> None:
         """`add`, as `Queue` calls it."""
@@ -161,8 +164,9 @@ class History:
 
     def listed(self, session: str) -> list[Entry]:
         """The pictures of a session, newest first; none of a session that is not known."""
+        key = _key(session)
         with self._lock:
-            return self._sessions.get(_key(session), [])[::-1]
+            return [entry for entry in reversed(self._entries(key)) if entry.id in self._sizes]
 
     def get(self, session: str, id: str) -> Entry:
         """One picture of a session.
@@ -181,26 +185,76 @@ class History:
 
     def bare(self, session: str, id: str, path: str | Path) -> Path:
         """Write a picture without its settings; errors as of `get` and `Result.save`."""
+        path = checked_output(path)
         with Image.open(self.path(session, id)) as image:
-            image.load()
-        image.info.clear()
-        path = Path(path)
-        write_beside(path, lambda beside: image.save(beside, format="PNG"))
+            save_picture(image.convert("RGB"), path, None)
         return path
 
     def delete(self, session: str, id: str | None = None) -> None:
-        """Delete one picture of a session, or all of them."""
+        """Delete one picture of a session, or all of them; errors as of `get`."""
         key = _key(session)
         with self._lock:
-            for entry in [self.get(session, id)] if id is not None else list(self._sessions.get(key, [])):
-                self._remove(key, entry)
-            if key in self._sessions:
-                self._write(key)
+            for entry in self.listed(session) if id is None else [self.get(session, id)]:
+                self._remove(entry.id)
+            self._compact(key)
 
-    def _remove(self, key: str, entry: Entry) -> None:
-        self._sessions[key] = [other for other in self._sessions[key] if other is not entry]
-        self._sizes.pop(entry.id, None)
-        (self.pictures / entry.file).unlink(missing_ok=True)
+    def _remove(self, id: str) -> None:
+        self._bytes -= self._sizes.pop(id, 0)
+        (self.pictures / f"{id}.png").unlink(missing_ok=True)
+
+    # The index of a session: a line of JSON per picture, the oldest first.
+
+    def _entries(self, key: str) -> list[Entry]:
+        """All entries of a session, also those whose pictures are gone."""
+        if key not in self._sessions:
+            self._sessions[key] = self._read(self._indices / f"{key}.jsonl")
+            while len(self._sessions) > LOADED:
+                self._sessions.popitem(last=False)
+        self._sessions.move_to_end(key)
+        return self._sessions[key]
+
+    def _read(self, index: Path) -> list[Entry]:
+        found: list[Entry] = []
+        try:
+            lines = index.read_bytes().splitlines()
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise OutputError(f"{index}: cannot be read: {error.strerror}") from error
+        for i, line in enumerate(lines, 1):
+            try:
+                found.append(Entry.from_json(strict.parsed("a line of the history", line)))
+            except InputError as error:
+                log.warning("%s, line %d, is left out: %s", index, i, error)
+        return found
+
+    def _append(self, key: str, made: list[Entry]) -> None:
+        path = self._indices / f"{key}.jsonl"
+        try:
+            with path.open("ab") as file:
+                file.write(b"".join(_line(entry) for entry in made))
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
+
+    def _compact(self, key: str) -> None:
+        """Leave out of an index what is gone, if there is much of it."""
+        own = self._entries(key)
+        kept = [entry for entry in own if entry.id in self._sizes]
+        if len(own) - len(kept) <= len(kept) // 4:
+            return
+        path = self._indices / f"{key}.jsonl"
+
+        def write(beside: Path) -> None:
+            beside.write_bytes(b"".join(_line(entry) for entry in kept))
+
+        write_beside(path, write)
+        own[:] = kept
+        if not kept:
+            path.unlink(missing_ok=True)
+
+
+def _line(entry: Entry) -> bytes:
+    return json.dumps(entry.as_json()).encode() + b"\n"
 
 
 def _key(session: str) -> str:

@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import cast
+
+import torch
 
 from miniflux import lora
+from miniflux.cache import ResultCache, result_cache
 from miniflux.checkpoints.finding import find
-from miniflux.errors import InputError, WeightsNotFoundError
+from miniflux.checkpoints.origin import Stamp, stamped, stamps
+from miniflux.errors import CheckpointError, InputError, LoraError, WeightsNotFoundError
 from miniflux.lora import Receipt
+from miniflux.lora.attaching import resolved
 from miniflux.pipeline import Pipeline, load
 from miniflux.result import Result
 from miniflux.sampling import Moment
-from miniflux.service.queue import Cost, Step
+from miniflux.sampling.latents import PIXELS_PER_TOKEN
+from miniflux.service.queue import Cost, Preview, Step
 from miniflux.settings import LoraUse, Request
 from miniflux.variants import ALIASES, VARIANTS, Variant, variant
+
+log = logging.getLogger(__name__)
+
+REMEMBERED = 1024  # requests whose answers are looked up without the model
+LONG = 10_000  # characters of a prompt that is not remembered so
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +66,12 @@ class _Loaded:
 
     def __init__(self, pipe: Pipeline) -> None:
         self.pipe, self.users = pipe, 0
-        self.loras: tuple[LoraUse, ...] = ()
-        self.names: list[str] = []
+        self.uses: tuple[LoraUse, ...] = ()
+        self.attached: list[tuple[str, list[Stamp]]] = []  # names, and the files they came from
         self.change = threading.Condition()
+        networks = (pipe.transformer, pipe.autoencoder, pipe.text.clip, pipe.text.t5)
+        tensors = chain.from_iterable(chain(network.parameters(), network.buffers()) for network in networks)
+        self.bytes = sum(tensor.nbytes for tensor in tensors)
 
 
 class Models:
@@ -62,6 +81,7 @@ class Models:
         weights, device, dtype: as of `miniflux.load`.
         max_bytes: of loaded weights; the least recently used models that nobody uses are let go first. None for no
             bound.
+        cache: pictures that were drawn before, see `miniflux.load`; shared by all models.
     """
 
     def __init__(
@@ -71,21 +91,25 @@ class Models:
         device: str | None = None,
         dtype: str | None = None,
         max_bytes: int | None = None,
+        cache: ResultCache | str | Path | None = None,
     ) -> None:
         self.weights, self.device, self.dtype, self.max_bytes = weights, device, dtype, max_bytes
+        self.results = result_cache(cache)
         self._loaded: OrderedDict[tuple[str, str | None], _Loaded] = OrderedDict()
-        self._lock = threading.RLock()
+        self._loading, self._lock = threading.Lock(), threading.Lock()
+        self._answers: OrderedDict[Request, Result] = OrderedDict()  # without pictures, which the cache holds
+
+    # What there is
 
     def listed(self) -> list[Listed]:
         """Every variant, those whose weights are here first."""
-        return sorted(
-            (self._listed(v) for v in VARIANTS.values()), key=lambda model: (bool(model.missing), not model.bundled)
-        )
+        found = [self._listed(v) for v in VARIANTS.values()]
+        return sorted(found, key=lambda model: (bool(model.missing), not model.bundled))
 
     def _listed(self, v: Variant) -> Listed:
         missing = ""
         try:
-            find(v, [] if self.weights is None else [Path(self.weights)])
+            find(v, self._first())
         except WeightsNotFoundError as error:
             missing = str(error).partition("\n")[0]
         return Listed(
@@ -100,27 +124,37 @@ class Models:
             previews=bool(v.preview),
         )
 
+    def _first(self) -> list[Path]:
+        return [] if self.weights is None else [Path(self.weights)]
+
     def lora(self, file: str | Path, model: str | None = None) -> Receipt:
-        """The receipt of a LoRA file that was dropped, without loading a model.
+        """The receipt of a LoRA file, without loading a model.
+
+        Args:
+            model: compare with this model; None for the first that fits.
 
         Raises:
-            LoraError, CheckpointError: it cannot be used; the message says why.
+            LoraError, CheckpointError: it cannot be used, and the message says why.
         """
         return lora.inspect(file, model)
+
+    # Models at work
 
     @contextmanager
     def use(self, request: Request) -> Generator[Pipeline]:
         """A pipeline with exactly the LoRAs of a request, which nobody changes while it is used.
 
         Raises:
-            WeightsNotFoundError, LoraError, CheckpointError: what is missing or does not fit; nothing has changed then.
+            WeightsNotFoundError, LoraError, CheckpointError: what is missing or does not fit; the pipeline has no LoRAs
+                then.
         """
         loaded = self._load(request)
+        files = [_file(use) for use in request.loras]
         with loaded.change:
-            while loaded.users and loaded.loras != request.loras:
+            while loaded.users and loaded.uses != request.loras:
                 loaded.change.wait()
-            if loaded.loras != request.loras:
-                _attach(loaded, request.loras)
+            if not loaded.users:
+                _attach(loaded, request.loras, files)
             loaded.users += 1
         try:
             yield loaded.pipe
@@ -129,50 +163,136 @@ class Models:
                 loaded.users -= 1
                 loaded.change.notify_all()
 
+    def _key(self, request: Request) -> tuple[str, str | None]:
+        return ALIASES.get(request.model, request.model), request.dtype or self.dtype
+
     def _load(self, request: Request) -> _Loaded:
-        key = (ALIASES.get(request.model, request.model), request.dtype or self.dtype)
+        key = self._key(request)
+        with self._loading:
+            with self._lock:
+                if key in self._loaded:
+                    self._loaded.move_to_end(key)
+                    return self._loaded[key]
+            self._make_room(key[0])
+            pipe = load(key[0], weights=self.weights, device=self.device, dtype=key[1], cache=self.results)
+            with self._lock:
+                self._loaded[key] = loaded = _Loaded(pipe)
+            return loaded
+
+    def _make_room(self, name: str) -> None:
+        """Let models go until there is room for the files of another one."""
+        if self.max_bytes is None or name not in VARIANTS:
+            return
+        room = self.max_bytes - sum(stamp.size for _, stamp in stamped(find(variant(name), self._first())))
         with self._lock:
-            if key not in self._loaded:
-                self._loaded[key] = _Loaded(load(key[0], weights=self.weights, device=self.device, dtype=key[1]))
-            self._loaded.move_to_end(key)
-            return self._loaded[key]
+            for key in [key for key, loaded in self._loaded.items() if not loaded.users]:
+                if sum(loaded.bytes for loaded in self._loaded.values()) <= room:
+                    break
+                log.info("letting go of %s to make room for %s", key[0], name)
+                del self._loaded[key]
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    # Work for the queue
 
     def draw(self, request: Request, step: Step) -> Result:
-        """Draw, telling `step` about every step: what `Queue` wants to be given."""
+        """Draw, telling `step` about every step: what `Queue` wants to be given.
+
+        Raises:
+            InputError, MinifluxError: as `Pipeline.generate`; or the request is for a change to another picture.
+        """
         if request.image is not None:
-            raise InputError("a picture to change cannot be queued yet")
+            raise InputError("the request changes a picture, which a queue does not carry")
         with self.use(request) as pipe:
             width, height = request.size(pipe.variant)
-            shows = bool(pipe.variant.preview)
+            preview: list[Preview | None] = [None]
 
-            def callback(i: int, moment: Moment) -> None:
-                preview = (lambda: pipe.preview(moment, width, height)) if shows else None
-                step(i * moment.steps + moment.step, preview)
+            def watch(_: int, moment: Moment) -> None:
+                if pipe.variant.preview:
+                    preview[0] = partial(pipe.preview, moment, width, height)
 
-            return pipe.generate(**request.arguments(), callback=callback)
+            def progress(done: int, _: int) -> None:
+                step(done, preview[0])
+
+            result = pipe.generate(**request.arguments(), watch=watch, progress=progress)
+        if result.keys and len(request.prompt) < LONG:
+            with self._lock:
+                self._answers[request] = replace(result, images=[], latents=torch.empty(0), moment=None)
+                if len(self._answers) > REMEMBERED:
+                    self._answers.popitem(last=False)
+        return result
+
+    def answer(self, request: Request) -> Result | None:
+        """What was drawn for the same request before, if the cache still holds it: for `Queue(answer=...)`."""
+        with self._lock:
+            known = self._answers.get(request)
+        if known is None or self.results is None or not all(_unchanged(stamp) for _, stamp in known.files):
+            return None
+        pictures = [self.results.get(key) for key in known.keys]
+        drawn = [picture for picture in pictures if picture is not None]
+        if len(drawn) != len(pictures):
+            return None
+        settings = [{**about, "cached": True} for about in known.settings]
+        images, latents = [picture.image for picture in drawn], torch.cat([picture.latents for picture in drawn])
+        return replace(known, images=images, latents=latents, settings=settings)
 
     def cost(self, request: Request) -> Cost:
-        """What a request will cost."""
+        """What a request will cost.
+
+        Raises:
+            InputError, WeightsNotFoundError: a model that is not here.
+        """
+        key = self._key(request)
         with self._lock:
-            loaded = self._loaded.get((ALIASES.get(request.model, request.model), request.dtype or self.dtype))
-        chosen = loaded.pipe.variant if loaded else variant(request.model)
-        return Cost(
-            kind=(request.model, request.size(chosen), request.guide is not None), steps=request.steps_in_all(chosen)
-        )
+            loaded = self._loaded.get(key)
+        if loaded is None and key[0] in VARIANTS:
+            find(variant(key[0]), self._first())
+        chosen = variant(key[0]) if loaded is None else loaded.pipe.variant
+        width, height = request.size(chosen)
+        tokens = (width // PIXELS_PER_TOKEN) * (height // PIXELS_PER_TOKEN)
+        method = None if request.guide is None else type(request.guide).__name__
+        return Cost(kind=(key, request.solver, method), size=max(1, tokens), steps=request.steps_in_all(chosen))
 
 
-def _attach(loaded: _Loaded, uses: tuple[LoraUse, ...]) -> None:
-    """Exchange the LoRAs of a pipeline; where only strengths differ, nothing is loaded."""
+def _attach(loaded: _Loaded, uses: tuple[LoraUse, ...], files: list[Path]) -> None:
+    """Exchange the LoRAs of a pipeline that nobody uses; where only strengths differ, nothing is loaded."""
+    wanted = [stamps(file) for file in files]
     pipe = loaded.pipe
-    if [use.file for use in uses] == [use.file for use in loaded.loras]:
-        for name, use in zip(loaded.names, uses, strict=True):
-            lora.set_scale(pipe, name, use.strength)
-    else:
-        for name in loaded.names:
-            lora.detach(pipe, name)
-        loaded.names, loaded.loras = [], ()
-        for i, use in enumerate(uses):
-            name = f"{i + 1}: {Path(use.file).stem}"
-            lora.attach(pipe, use.file, use.strength, name)
-            loaded.names.append(name)
-    loaded.loras = uses
+    if wanted == [stamp for _, stamp in loaded.attached]:
+        for (name, _), old, new in zip(loaded.attached, loaded.uses, uses, strict=True):
+            if old.scale != new.scale:
+                lora.set_scale(pipe, name, new.strength)
+        loaded.uses = uses
+        return
+    _detach(loaded)
+    try:
+        for i, (use, file, stamp) in enumerate(zip(uses, files, wanted, strict=True)):
+            name = f"{i + 1} {file.stem}"
+            lora.attach(pipe, file, use.strength, name)
+            loaded.attached.append((name, stamp))
+    except BaseException:
+        _detach(loaded)
+        raise
+    loaded.uses = uses
+
+
+def _detach(loaded: _Loaded) -> None:
+    for name, _ in reversed(loaded.attached):
+        lora.detach(loaded.pipe, name)
+    loaded.attached, loaded.uses = [], ()
+
+
+def _file(use: LoraUse) -> Path:
+    """The file of a LoRA, or the bundled one of this name."""
+    path = Path(cast(Path, resolved(use.file)))
+    if use.sha256 is not None and stamps(path)[0].sha256() != use.sha256:
+        raise LoraError(f"LoRA {path}: not the file that is asked for: its SHA-256 differs")
+    return path
+
+
+def _unchanged(stamp: Stamp) -> bool:
+    try:
+        return Stamp.of(stamp.path) == stamp
+    except CheckpointError:
+        return False

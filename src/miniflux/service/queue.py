@@ -19,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import median, median_low
 from typing import Literal
 
 from PIL import Image
@@ -43,9 +43,16 @@ Draw = Callable[[Request, Step], Result]
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a request will cost: steps, and what their duration depends on (model, size ...)."""
+    """What a request will cost.
+
+    Attributes:
+        kind: what the duration of a step depends on, beside the size: the model, how many predictions it makes.
+        size: in any unit that grows with that duration, such as tokens.
+        steps: of all pictures of the request.
+    """
 
     kind: Hashable
+    size: int
     steps: int
 
 
@@ -78,6 +85,7 @@ class Job:
     requests: tuple[Request, ...]
     costs: tuple[Cost, ...]
     title: str = ""
+    deliver: Deliver | None = None
     id: str = field(default_factory=lambda: secrets.token_urlsafe(16))
     state: State = "waiting"
     error: BaseException | None = None
@@ -168,8 +176,11 @@ class Queue:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, session: str, *requests: Request, title: str = "") -> Job:
+    def submit(self, session: str, *requests: Request, title: str = "", deliver: Deliver | None = None) -> Job:
         """Put a job at the end of the line.
+
+        Args:
+            deliver: told of its results, instead of the queue's own.
 
         Raises:
             QueueFullError: too many wait.
@@ -178,7 +189,8 @@ class Queue:
         """
         if not requests:
             raise InputError("a job needs at least one request, got none")
-        job = Job(self, session, requests, tuple(self.cost(request) for request in requests), title)
+        costs = tuple(self.cost(request) for request in requests)
+        job = Job(self, session, requests, costs, title, deliver or self.deliver)
         if self._answered(job):
             return job
         with self._change:
@@ -201,8 +213,8 @@ class Queue:
                 return False
             results.append(result)
         for i, result in enumerate(results):
-            if self.deliver is not None:
-                self.deliver(job, i, result)
+            if job.deliver is not None:
+                job.deliver(job, i, result)
             job.made.append(result)
         with self._change:
             self._finish(job, None)
@@ -312,17 +324,18 @@ class Queue:
         for i, (request, cost) in enumerate(zip(job.requests, job.costs, strict=True)):
             timer = self.timings.start(cost)
 
-            def step(done: int, preview: Preview | None, timer: Callable[[int], None] = timer) -> None:
+            def step(done: int, preview: Preview | None, timer: Timer = timer) -> None:
                 if job.stopping:
                     raise CancelledError("cancelled")
-                timer(done)
+                timer.told(done)
                 job.step, job.show = done, preview
 
             if job.stopping:
                 raise CancelledError("cancelled")
             result = self.draw(request, step)
-            if self.deliver is not None:
-                self.deliver(job, i, result)
+            if job.deliver is not None:
+                job.deliver(job, i, result)
+            timer.over()
             with self._change:
                 job.made.append(result)
                 job.step, job.show = 0, None
@@ -334,24 +347,63 @@ class Queue:
 
 
 class Timings:
-    """How long steps of each kind took: the median of the last ones."""
+    """How long work took: seconds per step, and what a request takes beside its steps, as the median of the last ones.
+
+    For a size that was not measured, the nearest one of the same kind is taken, in proportion.
+    """
 
     def __init__(self) -> None:
-        self._steps: dict[Hashable, deque[float]] = {}
+        self._steps: dict[Hashable, dict[int, deque[float]]] = {}
+        self._rest: dict[Hashable, deque[float]] = {}
 
-    def start(self, cost: Cost) -> Callable[[int], None]:
-        """To be told the number of steps done, after each; measures the time between two."""
-        last: list[tuple[int, float]] = []
+    def start(self, cost: Cost) -> Timer:
+        """To be told of the steps of one request."""
+        return Timer(self, cost, time.monotonic())
 
-        def told(done: int) -> None:
-            now = time.monotonic()
-            if last and done == last[0][0] + 1:
-                self._steps.setdefault(cost.kind, deque(maxlen=32)).append(now - last[0][1])
-            last[:] = [(done, now)]
+    def add_step(self, cost: Cost, seconds: float) -> None:
+        """One step took so long."""
+        self._steps.setdefault(cost.kind, {}).setdefault(cost.size, deque(maxlen=32)).append(seconds)
 
-        return told
+    def add_rest(self, cost: Cost, seconds: float) -> None:
+        """A request took so long beside its steps."""
+        self._rest.setdefault(cost.kind, deque(maxlen=8)).append(max(0.0, seconds))
+
+    def per_step(self, cost: Cost) -> float | None:
+        """Seconds per step; None if none of the kind was measured."""
+        known = self._steps.get(cost.kind)
+        if not known:
+            return None
+        size = min(list(known), key=lambda size: abs(size - cost.size))
+        return median(list(known[size])) * cost.size / size
 
     def seconds(self, cost: Cost, steps: int) -> float | None:
-        """How long so many steps take; None if none of the kind was measured."""
-        known = self._steps.get(cost.kind)
-        return steps * median(list(known)) if known else None
+        """How long the request takes while so many steps are left; None if none of its kind was measured."""
+        step, rest = self.per_step(cost), list(self._rest.get(cost.kind, ()))
+        return None if step is None else steps * step + (median_low(rest) if rest else 0.0)
+
+
+@dataclass
+class Timer:
+    """Measures one request: the time between two steps, and the rest."""
+
+    timings: Timings
+    cost: Cost
+    began: float
+    step: tuple[int, float] | None = None
+    counted: int = 0
+    spent: float = 0.0
+
+    def told(self, done: int) -> None:
+        """So many steps are done."""
+        now = time.monotonic()
+        if self.step is not None and done == self.step[0] + 1:
+            self.timings.add_step(self.cost, now - self.step[1])
+            self.counted, self.spent = self.counted + 1, self.spent + now - self.step[1]
+        if self.step is None or done != self.step[0]:
+            self.step = (done, now)
+
+    def over(self) -> None:
+        """The request is done. Its first step, which was not measured, counts as the others."""
+        if self.counted:
+            mean = self.spent / self.counted
+            self.timings.add_rest(self.cost, time.monotonic() - self.began - (self.counted + 1) * mean)

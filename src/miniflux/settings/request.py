@@ -147,6 +147,10 @@ class Request:
             raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.image is None and self.strength != 1:
             raise InputError(f"strength {self.strength!r} says how much of an image to change, and there is no image")
+        try:
+            hash(self)
+        except TypeError as error:
+            raise InputError(f"settings must be tuples and not lists: {error}") from None
         if isinstance(self.cache, Measure):
             raise InputError("the cache 'measure' measures and spares nothing: it makes no picture of its own")
         if self.model in VARIANTS or self.model in ALIASES:
