@@ -22,7 +22,8 @@ Tensors = dict[str, Tensor]
 Writer = Callable[[Tensor], tuple[Tensors, Tensor]]
 """A weight -> (the tensors of a file by their suffixes, the weight that they stand for)."""
 
-SMALL = replace(FLUX1, hidden_size=64, num_heads=4, in_channels=64, vec_in_dim=64, context_in_dim=64)
+SMALL = replace(FLUX1, hidden_size=64, num_heads=4, in_channels=64, vec_in_dim=64, context_in_dim=64, depth=1)
+SMALL = replace(SMALL, depth_single_blocks=1)
 WIDE = replace(FLUX1, hidden_size=256, num_heads=16, in_channels=64, vec_in_dim=256, context_in_dim=256, depth=1)
 WIDE = replace(WIDE, depth_single_blocks=1, mlp_ratio=1.0)
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -61,33 +62,68 @@ def int8(w: Tensor) -> tuple[Tensors, Tensor]:
     return {"weight": q, "weight_scale": scale}, q.float() * scale
 
 
-def bnb(kind: str, nested: bool) -> Writer:
-    def write(w: Tensor) -> tuple[Tensors, Tensor]:
-        from bitsandbytes import functional
+# As published in arXiv 2305.14314, appendix E, and, for fp4, in the comments of bitsandbytes' kernels.
+NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635]
+NF4 += [-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725]
+NF4 += [0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
+FP4 = [0.0, 0.0052083333, 0.6666666667, 1.0, 0.3333333333, 0.5, 0.1666666667, 0.25]
+FP4 += [-value for value in FP4]
 
-        q, state = functional.quantize_4bit(w, quant_type=kind, blocksize=64, compress_statistics=nested)
-        parts = {f"weight.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
-        return {"weight": q, **parts}, functional.dequantize_4bit(q, state)
+
+def nearest(x: Tensor, table: Tensor) -> Tensor:
+    return (x[..., None] - table).abs().argmin(-1)
+
+
+def bnb(kind: str, nested: bool) -> Writer:
+    """As bitsandbytes stores it: two codes a byte, high half first; statistics of 64 numbers, themselves in 8 bits."""
+    table = torch.tensor(NF4 if kind == "nf4" else FP4)
+
+    def write(w: Tensor) -> tuple[Tensors, Tensor]:
+        blocks = w.reshape(-1, 64)
+        absmax = blocks.abs().amax(dim=1)
+        codes = nearest(blocks / absmax[:, None], table)
+        about: dict[str, Any] = {"quant_type": kind, "blocksize": 64, "dtype": "bfloat16", "shape": list(w.shape)}
+        parts = {"weight.absmax": absmax, "weight.quant_map": table}
+        if nested:
+            offset, levels = float(absmax.mean()), torch.linspace(-1, 1, 256)
+            groups = torch.nn.functional.pad(absmax - offset, (0, -len(absmax) % 256)).view(-1, 256)
+            largest = groups.abs().amax(dim=1)
+            small = nearest(groups / largest[:, None], levels)
+            absmax = (levels[small] * largest[:, None]).flatten()[: len(absmax)] + offset
+            about |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": offset}
+            parts |= {"weight.nested_absmax": largest, "weight.nested_quant_map": levels}
+            parts["weight.absmax"] = small.flatten()[: len(absmax)].to(torch.uint8)
+        pairs = codes.reshape(-1, 2)
+        parts["weight"] = (pairs[:, :1] * 16 + pairs[:, 1:]).to(torch.uint8)
+        parts[f"weight.quant_state.bitsandbytes__{kind}"] = text(about)
+        return parts, (table[codes] * absmax[:, None]).view_as(w)
 
     return write
 
 
 def nvfp4(comfy: bool) -> Writer:
-    def write(w: Tensor) -> tuple[Tensors, Tensor]:
-        from diffusers.quantizers.bfl.utils import dequantize_nvfp4, quantize_nvfp4
+    """E2M1 in blocks of 16 with E4M3 scales, and one float32 for all."""
+    table = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
-        q, scale, whole = quantize_nvfp4(w)
-        dense = dequantize_nvfp4(q, scale, whole)
+    def write(w: Tensor) -> tuple[Tensors, Tensor]:
+        whole = w.abs().max() / (448 * 6)
+        blocks = w.view(len(w), -1, 16)
+        scale = (blocks.abs().amax(dim=2) / 6 / whole).to(E4M3)
+        step = (scale.float() * whole)[..., None]
+        codes = nearest(blocks.abs() / step, table)
+        dense = (table[codes] * blocks.sign() * step).view_as(w)
+        codes = (codes + 8 * (blocks < 0)).view(len(w), -1, 2)
+        first, second = codes.unbind(2)
         if comfy:  # first number in the high half; scales in cuBLAS' tiles of 128 x 4
-            q = q << 4 | q >> 4
+            first, second = second, first
             rows, columns = -(-scale.shape[0] // 128) * 128, -(-scale.shape[1] // 4) * 4
+            r, c = torch.meshgrid(torch.arange(scale.shape[0]), torch.arange(scale.shape[1]), indexing="ij")
+            place = ((r // 128) * (columns // 4) + c // 4) * 512 + (r % 32) * 16 + (r % 128) // 32 * 4 + c % 4
             tiled = torch.zeros(rows * columns, dtype=torch.uint8)
-            for (r, c), value in np.ndenumerate(scale.view(torch.uint8).numpy()):
-                tile = (r // 128) * (columns // 4) + c // 4
-                tiled[tile * 512 + (r % 32) * 16 + (r % 128) // 32 * 4 + c % 4] = int(value)
+            tiled[place] = scale.view(torch.uint8)
             scale = tiled.view(rows, columns).view(E4M3)
-        parts = {"weight": q, "weight_scale": scale, "weight_scale_2": whole, "input_scale": torch.tensor(0.5)}
-        return parts, dense
+        parts = {"weight": (first + second * 16).to(torch.uint8), "weight_scale": scale, "weight_scale_2": whole}
+        return parts | {"input_scale": torch.tensor(0.5)}, dense
 
     return write
 
@@ -96,7 +132,7 @@ def comfy(name: str) -> dict[str, Tensor]:
     return {"comfy_quant": text({"format": name}), "input_scale": torch.tensor(1.5)}
 
 
-# name -> (writer, its label, metadata of a whole file from the layers, markers)
+# name -> (writer, the label of the format)
 WRITERS: dict[str, tuple[Writer, str]] = {
     "fp8 e4m3": (plain(E4M3), "fp8 e4m3"),
     "fp8 e5m2": (plain(E5M2), "fp8 e5m2"),
