@@ -179,9 +179,7 @@ def write_gguf(
     path: Path, model: Flux1, kind: str, layout: str, architecture: str | None = "flux"
 ) -> dict[str, Tensor]:
     """The same as a GGUF file, by its package: random blocks for types that the package does not write."""
-    writer = gguf.GGUFWriter(path, architecture or "")
-    if architecture is None:  # stable-diffusion.cpp states none
-        writer.kv_data[0].pop("general.architecture")
+    writer = gguf.GGUFWriter(path, architecture or "")  # which writes no empty strings
     writer.add_string("axes_dim", json.dumps(model.config.axes_dim))
     dense: dict[str, Tensor] = {}
     wanted = gguf.GGMLQuantizationType[kind]

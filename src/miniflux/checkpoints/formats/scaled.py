@@ -70,18 +70,24 @@ class Scaled(Format):
 
     def fill(self, stored: Stored, parts: Mapping[str, Tensor], out: Tensor) -> None:
         q, rows = parts[WEIGHT], out.shape[0]
-        if self.scaling == "none":
-            out.copy_(q)
-            return
-        scale = parts[self.scale].float().reshape(-1, 1)
+        scale = None if self.scaling == "none" else parts[self.scale].float().reshape(-1, 1)
         for piece in pieces(rows, out.shape[1]):
-            out[piece] = q[piece].float() * (scale if len(scale) == 1 else scale[piece])
+            numbers = widened(q[piece])
+            out[piece] = numbers if scale is None else numbers * (scale if len(scale) == 1 else scale[piece])
 
     def header(self, layers: Iterable[str]) -> dict[str, str]:
         return comfy_header(layers, self.comfy) if self.comfy else {}
 
     def markers(self) -> dict[str, Tensor]:
         return {MARKER: torch.zeros(2).to(self.dtype)} if self.scale == "scale_weight" else {}
+
+
+def widened(q: Tensor) -> Tensor:
+    """Numbers of one byte in float32. On CPUs, whose conversion of float8 is slow, by looking them up."""
+    if q.dtype not in FLOAT8.values() or q.device.type != "cpu":
+        return q.float()
+    values = torch.arange(256, dtype=torch.uint8).view(q.dtype).float()
+    return values.index_select(0, q.view(torch.uint8).reshape(-1).int()).view(q.shape)
 
 
 class Plain(Format):

@@ -1,0 +1,179 @@
+"""Each format alone: packed and unpacked, against the packages that define it and against its own grid."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from miniflux.checkpoints.formats import FORMATS
+from miniflux.checkpoints.formats.ggml import BLOCKS
+from miniflux.checkpoints.formats.ggml_packing import PACKERS
+from miniflux.checkpoints.formats.nvfp4 import from_tiles, to_tiles
+from miniflux.errors import CheckpointError
+from tests.checkpoints.formats.made import WRITERS, random_blocks
+from tests.tiny import randn
+
+# Relative error (Frobenius) that packing normal numbers may cost, a little above what each grid must cost.
+ERRORS: dict[str, float] = {
+    **dict.fromkeys(("fp8_e4m3", "fp8_scaled", "fp8_scaled_old", "fp8_rows"), 0.027),
+    **dict.fromkeys(("fp8_e5m2", "fp8_scaled_e5m2"), 0.054),
+    "int8": 0.009,
+    "nf4": 0.094,
+    "fp4": 0.125,
+    "nvfp4": 0.097,
+    "nvfp4_comfy": 0.097,
+    "Q8_0": 0.006,
+    "Q5_1": 0.040,
+    "Q5_0": 0.045,
+    "Q4_1": 0.082,
+    "Q4_0": 0.090,
+    "Q5_K": 0.038,
+    "Q4_K": 0.075,
+}
+OF_WRITERS = {  # the format that a file of tests/checkpoints/formats/made.py is in
+    "fp8 e4m3": "fp8_e4m3",
+    "fp8 e5m2": "fp8_e5m2",
+    "scaled fp8, old": "fp8_scaled_old",
+    "scaled fp8, comfy_quant": "fp8_scaled",
+    "scaled fp8 e5m2, comfy_quant": "fp8_scaled_e5m2",
+    "fp8 by rows": "fp8_rows",
+    "int8": "int8",
+    "nf4": "nf4",
+    "nf4, nested": "nf4",
+    "fp4": "fp4",
+    "fp4, nested": "fp4",
+    "nvfp4": "nvfp4",
+    "nvfp4, header": "nvfp4_comfy",
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_packing_costs_what_the_grid_must(name: str) -> None:
+    weight = randn(48, 512)
+    form = FORMATS[name]
+    parts = form.pack(weight)
+    relative = float((form.unpack(parts) - weight).norm() / weight.norm())
+    assert 0.5 * ERRORS[name] < relative < ERRORS[name]
+    again = form.pack(form.unpack(parts))
+    assert torch.equal(form.unpack(again), form.unpack(parts)) or name in (
+        "Q4_K",
+        "Q5_K",
+        "Q5_1",
+        "Q4_1",
+        "Q4_0",
+        "Q5_0",
+    )
+
+
+def test_every_format_that_is_written_is_tested() -> None:
+    assert ERRORS.keys() == {name for name in FORMATS if name not in BLOCKS or name in PACKERS}
+    assert OF_WRITERS.keys() | {"scaled fp8, header"} == WRITERS.keys()
+
+
+@pytest.mark.parametrize("writer", OF_WRITERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_unpacking_is_rounded_once(writer: str, dtype: torch.dtype) -> None:
+    """Into a given buffer of any dtype: the numbers of the specification, rounded to it."""
+    parts, dense = WRITERS[writer][0](randn(40, 64, seed=3))
+    out = torch.full((40, 64), torch.nan, dtype=dtype)
+    assert FORMATS[OF_WRITERS[writer]].unpack(parts, out=out) is out
+    assert torch.equal(out, dense.to(dtype))
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name not in BLOCKS])
+def test_pieces_make_the_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = FORMATS[name].pack(randn(37, 192, seed=5))
+    whole = FORMATS[name].unpack(parts)
+    monkeypatch.setattr("miniflux.checkpoints.formats.base.CHUNK", 500)
+    assert torch.equal(FORMATS[name].unpack(parts), whole)
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_blocks_are_read_as_ggml_reads_them(kind: str) -> None:
+    """Every bit pattern of every byte occurs; sizes are those of the package."""
+    wanted = gguf.GGMLQuantizationType[kind]
+    assert gguf.GGML_QUANT_SIZES[wanted] == (BLOCKS[kind].numbers, BLOCKS[kind].bytes)
+    raw = random_blocks(kind, 96, 1024)
+    expected = torch.from_numpy(gguf.quants.dequantize(raw, wanted))
+    assert torch.equal(FORMATS[kind].unpack({"weight": torch.from_numpy(raw)}), expected)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in PACKERS if kind not in ("Q4_K", "Q5_K")])
+@given(seed=st.integers(0, 2**20), size=st.sampled_from([1e-6, 1e-3, 1.0, 100.0]))
+def test_blocks_are_written_as_ggml_writes_them(kind: str, seed: int, size: float) -> None:
+    """The same bytes, zeros and constant blocks included."""
+    weight = randn(6, 64, seed=seed) * size
+    weight[0, :32], weight[1, :32], weight[2, 5] = 0, size, -9 * size
+    raw = gguf.quants.quantize(weight.numpy(), gguf.GGMLQuantizationType[kind])
+    assert np.array_equal(FORMATS[kind].pack(weight)["weight"].numpy(), raw)
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q5_K"])
+def test_k_types_fit_better_than_the_range(kind: str) -> None:
+    """The package reads what is written; the fit beats levels from the least to the largest number, which is what the
+    old types do, and holds for zeros, constants, positive and one-sided groups."""
+    wanted = gguf.GGMLQuantizationType[kind]
+    weight = randn(32, 512, seed=1)
+    raw = FORMATS[kind].pack(weight)["weight"]
+    read = torch.from_numpy(gguf.quants.dequantize(raw.numpy(), wanted))
+    assert torch.equal(read, FORMATS[kind].unpack({"weight": raw}))
+    old = "Q4_1" if kind == "Q4_K" else "Q5_1"
+    simple = FORMATS[old].unpack(FORMATS[old].pack(weight))
+    assert (read - weight).norm() < 0.97 * (simple - weight).norm()
+    odd = randn(8, 256, seed=2)
+    odd[0], odd[1], odd[2], odd[3], odd[4, :32], odd[5] = 0, 1, odd[2].abs(), -odd[3].abs(), 50, 1e-30
+    read = FORMATS[kind].unpack(FORMATS[kind].pack(odd))
+    assert torch.isfinite(read).all() and not read[0].any()
+    for row in (1, 2, 3):
+        assert float((read[row] - odd[row]).norm() / odd[row].norm()) < 0.06
+
+
+def test_tiles_of_scales() -> None:
+    """cuBLAS' order, from its documentation: row r, column c of a tile is at (r % 32) * 16 + (r // 32) * 4 + c."""
+    scale = (
+        torch.arange(130 * 6, dtype=torch.int32).remainder(120).to(torch.uint8).view(torch.float8_e4m3fn).view(130, 6)
+    )
+    tiles = to_tiles(scale)
+    assert tuple(tiles.shape) == (256, 8)
+    flat, plain = tiles.view(torch.uint8).flatten(), scale.view(torch.uint8)
+    for r, c in ((0, 0), (1, 3), (33, 2), (127, 5), (128, 4), (129, 5)):
+        tile = (r // 128) * 2 + c // 4
+        assert flat[tile * 512 + (r % 32) * 16 + (r % 128) // 32 * 4 + c % 4] == plain[r, c]
+    assert torch.equal(from_tiles(tiles, 130, 6).view(torch.uint8), plain)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("Q4_K", (4, 64), "GGUF Q4_K needs rows of a multiple of 256"),
+        ("Q8_0", (4, 30), "GGUF Q8_0 needs rows of a multiple of 32"),
+        ("nvfp4", (4, 24), "nvfp4 needs rows of a multiple of 16"),
+        ("nf4", (3, 30), "bitsandbytes nf4 needs a multiple of 64 numbers"),
+        ("int8", (64,), "int8 needs a matrix"),
+        ("fp8_scaled", (2, 3, 4), "fp8 scaled needs a matrix"),
+    ],
+)
+def test_shapes_that_do_not_fit(name: str, shape: tuple[int, ...], message: str) -> None:
+    assert not FORMATS[name].holds(shape)
+    with pytest.raises(CheckpointError, match=message):
+        FORMATS[name].pack(torch.ones(shape))
+
+
+def test_types_that_are_only_read() -> None:
+    with pytest.raises(CheckpointError, match="GGUF Q6_K can be read, not written; written are Q8_0"):
+        FORMATS["Q6_K"].pack(torch.ones(2, 256))
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_zeros_and_large_numbers(name: str) -> None:
+    """Neither divides by zero nor overflows into NaN."""
+    weight = torch.zeros(4, 256)
+    assert not FORMATS[name].unpack(FORMATS[name].pack(weight)).any()
+    weight[1:] = 3e4
+    back = FORMATS[name].unpack(FORMATS[name].pack(weight))
+    assert torch.isfinite(back).all() and not back[0].any()
+    assert name.startswith("fp8_e") or torch.allclose(back[1:], weight[1:], rtol=0.01)
