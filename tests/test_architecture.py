@@ -51,8 +51,9 @@ MAY_IMPORT = {
 REAL_SIZES = {3072, 12288, 15360, 21504, 9216}
 # Installed only with an extra, or slow to import: what a user has not asked for must not be loaded.
 HEAVY = {
-    *("accelerate", "bitsandbytes", "cv2", "datasets", "diffusers", "fastapi", "gguf", "gradio", "matplotlib"),
-    *("pandas", "peft", "scipy", "streamlit", "torchvision", "transformers", "uvicorn", "wandb"),
+    *("accelerate", "bitsandbytes", "cv2", "datasets", "diffusers", "fastapi", "gguf", "gradio"),
+    *("huggingface_hub", "matplotlib", "pandas", "peft", "scipy", "streamlit", "torchvision", "transformers"),
+    *("uvicorn", "wandb"),
 }
 
 

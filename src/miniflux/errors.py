@@ -25,6 +25,10 @@ class WeightsNotFoundError(MinifluxError):
     """The files of a variant are not on this machine; the message says where they were looked for."""
 
 
+class FetchError(MinifluxError):
+    """A file could not be fetched: no network, no access, no room, or not the file that was announced."""
+
+
 class TokenizerError(MinifluxError):
     """A tokenizer file is missing or is not of the expected kind."""
 

@@ -93,6 +93,36 @@ NANO_MAG_RATIOS = (
 )
 
 
+@dataclass(frozen=True)
+class Download:
+    """What of a repository makes one part of a model.
+
+    Attributes:
+        part: a field of `checkpoints.finding.Files`.
+        files: their paths in the repository.
+        bytes: together; of tensors without the headers of their files, which add 0.1 MB at most.
+    """
+
+    part: str
+    files: tuple[str, ...]
+    bytes: int
+
+
+def _flux1_downloads(file: str, bytes: int) -> tuple[Download, ...]:
+    """The parts in a repository of FLUX.1. Bytes: parameters times bytes per number; the tokenizers' are those of the
+    published files."""
+    shards = tuple(f"text_encoder_2/model-0000{n}-of-00002.safetensors" for n in (1, 2))
+    t5 = ("text_encoder_2/config.json", "text_encoder_2/model.safetensors.index.json", *shards)
+    return (
+        Download("transformer", (file,), bytes),
+        Download("autoencoder", ("ae.safetensors",), 335_278_732),
+        Download("clip", ("text_encoder/config.json", "text_encoder/model.safetensors"), 246_120_960),
+        Download("t5", t5, 9_524_621_312),
+        Download("clip_tokenizer", ("tokenizer/vocab.json", "tokenizer/merges.txt"), 1_584_581),
+        Download("t5_tokenizer", ("tokenizer_2/tokenizer.json",), 2_424_256),
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Variant:
     """One released text-to-image model: its networks, its files and the settings it was made for.
@@ -110,6 +140,7 @@ class Variant:
         bundled: whether the weights are inside the package.
         preview: the table of `sampling.previews` for its autoencoder; empty if none was fitted.
         mag_ratios: what `sampling.caches.MagCache` wants to know; empty if it was not measured.
+        downloads: what `miniflux fetch` takes from the repository; empty for the bundled models.
     """
 
     name: str
@@ -129,6 +160,7 @@ class Variant:
     bundled: bool = False
     preview: tuple[tuple[float, float, float], ...] = ()
     mag_ratios: tuple[float, ...] = ()
+    downloads: tuple[Download, ...] = ()
 
 
 _DEV = Variant(
@@ -143,6 +175,7 @@ _DEV = Variant(
     steps=50,
     guidance=3.5,  # the model card's; the release's own command line later went to 2.5
     mag_ratios=FLUX1_MAG_RATIOS,
+    downloads=_flux1_downloads("flux1-dev.safetensors", 23_802_816_640),
 )
 _NANO = Variant(
     name="nano-dev",
@@ -205,6 +238,7 @@ VARIANTS: dict[str, Variant] = {
             shift=False,
             steps=4,
             guidance=None,
+            downloads=_flux1_downloads("flux1-schnell.safetensors", 23_782_357_120),
         ),
         replace(
             _DEV,
@@ -213,6 +247,7 @@ VARIANTS: dict[str, Variant] = {
             file="flux1-krea-dev.safetensors",
             steps=28,
             guidance=4.5,
+            downloads=_flux1_downloads("flux1-krea-dev.safetensors", 23_802_816_640),
         ),
         _NANO,
         replace(

@@ -222,13 +222,27 @@ def test_only_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.Monke
     (root / "clip_l.safetensors").unlink()
     monkeypatch.setenv("MINIFLUX_WEIGHTS", str(root))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    cached(tmp_path / "hub", SCHNELL.repository)
     with pytest.raises(WeightsNotFoundError) as caught:
         find(DEV)
     first, second, *rest = str(caught.value).splitlines()
     assert first == "flux1-dev: not on this machine: clip (text_encoder or clip_l.safetensors)"
     assert second == f"looked in: {root / 'flux1-dev'}, {root}"
     assert not [line for line in rest if "MINIFLUX_WEIGHTS" in line]
+
+
+def test_shared_parts_are_found_in_the_snapshot_of_another_variant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The three repositories hold the same text encoders; the transformer of another one is never taken."""
+    root = singles(tmp_path / "weights")
+    (root / "clip_l.safetensors").unlink()
+    monkeypatch.setenv("MINIFLUX_WEIGHTS", str(root))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    folder = cached(tmp_path / "hub", SCHNELL.repository)
+    assert find(DEV).clip == folder / "text_encoder" and find(DEV).t5.parent == root
+    (root / DEV.file).unlink()
+    with pytest.raises(WeightsNotFoundError, match=r"not on this machine: transformer \(.*\)\n"):
+        find(DEV)
 
 
 def test_parts_that_were_given_but_are_not_there(tmp_path: Path) -> None:

@@ -244,9 +244,10 @@ def parser() -> argparse.ArgumentParser:
     solvers.add_argument("--plot", metavar="FILE", help="draw it: .png, .svg or .pdf (needs miniflux[study])")
     solvers.set_defaults(run=_study_solvers)
 
-    from miniflux.apps import replay
+    from miniflux.apps import fetch, replay
 
     replay.add(commands)
+    fetch.add(commands)
 
     for command in (generate, inspect, inspect_lora, convert, merge, extract, schedules, solvers):
         command.add_argument("-v", "--verbose", action="store_true", help="say more about what is done")

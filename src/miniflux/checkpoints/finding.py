@@ -12,7 +12,7 @@ from pathlib import Path
 
 from miniflux.checkpoints.files import INDEX_SUFFIX
 from miniflux.errors import InputError, WeightsNotFoundError
-from miniflux.variants import Variant
+from miniflux.variants import VARIANTS, Variant
 
 WEIGHTS_VARIABLE = "MINIFLUX_WEIGHTS"
 BUNDLED = Path(__file__).parent.parent / "nano" / "weights"
@@ -93,6 +93,40 @@ def _holds(path: Path, part: str) -> bool:
     return any(path.glob("*.safetensors")) or any(path.glob("*" + INDEX_SUFFIX))
 
 
+def found_parts(
+    variant: Variant, first: Iterable[Path] = (), given: Mapping[str, Path] | None = None
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """Where the parts of a variant are, and what the others are called that are nowhere.
+
+    Parts that models share are also taken from the cached snapshots of other variants, so that they are kept once.
+    """
+    given = given or {}
+    folders = places(variant, first)
+    found: dict[str, Path] = {}
+    missing: dict[str, str] = {}
+    for part, names in PARTS.items():
+        wanted = [name.format(file=variant.file) for name in names]
+        # ComfyUI's folders come first: its `vae` may hold many files, of which one is meant.
+        inside = [f"{at}/{name}" for at in COMFYUI.get(part, ()) for name in wanted if name.endswith(".safetensors")]
+        searched = folders if part == "transformer" else [*folders, *_relatives(variant)]
+        usual = [folder / name for folder in searched for name in (*inside, *wanted)]
+        candidates = [given[part]] if part in given else usual
+        chosen = next((path for path in candidates if _holds(path, part)), None)
+        if chosen is None:
+            missing[part] = str(given[part]) if part in given else " or ".join(wanted)
+        else:
+            found[part] = chosen
+    return found, missing
+
+
+def _relatives(variant: Variant) -> list[Path]:
+    """Cached snapshots of the variants with the same text encoders and autoencoder."""
+    same = (variant.autoencoder, variant.clip, variant.t5)
+    others = [v for v in VARIANTS.values() if v.name != variant.name and (v.autoencoder, v.clip, v.t5) == same]
+    cached = [snapshot(other.repository) for other in others if other.repository]
+    return [folder for folder in cached if folder is not None]
+
+
 def find(variant: Variant, first: Iterable[Path] = (), given: Mapping[str, Path] | None = None) -> Files:
     """The files of a variant.
 
@@ -104,26 +138,13 @@ def find(variant: Variant, first: Iterable[Path] = (), given: Mapping[str, Path]
         InputError: `given` names a part that does not exist.
         WeightsNotFoundError: parts are missing; every one is named, with where it was looked for and how to get it.
     """
-    given = dict(given or {})
-    unknown = sorted(set(given) - set(PARTS))
+    first = list(first)
+    unknown = sorted(set(given or {}) - set(PARTS))
     if unknown:
         raise InputError(f"unknown part {unknown[0]!r} of a model; parts are {', '.join(PARTS)}")
-    folders = places(variant, first)
-    found: dict[str, Path] = {}
-    missing: dict[str, str] = {}
-    for part, names in PARTS.items():
-        wanted = [name.format(file=variant.file) for name in names]
-        # ComfyUI's folders come first: its `vae` may hold many files, of which one is meant.
-        inside = [f"{at}/{name}" for at in COMFYUI.get(part, ()) for name in wanted if name.endswith(".safetensors")]
-        usual = [folder / name for folder in folders for name in (*inside, *wanted)]
-        candidates = [given[part]] if part in given else usual
-        chosen = next((path for path in candidates if _holds(path, part)), None)
-        if chosen is None:
-            missing[part] = str(given[part]) if part in given else " or ".join(wanted)
-        else:
-            found[part] = chosen
+    found, missing = found_parts(variant, first, given)
     if missing:
-        raise WeightsNotFoundError(_not_found(variant, missing, folders))
+        raise WeightsNotFoundError(_not_found(variant, missing, places(variant, first)))
     return Files(**found)
 
 
@@ -137,7 +158,8 @@ def _not_found(variant: Variant, missing: Mapping[str, str], folders: list[Path]
             lines.append(f"the Hugging Face cache {hub_cache()} has no snapshot of {variant.repository}")
         licence = f"{variant.licence}, to be accepted there" if variant.gated else variant.licence
         lines.append(
-            f"to get them: huggingface.co/{variant.repository} ({licence}); weights/README.md lists every file"
+            f"to get them: miniflux fetch {variant.name}, or huggingface.co/{variant.repository} ({licence}); "
+            "weights/README.md lists every file"
         )
         lines.append('to try miniflux without any download: the bundled model "nano"')
     return "\n".join(lines)

@@ -89,7 +89,7 @@ def checkpoint_path(path: str | Path) -> Path:
     return path
 
 
-def write_beside(path: Path, write: Callable[[Path], None]) -> None:
+def write_beside(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside `path`, then rename it: there is never half a file, and what was there stays.
 
     Raises:
