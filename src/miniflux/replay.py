@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,7 @@ def replay(
     device: str | None = None,
     image: Image.Image | None = None,
     progress: Callable[[int, int], None] | None = None,
+    pipes: MutableMapping[tuple[str, str | None], Pipeline] | None = None,
 ) -> Replay:
     """Make a picture again from its settings, and compare.
 
@@ -69,6 +70,7 @@ def replay(
         device: None for the one it was made on, if there is such a one.
         image: the picture that was changed, if it was made from one.
         progress: called after every step with (steps done, steps in all).
+        pipes: pipelines that were loaded before, by model and dtype, without LoRAs; those that are loaded are added.
 
     Raises:
         SettingsError: it holds no settings of ours, or damaged ones.
@@ -87,7 +89,7 @@ def replay(
         differences.append("the file does not name the weights it was made with")
     _check_image(first.request, image)
 
-    pipes: dict[tuple[str, str | None], Pipeline] = {}
+    pipes = {} if pipes is None else pipes
     results: list[Result] = []
     done = 0
     total = sum(max(1, len(record.sigmas) - 1) for record in records)

@@ -56,6 +56,8 @@ class Stamp:
         Raises:
             CheckpointError: the file has changed since it was opened, or cannot be read.
         """
+        if Stamp.of(self.path) != self:  # mapped tensors may have changed with it
+            raise CheckpointError(f"{self.path}: has changed since it was loaded")
         return _HASHES.of(self)
 
 

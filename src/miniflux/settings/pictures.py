@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -232,14 +233,16 @@ def _exif(data: bytes) -> Iterator[tuple[str, str]]:
     """The texts of an EXIF block that somebody may have written settings to."""
     exif = Image.Exif()
     try:
-        exif.load(data)
-        fields: Sequence[tuple[str, Any]] = [
-            ("description", exif.get(DESCRIPTION)),
-            ("make", exif.get(MAKE)),
-            ("model", exif.get(MODEL)),
-            ("comment", exif.get_ifd(EXIF_IFD).get(COMMENT)),
-        ]
-    except Exception as error:  # Pillow raises whatever its parser runs into
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            exif.load(data)
+            fields: Sequence[tuple[str, Any]] = [
+                ("description", exif.get(DESCRIPTION)),
+                ("make", exif.get(MAKE)),
+                ("model", exif.get(MODEL)),
+                ("comment", exif.get_ifd(EXIF_IFD).get(COMMENT)),
+            ]
+    except Exception as error:  # Pillow raises, or warns of, whatever its parser runs into
         raise SettingsError(f"its EXIF block is damaged: {type(error).__name__}: {error}") from None
     for name, value in fields:
         if value is None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from miniflux.errors import SettingsError
 from miniflux.settings import strict
-from miniflux.settings.request import MAX_LEVELS, MAX_LORAS, READ, Request
+from miniflux.settings.request import MAX_LEVELS, MAX_LORAS, Request, taken
 
 MAX_FILES = 4096
 TAKEN = (
@@ -89,7 +89,7 @@ def record_of(value: object) -> Record:
     files = tuple(
         _file(f"files[{i}]", x) for i, x in enumerate(strict.items("files", about.get("files") or [], MAX_FILES))
     )
-    fields = {name: READ[name](name, about[name]) for name in TAKEN if about.get(name) is not None}
+    fields = {name: taken(name, about[name]) for name in TAKEN if about.get(name) is not None}
     loras, doubts = _loras(about, files)
     if about.get("replaced"):
         doubts.append("a callback replaced its latents on the way")
@@ -98,9 +98,9 @@ def record_of(value: object) -> Record:
     steps = about.get("steps_asked", None if isinstance(fields.get("schedule"), tuple) else about.get("steps"))
     request = Request(
         **fields,
-        model=READ["model"]("model", about.get("model_path") or about["model"]),
-        dtype=None if about.get("dtype_asked") is None else READ["dtype"]("dtype_asked", about["dtype_asked"]),
-        steps=None if steps is None else READ["steps"]("steps", steps),
+        model=taken("model", about.get("model_path") or about["model"]),
+        dtype=None if about.get("dtype_asked") is None else taken("dtype", about["dtype_asked"], "dtype_asked"),
+        steps=None if steps is None else taken("steps", steps),
         loras=loras,
         guidance=_strength("guidance", about.get("guidance"), sigmas),
         guide=_guide(about.get("guide"), sigmas),
@@ -146,14 +146,14 @@ def _loras(about: Mapping[str, Any], files: tuple[FileFact, ...]) -> tuple[Any, 
             doubts.append(f"LoRA {name} did not come from a file")
         found = {"file": use.get("source"), "scale": use.get("scale")}
         uses.append(found if digest is None else {**found, "sha256": digest})
-    return READ["loras"]("loras", uses), doubts
+    return taken("loras", uses), doubts
 
 
 def _strength(what: str, value: object, sigmas: tuple[float, ...]) -> Any:
     """A number; or a list of them, one for each noise level but the last."""
     if isinstance(value, list):
         value = {"sigmas": list(sigmas[:-1]), "values": value}
-    return None if value is None else READ["guidance"](what, value)
+    return None if value is None else taken("guidance", value, what)
 
 
 def _guide(value: object, sigmas: tuple[float, ...]) -> Any:
@@ -162,14 +162,14 @@ def _guide(value: object, sigmas: tuple[float, ...]) -> Any:
     about = dict(strict.record("guide", value))
     if isinstance(about.get("scale"), list):
         about["scale"] = {"sigmas": list(sigmas[:-1]), "values": about["scale"]}
-    return READ["guide"]("guide", about)
+    return taken("guide", about)
 
 
 def _cache(value: object) -> Any:
     if value is None:
         return None
     about = strict.record("cache", value)
-    return READ["cache"]("cache", {name: x for name, x in about.items() if name not in BILL})
+    return taken("cache", {name: x for name, x in about.items() if name not in BILL})
 
 
 def _sheet(value: object) -> Sheet | None:

@@ -147,12 +147,13 @@ class Request:
             raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.image is None and self.strength != 1:
             raise InputError(f"strength {self.strength!r} says how much of an image to change, and there is no image")
-        try:
-            hash(self)
-        except TypeError as error:
-            raise InputError(f"settings must be tuples and not lists: {error}") from None
         if isinstance(self.cache, Measure):
             raise InputError("the cache 'measure' measures and spares nothing: it makes no picture of its own")
+        for f in fields(self):
+            try:
+                hash(getattr(self, f.name))
+            except TypeError as error:
+                raise InputError(f"{f.name} must be made of tuples, not of lists: {error}") from None
         if self.model in VARIANTS or self.model in ALIASES:
             self.check(variant(self.model))
 
@@ -234,7 +235,7 @@ class Request:
         strict.only("settings", about, [f.name for f in fields(cls)])
         if "prompt" not in about:
             raise SettingsError("settings: the field 'prompt' is missing")
-        return cls(**{name: READ[name](name, value) for name, value in about.items() if value is not None})
+        return cls(**{name: taken(name, value) for name, value in about.items() if value is not None})
 
 
 def _same(value: Any) -> Any:
@@ -353,6 +354,15 @@ def _variation(what: str, value: object) -> tuple[int, float]:
 
 def _prompt(what: str, value: object) -> str:
     return strict.text(what, value, strict.MAX_PROMPT)
+
+
+def taken(name: str, value: object, said: str | None = None) -> Any:
+    """The value of one field of a request from its JSON; errors name the field, as `said` if given."""
+    said = name if said is None else said
+    try:
+        return READ[name](said, value)
+    except InputError as error:
+        raise error if said in str(error) else SettingsError(f"{said}: {error}") from None
 
 
 READ: dict[str, Callable[[str, Any], Any]] = {

@@ -1,0 +1,198 @@
+"""Settings in the files of pictures: other people's readers find them, and hostile ones are refused by name, fast."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import struct
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image, PngImagePlugin
+
+from miniflux.errors import MinifluxError, OutputError, SettingsError
+from miniflux.result import save_picture
+from miniflux.settings import read_picture
+from miniflux.settings.pictures import texts_of
+
+PICTURE = Image.effect_noise((32, 32), 80).convert("RGB")
+RECORD: dict[str, Any] = {"prompt": "a star", "seed": 3, "model": "nano-dev"}
+PROMPTS = [
+    "plain",
+    "<script>alert('x')</script> & \"quotes\" \\",
+    "\U0001f600 é 漢字 \u202e reversed",
+    "\x00\x01\x1b[31m\r\n\t",
+    "\U0001f600" * 100_000,
+    "x" * 100_000,
+    "\x00" * 100_000,
+]
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp"])
+@pytest.mark.parametrize("prompt", PROMPTS, ids=["plain", "markup", "emoji", "control", "long-emoji", "long", "zeros"])
+def test_texts_come_back_as_they_were(tmp_path: Path, name: str, prompt: str) -> None:
+    record = {**RECORD, "prompt": prompt}
+    save_picture(PICTURE, tmp_path / name, [record])
+    assert json.loads(texts_of(tmp_path / name)["miniflux"]) == record
+    assert read_picture(tmp_path / name).requests[0].prompt == prompt
+    with Image.open(tmp_path / name) as image:  # Pillow takes no offence
+        image.load()
+        if name.endswith(".png"):
+            assert json.loads(image.text["miniflux"]) == record  # type: ignore[attr-defined]
+        elif len(prompt) < 1000:
+            assert json.loads(image.getexif()[0x010E]) == record
+
+
+def test_settings_can_be_left_out(tmp_path: Path) -> None:
+    for name in ("a.png", "a.jpg", "a.webp"):
+        save_picture(PICTURE, tmp_path / name, None)
+        assert texts_of(tmp_path / name) == {}
+        assert read_picture(tmp_path / name).origin == "none"
+
+
+def test_more_than_a_file_carries_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="settings of 30 pictures take .* save them one by one"):
+        save_picture(PICTURE, tmp_path / "a.png", [{**RECORD, "prompt": "x" * 100_000}] * 30)
+    assert not list(tmp_path.iterdir())
+
+
+def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
+    save_picture(PICTURE, tmp_path / "a.png", [{**RECORD, "cache": {"name": "tea", "psnr": float("inf")}}])
+    assert read_picture(tmp_path / "a.png").origin == "miniflux"
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(*chunks: bytes) -> bytes:
+    """A whole PNG with chunks before its end."""
+    stream = io.BytesIO()
+    PICTURE.save(stream, "PNG")
+    data = stream.getvalue()
+    return data[:-12] + b"".join(chunks) + data[-12:]
+
+
+def ours(text: str | bytes) -> bytes:
+    return chunk(b"tEXt", b"miniflux\0" + (text.encode() if isinstance(text, str) else text))
+
+
+def bomb(size: int = 200_000_000) -> bytes:
+    packer = zlib.compressobj(9)
+    return b"".join(packer.compress(bytes(1_000_000)) for _ in range(size // 1_000_000)) + packer.flush()
+
+
+def jpeg(*segments: bytes) -> bytes:
+    stream = io.BytesIO()
+    PICTURE.save(stream, "JPEG")
+    data = stream.getvalue()
+    return data[:2] + b"".join(segments) + data[2:]
+
+
+def segment(kind: int, body: bytes) -> bytes:
+    return struct.pack(">BBH", 0xFF, kind, len(body) + 2) + body
+
+
+def exif(text: bytes) -> bytes:
+    block = Image.Exif()
+    block[0x010E] = text
+    return block.tobytes()
+
+
+HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
+    "no picture": (lambda: b"GIF89a" + bytes(100), "not a PNG, JPEG or WebP"),
+    "empty": (lambda: b"", "not a PNG, JPEG or WebP"),
+    "cut off": (lambda: png(ours("{}"))[:-20], "cut off|is damaged"),
+    "megabytes of text": (lambda: png(ours("x" * 5_000_000)), "5000009 bytes; at most"),
+    "a length beyond the file": (lambda: png(struct.pack(">I", 0x7FFFFFFF) + b"tEXt"), "2147483647 bytes; at most"),
+    "zTXt bomb": (lambda: png(chunk(b"zTXt", b"parameters\0\0" + bomb())), "when decompressed"),
+    "iTXt bomb": (lambda: png(chunk(b"iTXt", b"prompt\0\1\0\0\0" + bomb())), "when decompressed"),
+    "many texts": (lambda: png(chunk(b"tEXt", b"a\0b") * 1000), "more than 64 texts"),
+    "the same text twice": (lambda: png(ours("{}"), ours("{}")), "'miniflux' is there twice"),
+    "wrong checksum": (lambda: png(ours("{}")[:-1] + b"?"), "checksum is wrong"),
+    "no keyword": (lambda: png(chunk(b"tEXt", b"text")), "has no keyword"),
+    "damaged compression": (lambda: png(chunk(b"zTXt", b"x\0\0junk")), "is damaged"),
+    "unknown compression": (lambda: png(chunk(b"zTXt", b"x\0\7junk")), "compressed in an unknown way"),
+    "not UTF-8": (lambda: png(chunk(b"iTXt", b"miniflux\0\0\0\0\0\xff\xfe")), "not UTF-8"),
+    "not JSON": (lambda: png(ours("star")), "not JSON"),
+    "deep JSON": (lambda: png(ours("[" * 1_000_000)), "nested deeper than 32"),
+    "deep but closed": (lambda: png(ours("[" * 60 + "]" * 60)), "nested deeper than 32"),
+    "wide JSON": (lambda: png(ours("[" + "[]," * 600_000 + "[]]")), "600001 entries; at most 1000"),
+    "a number of a million digits": (lambda: png(ours('{"seed": ' + "9" * 1_000_000 + "}")), "not JSON|whole number"),
+    "a number": (lambda: png(ours("3")), "settings must be an object"),
+    "no pictures": (lambda: png(ours("[]")), "settings of no picture"),
+    "missing fields": (lambda: png(ours("{}")), "'prompt' is missing"),
+    "wrong types": (lambda: png(ours(json.dumps({**RECORD, "seed": "3"}))), "seed must be a whole number, got '3'"),
+    "wrong types inside": (lambda: png(ours(json.dumps({**RECORD, "files": [{"part": 1}]}))), r"files\[0\]: part must be"),
+    "unknown fields": (lambda: png(ours(json.dumps({**RECORD, "power": 3}))), "unknown field 'power'"),
+    "values out of range": (lambda: png(ours(json.dumps({**RECORD, "steps": 10**9}))), "steps must be"),
+    "path in the hash": (lambda: png(ours(json.dumps({**RECORD, "files": [{"part": "t5", "file": "x", "bytes": 1, "sha256": "../../x"}]}))), "sha256 must be 64"),
+    "ComfyUI: not JSON": (lambda: png(chunk(b"tEXt", b"prompt\0{")), "prompt: not JSON"),
+    "ComfyUI: a list": (lambda: png(chunk(b"tEXt", b"prompt\0[1]")), "prompt must be an object"),
+    "ComfyUI: wrong nodes": (lambda: png(chunk(b"tEXt", b'prompt\0{"1": 5}')), "node '1': class_type|must be an object"),
+    "ComfyUI: many nodes": (lambda: png(chunk(b"tEXt", b"prompt\0" + json.dumps({str(i): {} for i in range(9000)}).encode())), "9000 nodes; at most"),
+    "A1111: a long line": (lambda: png(chunk(b"tEXt", b"parameters\0a\nSteps: " + b"x" * 50_000)), "line of settings has 50000"),
+    "JPEG cut off": (lambda: jpeg(segment(0xE1, exif(b"{}")))[:30], "cut off"),
+    "JPEG without markers": (lambda: b"\xff\xd8" + bytes(100), "marker was expected"),
+    "JPEG damaged EXIF": (lambda: jpeg(segment(0xE1, b"Exif\0\0" + b"junk" * 9)), "EXIF block is damaged"),
+    "JPEG not JSON": (lambda: jpeg(segment(0xE1, exif(b"{star"))), "not JSON"),
+    "JPEG missing segments": (lambda: jpeg(segment(0xEB, b"miniflux\0" + struct.pack(">HH", 1, 3) + b"{}")), "of the 3 segments with settings 2 are missing"),
+    "JPEG many segments": (lambda: jpeg(segment(0xE2, b"") * 5000), "more than 1000 JPEG segments"),
+    "WebP long EXIF": (lambda: b"RIFF\0\0\0\0WEBPEXIF" + struct.pack("<I", 2**31), "EXIF chunk has 2147483648 bytes"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_pictures_are_refused_by_name_and_fast(tmp_path: Path, name: str) -> None:
+    make, message = HOSTILE[name]
+    path = tmp_path / "x.png"
+    path.write_bytes(make())
+    start = time.process_time()
+    with pytest.raises(SettingsError, match=message) as caught:
+        read_picture(path)
+    assert time.process_time() - start < 1
+    assert str(path) in str(caught.value) and len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "webp"])
+def test_mutated_files_are_read_or_refused(tmp_path: Path, kind: str) -> None:
+    """1,500 files with bytes changed, cut out or doubled: nothing but our own error."""
+    save_picture(PICTURE, tmp_path / f"whole.{kind}", [RECORD])
+    whole = (tmp_path / f"whole.{kind}").read_bytes()
+    place = whole.index(b"a star")
+    rng = random.Random(0)
+    path = tmp_path / f"x.{kind}"
+    for _ in range(500):
+        data = bytearray(whole)
+        for _ in range(rng.randint(1, 4)):
+            near = rng.randint(max(0, place - 80), min(len(data) - 1, place + 80))
+            at = rng.choice([near, rng.randrange(len(data))])
+            change = rng.randrange(3)
+            if change == 0:
+                data[at] = rng.randrange(256)
+            elif change == 1:
+                del data[at : at + rng.randint(1, 20)]
+            else:
+                data[at:at] = data[at : at + rng.randint(1, 20)]
+        path.write_bytes(data)
+        try:
+            read_picture(path)
+        except MinifluxError:
+            pass
+
+
+def test_pillows_own_texts_are_found(tmp_path: Path) -> None:
+    """Every kind of text chunk as Pillow writes it, compressed ones too."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("one", "latin é")
+    info.add_text("two", "packed", zip=True)
+    info.add_itxt("three", "漢字", lang="ja", tkey="x")
+    info.add_itxt("four", "漢字" * 100, zip=True)
+    PICTURE.save(tmp_path / "a.png", pnginfo=info)
+    assert texts_of(tmp_path / "a.png") == {"one": "latin é", "two": "packed", "three": "漢字", "four": "漢字" * 100}
+    assert read_picture(tmp_path / "a.png").not_understood == tuple(f"the text {name!r}" for name in ("one", "two", "three", "four"))  # fmt: skip
