@@ -82,7 +82,9 @@ def requests(draw: st.DrawFn) -> Request:
         prompt=draw(words),
         negative=draw(words) if chosen is not None and draw(st.booleans()) else None,
         model=model,
-        loras=tuple(LoraUse(str(REALISM), draw(scale)) for _ in range(draw(st.integers(0, 2)))) if model == "nano-dev" else (),
+        loras=tuple(LoraUse(str(REALISM), draw(scale)) for _ in range(draw(st.integers(0, 2))))
+        if model == "nano-dev"
+        else (),
         seed=draw(st.integers(0, 2**64 - 1)),
         steps=steps if own is None else None,
         width=draw(st.sampled_from([16, 32, 48])),
@@ -93,11 +95,15 @@ def requests(draw: st.DrawFn) -> Request:
         schedule=draw(st.sampled_from(sorted(SPACINGS))) if own is None else own,
         shift=draw(st.none() | st.floats(0.5, 5)) if own is None else None,
         variation=draw(st.none() | st.tuples(st.integers(0, 2**64 - 1), st.floats(0, 1))),
-        cache=draw(st.sampled_from([None, None, None, cache("taylor", warmup=1, interval=2), cache("first-block", threshold=0.5)])),
+        cache=draw(
+            st.sampled_from(
+                [None, None, None, cache("taylor", warmup=1, interval=2), cache("first-block", threshold=0.5)]
+            )
+        ),
         t5_length=draw(st.sampled_from([None, 16])),
         padding=draw(st.sampled_from(["released", "masked", "trimmed"])) if chosen is None else "released",
         stop=draw(st.sampled_from([None, None, 1])),
-    )  # fmt: skip
+    )
 
 
 def check_random_pictures(pipes: Pipes, folder: Path, request: Request) -> None:

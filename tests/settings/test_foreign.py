@@ -16,8 +16,12 @@ from miniflux.settings import LoraUse, Reading, foreign, read_picture
 
 FORGE = """a lighthouse in fog <lora:realism:0.8>, film photograph, 35mm, (grain:1.2)
 second line
-Negative prompt: cartoon, people
-Steps: 12, Sampler: DPM++ 2M, Schedule type: Simple, CFG scale: 2.5, Distilled CFG Scale: 3.2, Seed: 2874518412, Size: 896x1152, Model hash: 4610115bb0, Model: flux1-dev, Lora hashes: "realism: 8c1b, other: 11", Denoising strength: 0.6, Version: f2.0.1"""
+Negative prompt: cartoon, people"""
+FORGE += (
+    "\nSteps: 12, Sampler: DPM++ 2M, Schedule type: Simple, CFG scale: 2.5, Distilled CFG Scale: 3.2, Seed: 2874518412, "
+    "Size: 896x1152, Model hash: 4610115bb0, Model: flux1-dev, "
+    'Lora hashes: "realism: 8c1b, other: 11", Denoising strength: 0.6, Version: f2.0.1'
+)
 
 
 def written(tmp_path: Path, **texts: str) -> Reading:
@@ -38,15 +42,22 @@ def test_forge(tmp_path: Path) -> None:
     assert (request.width, request.height, request.solver, request.schedule) == (896, 1152, "dpmpp-2m", "simple")
     assert request.loras == (LoraUse("realism", 0.8),)
     told = "\n".join(reading.not_understood)
-    for part in ("Model hash: 4610115bb0", "Lora hashes: realism: 8c1b, other: 11", "Denoising strength: 0.6",
-                 "Version: f2.0.1", "noise is drawn otherwise", "(word:1.2)"):  # fmt: skip
+    for part in (
+        "Model hash: 4610115bb0",
+        "Lora hashes: realism: 8c1b, other: 11",
+        "Denoising strength: 0.6",
+        "Version: f2.0.1",
+        "noise is drawn otherwise",
+        "(word:1.2)",
+    ):
         assert part in told
     assert "Steps" not in told and "Size" not in told
 
 
 def test_what_cannot_be_taken_is_listed(tmp_path: Path) -> None:
     """Each value that we have no place for, or could not have, with the reason; the rest is taken."""
-    text = "a star\nNegative prompt: x\nSteps: 99999, Sampler: Euler a Karras, CFG scale: 1, Seed: -1, Size: 99999x64, Model: else"
+    text = "a star\nNegative prompt: x\nSteps: 99999, Sampler: Euler a Karras, CFG scale: 1, "
+    text += "Seed: -1, Size: 99999x64, Model: else"
     reading = written(tmp_path, parameters=text)
     (request,) = reading.requests
     assert (request.prompt, request.steps, request.seed, request.width) == ("a star", None, 0, None)
@@ -83,20 +94,41 @@ def graph(**changes: Any) -> dict[str, Any]:
         "5": {"class_type": "EmptyLatentImage", "inputs": {"width": 1024, "height": 768, "batch_size": 1}},
         "6": {"class_type": "CLIPTextEncode", "inputs": {"text": "a cat", "clip": ["11", 0]}},
         "8": {"class_type": "VAEDecode", "inputs": {"samples": ["13", 0], "vae": ["10", 0]}},
-        "9": {"class_type": "SaveImage", "inputs": {"images": ["8", 0], "filename_prefix": "x"}, "is_changed": [float("nan")]},
+        "9": {
+            "class_type": "SaveImage",
+            "inputs": {"images": ["8", 0], "filename_prefix": "x"},
+            "is_changed": [float("nan")],
+        },
         "10": {"class_type": "VAELoader", "inputs": {"vae_name": "ae.safetensors"}},
         "11": {"class_type": "DualCLIPLoader", "inputs": {"clip_name1": "t5xxl_fp16.safetensors", "type": "flux"}},
         "12": {"class_type": "UNETLoader", "inputs": {"unet_name": "flux1-dev.safetensors", "weight_dtype": "default"}},
-        "13": {"class_type": "SamplerCustomAdvanced", "inputs": {"noise": ["25", 0], "guider": ["22", 0],
-               "sampler": ["16", 0], "sigmas": ["17", 0], "latent_image": ["5", 0]}},
+        "13": {
+            "class_type": "SamplerCustomAdvanced",
+            "inputs": {
+                "noise": ["25", 0],
+                "guider": ["22", 0],
+                "sampler": ["16", 0],
+                "sigmas": ["17", 0],
+                "latent_image": ["5", 0],
+            },
+        },
         "16": {"class_type": "KSamplerSelect", "inputs": {"sampler_name": "euler"}},
-        "17": {"class_type": "BasicScheduler", "inputs": {"scheduler": "simple", "steps": 20, "denoise": 1.0, "model": ["30", 0]}},
+        "17": {
+            "class_type": "BasicScheduler",
+            "inputs": {"scheduler": "simple", "steps": 20, "denoise": 1.0, "model": ["30", 0]},
+        },
         "22": {"class_type": "BasicGuider", "inputs": {"model": ["30", 0], "conditioning": ["26", 0]}},
         "25": {"class_type": "RandomNoise", "inputs": {"noise_seed": 219670278747233}},
         "26": {"class_type": "FluxGuidance", "inputs": {"guidance": 3.5, "conditioning": ["6", 0]}},
-        "30": {"class_type": "ModelSamplingFlux", "inputs": {"max_shift": 1.15, "base_shift": 0.5, "width": 1024, "height": 768, "model": ["31", 0]}},
-        "31": {"class_type": "LoraLoaderModelOnly", "inputs": {"lora_name": "sub/style.safetensors", "strength_model": 0.7, "model": ["12", 0]}},
-    }  # fmt: skip
+        "30": {
+            "class_type": "ModelSamplingFlux",
+            "inputs": {"max_shift": 1.15, "base_shift": 0.5, "width": 1024, "height": 768, "model": ["31", 0]},
+        },
+        "31": {
+            "class_type": "LoraLoaderModelOnly",
+            "inputs": {"lora_name": "sub/style.safetensors", "strength_model": 0.7, "model": ["12", 0]},
+        },
+    }
     return {**nodes, **changes}
 
 
@@ -118,14 +150,27 @@ def test_comfyui_custom_sampler(tmp_path: Path) -> None:
 
 def ksampler() -> dict[str, Any]:
     return {
-        "3": {"class_type": "KSampler", "inputs": {"seed": 5, "steps": 4, "cfg": 3.0, "sampler_name": "dpmpp_2m_sde",
-              "scheduler": "beta", "denoise": 0.5, "model": ["4", 0], "positive": ["6", 0], "negative": ["7", 0], "latent_image": ["5", 0]}},
+        "3": {
+            "class_type": "KSampler",
+            "inputs": {
+                "seed": 5,
+                "steps": 4,
+                "cfg": 3.0,
+                "sampler_name": "dpmpp_2m_sde",
+                "scheduler": "beta",
+                "denoise": 0.5,
+                "model": ["4", 0],
+                "positive": ["6", 0],
+                "negative": ["7", 0],
+                "latent_image": ["5", 0],
+            },
+        },
         "4": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "flux1-schnell.safetensors"}},
         "5": {"class_type": "EmptySD3LatentImage", "inputs": {"width": 512, "height": 512, "batch_size": 2}},
         "6": {"class_type": "CLIPTextEncode", "inputs": {"text": ["20", 0], "clip": ["4", 1]}},
         "7": {"class_type": "CLIPTextEncode", "inputs": {"text": "blurry", "clip": ["4", 1]}},
         "20": {"class_type": "PrimitiveStringMultiline", "inputs": {"value": "a dog"}},
-    }  # fmt: skip
+    }
 
 
 def test_comfyui_ksampler(tmp_path: Path) -> None:
@@ -147,14 +192,22 @@ def test_comfyui_editor_graph(tmp_path: Path) -> None:
     """Values in the order of the widgets, links by number."""
     workflow = {
         "nodes": [
-            {"id": 3, "type": "KSampler", "widgets_values": [7, "randomize", 12, 1, "uni_pc", "sgm_uniform", 1],
-             "inputs": [{"name": "positive", "link": 1}, {"name": "latent_image", "link": 2}, {"name": "model", "link": None}]},
+            {
+                "id": 3,
+                "type": "KSampler",
+                "widgets_values": [7, "randomize", 12, 1, "uni_pc", "sgm_uniform", 1],
+                "inputs": [
+                    {"name": "positive", "link": 1},
+                    {"name": "latent_image", "link": 2},
+                    {"name": "model", "link": None},
+                ],
+            },
             {"id": 6, "type": "CLIPTextEncode", "widgets_values": ["a fox"], "inputs": []},
             {"id": 5, "type": "EmptyLatentImage", "widgets_values": [640, 480, 1]},
             {"id": 9, "type": "Note", "widgets_values": ["hello"]},
         ],
         "links": [[1, 6, 0, 3, 1, "CONDITIONING"], [2, 5, 0, 3, 3, "LATENT"]],
-    }  # fmt: skip
+    }
     (request,) = written(tmp_path, workflow=json.dumps(workflow)).requests
     assert (request.prompt, request.seed, request.steps, request.width, request.height) == ("a fox", 7, 12, 640, 480)
     assert (request.solver, request.schedule) == ("unipc", "sgm-uniform")
