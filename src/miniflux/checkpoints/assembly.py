@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from miniflux.checkpoints.files import TensorSource, open_tensors
+from miniflux.checkpoints.files import TensorSource, files_in, open_tensors
 from miniflux.checkpoints.finding import Files, find
 from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.inspection import describe, fits, flux1_config
@@ -172,7 +172,7 @@ def _transformer_in(folder: Path) -> Path:
     """The transformer in a folder: its `transformer` folder, or the one single file that holds one."""
     if (folder / "transformer").is_dir():
         return folder / "transformer"
-    found = [file for file in sorted(folder.glob("*.safetensors")) if Flux1 in parts_of(open_tensors(file))]
+    found = [file for file in files_in(folder) if Flux1 in parts_of(open_tensors(file))]
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
         raise CheckpointError(

@@ -314,7 +314,7 @@ def shard_paths(index: Path) -> list[Path]:
 
 
 def tensor_paths(path: str | Path) -> list[Path]:
-    """The safetensors files behind a file, an index, or a folder with one model in it.
+    """The files of tensors behind a file, an index, or a folder with one model in it.
 
     Raises:
         CheckpointError: there are none, or a folder holds several models.
@@ -328,13 +328,18 @@ def tensor_paths(path: str | Path) -> list[Path]:
             raise CheckpointError(f"{path}: {link}")
         return [path]
     indices = sorted(path.glob("*" + INDEX_SUFFIX))
-    files = sorted(path.glob("*.safetensors"))
+    files = files_in(path)
     if len(indices) == 1:
         return shard_paths(indices[0])
     if len(files) == 1:
         return files
     found = ", ".join(file.name for file in [*indices, *files]) or "none"
     raise CheckpointError(f"{path}: expected one safetensors file, or one index of shards; found {found}")
+
+
+def files_in(folder: Path) -> list[Path]:
+    """The safetensors files of a folder; if it has none, those of other kinds that can be read."""
+    return sorted(folder.glob("*.safetensors")) or sorted(f for end in READERS for f in folder.glob("*" + end))
 
 
 def open_tensors(path: str | Path) -> TensorSource:

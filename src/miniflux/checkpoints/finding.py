@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from miniflux.checkpoints.files import INDEX_SUFFIX
+from miniflux.checkpoints.files import INDEX_SUFFIX, files_in
 from miniflux.errors import InputError, WeightsNotFoundError
 from miniflux.variants import VARIANTS, Variant
 
@@ -90,7 +90,7 @@ def _holds(path: Path, part: str) -> bool:
         return True
     if part.endswith("tokenizer"):
         return any((path / name).is_file() for name in TOKENIZER_FILES)
-    return any(path.glob("*.safetensors")) or any(path.glob("*" + INDEX_SUFFIX))
+    return bool(files_in(path)) or any(path.glob("*" + INDEX_SUFFIX))
 
 
 def found_parts(

@@ -73,6 +73,12 @@ def test_files_of_stable_diffusion_cpp_state_no_architecture(model: Flux1, tmp_p
     assert load_into(empty(WIDE), tmp_path / "a.gguf").problems == {}
 
 
+def test_a_folder_with_one_file(sound: Path) -> None:
+    assert [file.path for file in open_tensors(sound.parent).files] == [sound]
+    (part,) = inspect(sound.parent).parts
+    assert (part.network, part.layout, part.problems) == ("Flux1", "original", [])
+
+
 def test_the_stated_type_names_the_format(sound: Path, tmp_path: Path) -> None:
     writer = one(tmp_path / "a.gguf")
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_K_S)
