@@ -13,6 +13,7 @@ from miniflux.models.autoencoder import AutoencoderConfig
 from miniflux.models.clip import ClipTextConfig
 from miniflux.models.flux1 import Flux1Config
 from miniflux.models.t5 import T5Config
+from miniflux.models.tiny_autoencoder import TinyDecoderConfig
 
 FLUX1_DEV = Flux1Config(
     in_channels=64,
@@ -39,6 +40,8 @@ FLUX1_AUTOENCODER = AutoencoderConfig(
     scale_factor=0.3611,
     shift_factor=0.1159,
 )
+# TAEF1 (madebyollin/taef1: `taesd.py`, and the config.json beside its diffusers file).
+FLUX1_TINY = TinyDecoderConfig(z_channels=16, out_ch=3, width=64, blocks=(3, 3, 3, 1))
 CLIP_L = ClipTextConfig(
     vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
 )
@@ -58,6 +61,27 @@ NANO_DEV = Flux1Config(
     guidance_embed=True,
 )
 
+# What each latent channel of the official autoencoder adds to red, green and blue, and a constant
+# (`latent_rgb_factors` and `latent_rgb_factors_bias` of the class Flux in ComfyUI's `comfy/latent_formats.py`).
+FLUX1_PREVIEW = (
+    (-0.0346, 0.0244, 0.0681),
+    (0.0034, 0.0210, 0.0687),
+    (0.0275, -0.0668, -0.0433),
+    (-0.0174, 0.0160, 0.0617),
+    (0.0859, 0.0721, 0.0329),
+    (0.0004, 0.0383, 0.0115),
+    (0.0405, 0.0861, 0.0915),
+    (-0.0236, -0.0185, -0.0259),
+    (-0.0245, 0.0250, 0.1180),
+    (0.1008, 0.0755, -0.0421),
+    (-0.0515, 0.0201, 0.0011),
+    (0.0428, -0.0012, -0.0036),
+    (0.0817, 0.0765, 0.0749),
+    (-0.1264, -0.0522, -0.1103),
+    (-0.0280, -0.0881, -0.0499),
+    (-0.1262, -0.0982, -0.0778),
+    (-0.0329, -0.0718, -0.0851),
+)
 # What each latent channel of nano's autoencoder adds to red, green and blue, and a constant (`nano/recipe/preview.py`).
 NANO_PREVIEW = (
     (-0.1356, 0.0746, 0.0037),
@@ -139,6 +163,7 @@ class Variant:
         size: default width and height in pixels.
         bundled: whether the weights are inside the package.
         preview: the table of `sampling.previews` for its autoencoder; empty if none was fitted.
+        tiny, tiny_file: the tiny decoder for its latents, if there is one, and the file that holds it.
         mag_ratios: what `sampling.caches.MagCache` wants to know; empty if it was not measured.
         downloads: what `miniflux fetch` takes from the repository; empty for the bundled models.
     """
@@ -159,6 +184,8 @@ class Variant:
     size: int = 1024
     bundled: bool = False
     preview: tuple[tuple[float, float, float], ...] = ()
+    tiny: TinyDecoderConfig | None = None
+    tiny_file: str = ""
     mag_ratios: tuple[float, ...] = ()
     downloads: tuple[Download, ...] = ()
 
@@ -174,6 +201,9 @@ _DEV = Variant(
     t5=T5_XXL,
     steps=50,
     guidance=3.5,  # the model card's; the release's own command line later went to 2.5
+    preview=FLUX1_PREVIEW,
+    tiny=FLUX1_TINY,
+    tiny_file="taef1_decoder.safetensors",
     mag_ratios=FLUX1_MAG_RATIOS,
     downloads=_flux1_downloads("flux1-dev.safetensors", 23_802_816_640),
 )
@@ -219,6 +249,9 @@ _NANO = Variant(
     size=128,
     bundled=True,
     preview=NANO_PREVIEW,
+    # Half the autoencoder's size: at the full one it would cost a third of a step.
+    tiny=TinyDecoderConfig(z_channels=16, out_ch=3, width=16, blocks=(2, 1, 0)),
+    tiny_file="tiny_decoder.safetensors",
     mag_ratios=NANO_MAG_RATIOS,
 )
 
