@@ -11,6 +11,7 @@ from miniflux.models.autoencoder import AutoencoderConfig
 from miniflux.models.clip import ClipTextConfig
 from miniflux.models.flux1 import Flux1Config
 from miniflux.models.t5 import T5Config
+from miniflux.models.tiny_autoencoder import TinyDecoderConfig
 from miniflux.sampling import image_ids, text_ids
 
 M = TypeVar("M", bound=nn.Module)
@@ -48,6 +49,8 @@ CLIP = ClipTextConfig(
     eos_token_id=49,
 )
 T5 = T5Config(vocab_size=40, d_model=24, d_kv=5, d_ff=36, num_layers=2, num_heads=3)
+
+TINY = TinyDecoderConfig(z_channels=4, out_ch=3, width=6, blocks=(1, 2, 0))
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

@@ -23,6 +23,7 @@ from miniflux.errors import InputError, MinifluxError
 from miniflux.lora.adapters import described, files_of
 from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.flux1 import Flux1
+from miniflux.models.tiny_autoencoder import TinyDecoder
 from miniflux.plan import (
     MAX_IMAGES,
     Callback,
@@ -73,6 +74,7 @@ class Pipeline:
         transformer, autoencoder, text: the parts, for people who came to study them.
         origin: the files they were read from; None if they were not.
         results: pictures drawn before, or None.
+        tiny: a tiny decoder for previews; None where there is none.
 
     Calls may come from several threads at once: nothing in here changes while it draws, except the caches of prompts
     and of results, which are locked.
@@ -85,10 +87,11 @@ class Pipeline:
         autoencoder: Autoencoder,
         text: Text,
         origin: Origin | None = None,
+        tiny: TinyDecoder | None = None,
         results: ResultCache | None = None,
     ) -> None:
         self.variant = variant
-        self.transformer, self.autoencoder, self.text = transformer, autoencoder, text
+        self.transformer, self.autoencoder, self.text, self.tiny = transformer, autoencoder, text, tiny
         self.origin, self.results = origin, results
 
     @property
@@ -361,18 +364,21 @@ class Pipeline:
         assert watch.moment is not None
         return watch.moment, bill
 
-    def preview(self, moment: Moment, width: int, height: int) -> Image.Image:
-        """The picture a run points to, roughly and at once: every latent place as one pixel, enlarged to the size.
+    @torch.inference_mode()
+    def preview(self, moment: Moment, width: int, height: int, decoder: str | None = None) -> Image.Image:
+        """The picture a run points to, roughly and at once, enlarged to the size.
+
+        Args:
+            decoder: `tiny` for the tiny decoder; `table` for one pixel per place of the latent; None for the better one
+                that there is.
 
         Raises:
-            InputError: no preview table is known for this autoencoder (`sampling.previews.fit` makes one).
+            InputError: another decoder, or this model has none of that kind.
         """
-        table = self.variant.preview
-        if not table:
-            raise InputError(f"no preview table for {self.variant.name}: sampling.previews.fit makes one")
         rows, columns = (math.ceil(side / PIXELS_PER_TOKEN) for side in (height, width))
         latent = unpack(moment.picture, rows * PIXELS_PER_TOKEN, columns * PIXELS_PER_TOKEN)
-        return to_image(previews.rgb(latent, table)[0]).resize((width, height), Image.Resampling.BILINEAR)
+        pixels = previews.decode(latent, self.variant.preview, self.tiny, decoder)
+        return to_image(pixels[0]).resize((width, height), Image.Resampling.BILINEAR)
 
     def _words(self, prompts: Sequence[str], t5_length: int | None, padding: Padding) -> tuple[Words, ...]:
         """Embeddings of each prompt, in the dtype and on the device of the transformer."""

@@ -20,8 +20,9 @@ from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.clip import ClipTextEncoder
 from miniflux.models.flux1 import Flux1
 from miniflux.models.t5 import T5Encoder
+from miniflux.models.tiny_autoencoder import TinyDecoder
 from miniflux.variants import FLUX1_AUTOENCODER, OTHER_TRANSFORMERS, VARIANTS
-from tests.tiny import AUTOENCODER, CLIP, FLUX1, T5, randn
+from tests.tiny import AUTOENCODER, CLIP, FLUX1, T5, TINY, randn
 
 Manifest = Callable[[str], dict[str, list[int]]]
 DEV, SCHNELL = VARIANTS["flux1-dev"], VARIANTS["flux1-schnell"]
@@ -140,7 +141,7 @@ def test_diffusers_fused_rows_are_in_order() -> None:
 @pytest.mark.parametrize("build", TABLES)
 def test_every_row_of_a_table_is_used(build: type[nn.Module]) -> None:
     """A row that matches nothing is a typing error that nobody would notice."""
-    config = {Flux1: FLUX1, Autoencoder: AUTOENCODER, ClipTextEncoder: CLIP, T5Encoder: T5}[build]
+    config = {Flux1: FLUX1, Autoencoder: AUTOENCODER, ClipTextEncoder: CLIP, T5Encoder: T5, TinyDecoder: TINY}[build]
     module = meta(build, config)
     for layout, rows in TABLES[build].items():
         theirs = [key for origin in origins(module, layout).values() for key in origin.keys]
@@ -175,7 +176,7 @@ def test_t5_embedding_twice_or_under_its_second_name() -> None:
 @pytest.mark.parametrize("build", REDUNDANT)
 def test_redundant_tensors_are_accepted_and_reported(build: type[nn.Module], caplog: pytest.LogCaptureFixture) -> None:
     """Published text encoders carry them; refusing would make the files unloadable, silence would hide a difference."""
-    config = {ClipTextEncoder: CLIP, T5Encoder: T5}[build]
+    config = {ClipTextEncoder: CLIP, T5Encoder: T5, TinyDecoder: TINY}[build]
     state = build(config).state_dict() | {key: randn(3) for key in REDUNDANT[build]}
     with caplog.at_level("INFO"):
         report = load_into(meta(build, config), state)

@@ -29,6 +29,7 @@ from miniflux.models.autoencoder import Autoencoder, AutoencoderConfig
 from miniflux.models.clip import ClipTextConfig, ClipTextEncoder
 from miniflux.models.flux1 import Flux1, Flux1Config
 from miniflux.models.t5 import T5Config, T5Encoder
+from miniflux.models.tiny_autoencoder import TinyDecoder, TinyDecoderConfig
 from miniflux.sampling.latents import PATCH
 from miniflux.text import Text, load_clip_tokenizer, load_t5_tokenizer
 from miniflux.variants import ALIASES, VARIANTS, Variant, variant, variant_of
@@ -63,6 +64,7 @@ class Parts(NamedTuple):
     autoencoder: Autoencoder
     text: Text
     origin: Origin
+    tiny: TinyDecoder | None = None
 
 
 def assemble(
@@ -119,6 +121,7 @@ def assemble(
             chosen.t5_length,
         ),
         origin,
+        _tiny(chosen, files.tiny, place),
     )
     log.info(
         "%s: %.1f million parameters in %s on %s, loaded in %.1f s",
@@ -129,6 +132,13 @@ def assemble(
         time.monotonic() - started,
     )
     return parts
+
+
+def _tiny(chosen: Variant, path: Path | None, device: torch.device) -> TinyDecoder | None:
+    """The decoder for previews, in float32, if the variant has one and its file is here."""
+    if path is None or chosen.tiny is None or chosen.tiny.z_channels != chosen.autoencoder.z_channels:
+        return None
+    return _network(TinyDecoder, chosen.tiny, path, device, torch.float32)
 
 
 def _check_widths(chosen: Variant, files: Files) -> None:
@@ -276,7 +286,7 @@ def _autoencoder_config(path: Path, default: AutoencoderConfig) -> AutoencoderCo
 
 def _network(
     kind: type[nn.Module],
-    config: Flux1Config | AutoencoderConfig | ClipTextConfig | T5Config,
+    config: Flux1Config | AutoencoderConfig | ClipTextConfig | T5Config | TinyDecoderConfig,
     source: Path | TensorSource,
     device: torch.device,
     dtype: torch.dtype,

@@ -32,6 +32,8 @@ PARTS: dict[str, tuple[str, ...]] = {
     "clip_tokenizer": ("tokenizer",),
     "t5_tokenizer": ("tokenizer_2",),
 }
+# Parts that a model does without.
+OPTIONAL: dict[str, tuple[str, ...]] = {"tiny": ("{tiny_file}", "taef1")}
 
 # In which folders of `ComfyUI/models` the same files lie.
 COMFYUI: dict[str, tuple[str, ...]] = {
@@ -52,6 +54,7 @@ class Files:
     t5: Path
     clip_tokenizer: Path
     t5_tokenizer: Path
+    tiny: Path | None = None
 
 
 def hub_cache() -> Path:
@@ -138,11 +141,20 @@ def find(variant: Variant, first: Iterable[Path] = (), given: Mapping[str, Path]
         InputError: `given` names a part that does not exist.
         WeightsNotFoundError: parts are missing; every one is named, with where it was looked for and how to get it.
     """
-    first = list(first)
-    unknown = sorted(set(given or {}) - set(PARTS))
+    first, given = list(first), dict(given or {})
+    known = [*PARTS, *OPTIONAL]
+    unknown = sorted(set(given) - set(known))
     if unknown:
-        raise InputError(f"unknown part {unknown[0]!r} of a model; parts are {', '.join(PARTS)}")
-    found, missing = found_parts(variant, first, given)
+        raise InputError(f"unknown part {unknown[0]!r} of a model; parts are {', '.join(known)}")
+    found, missing = found_parts(variant, first, {part: given[part] for part in given if part in PARTS})
+    for part, names in OPTIONAL.items():
+        usual = [folder / name.format(tiny_file=variant.tiny_file) for folder in places(variant, first) for name in names]
+        candidates = [given[part]] if part in given else usual
+        chosen = next((path for path in candidates if _holds(path, part)), None)
+        if chosen is not None:
+            found[part] = chosen
+        elif part in given:
+            missing[part] = str(given[part])
     if missing:
         raise WeightsNotFoundError(_not_found(variant, missing, places(variant, first)))
     return Files(**found)

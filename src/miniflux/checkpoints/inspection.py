@@ -21,6 +21,7 @@ from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.clip import ClipTextEncoder
 from miniflux.models.flux1 import Flux1, Flux1Config
 from miniflux.models.t5 import T5Encoder
+from miniflux.models.tiny_autoencoder import TinyDecoder
 from miniflux.variants import OTHER_TRANSFORMERS, VARIANTS, Variant
 
 Entries = Mapping[str, Entry]
@@ -32,7 +33,7 @@ class Part:
     """One network found in a file.
 
     Attributes:
-        network: `Flux1`, `Autoencoder`, `ClipTextEncoder`, `T5Encoder`, or `unknown`.
+        network: `Flux1`, `Autoencoder`, `ClipTextEncoder`, `T5Encoder`, `TinyDecoder`, or `unknown`.
         variant: the released model it belongs to, a description of its sizes, or the model it is closest to.
         layout: naming of its tensors.
         format: what the file is called after: the format that most of its bytes are in.
@@ -118,6 +119,7 @@ def _recognise(source: TensorSource) -> tuple[str, str, LoadReport | None]:
         Autoencoder: lambda v: v.autoencoder,
         ClipTextEncoder: lambda v: v.clip,
         T5Encoder: lambda v: v.t5,
+        TinyDecoder: lambda v: v.tiny,
     }
     names: dict[Any, list[str]] = {}  # of the variants that share a config
     for variant in VARIANTS.values():

@@ -22,6 +22,7 @@ from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.clip import ClipTextEncoder
 from miniflux.models.flux1 import Flux1
 from miniflux.models.t5 import T5Encoder
+from miniflux.models.tiny_autoencoder import TinyDecoder
 
 How = Literal["same", "rows", "swap halves", "1x1", "packed"]
 """same: equal. rows: theirs stacked along the output rows are ours. swap halves: the two halves of the rows change
@@ -158,8 +159,21 @@ TABLES: dict[type[nn.Module], dict[str, list[Row]]] = {
         "llama.cpp": T5_LLAMA_CPP,
         **_behind(T5Encoder),
     },
+    # AutoencoderTiny: no place for the clamp, which has no tensors. `{i-1}` is one less.
+    TinyDecoder: {DIFFUSERS: [_row("{i}.**", "decoder.layers.{i-1}.**")]},
 }
 
+# The encoder of TAEF1 in diffusers' file: five plain convolutions, three of them without bias, and ten blocks of three.
+_TINY_ENCODER = [
+    *(f"encoder.layers.{place}.weight" for place in (0, 2, 6, 10, 14)),
+    *(f"encoder.layers.{place}.bias" for place in (0, 14)),
+    *(
+        f"encoder.layers.{place}.conv.{n}.{kind}"
+        for place in (1, 3, 4, 5, 7, 8, 9, 11, 12, 13)
+        for n in (0, 2, 4)
+        for kind in ("weight", "bias")
+    ),
+]
 # Tensors that published files carry beside the network's own, and why nothing is lost without them.
 REDUNDANT: dict[type[nn.Module], dict[str, str]] = {
     ClipTextEncoder: {
@@ -172,6 +186,7 @@ REDUNDANT: dict[type[nn.Module], dict[str, str]] = {
         "encoder.embed_tokens.weight": "a second copy of shared.weight",
         "logit_scale": "ComfyUI writes it with every text encoder; only CLIP has one",
     },
+    TinyDecoder: dict.fromkeys(_TINY_ENCODER, "previews only decode"),
 }
 VISION = "vision_model."  # what the other half of whole CLIP files begins with
 
@@ -238,14 +253,14 @@ def _origin(key: str, rows: Sequence[Row], levels: int) -> Origin:
             continue
         found = match.groupdict()
         if "i" in found:
-            found["-i"] = str(levels - 1 - int(found["i"]))
+            found |= {"-i": str(levels - 1 - int(found["i"])), "i-1": str(int(found["i"]) - 1)}
         return Origin(tuple(_filled(name, found) for name in row.theirs), row.how)
     raise AssertionError(f"no row for {key}")
 
 
 def _filled(name: str, found: Mapping[str, str]) -> str:
     name = re.sub(r"\*\*?", found.get("tail", ""), name)
-    return re.sub(r"\{(-?[ij])\}", lambda match: found[match[1]], name)
+    return re.sub(r"\{(-?[ij]|i-1)\}", lambda match: found[match[1]], name)
 
 
 def detect(module: nn.Module, keys: Collection[str]) -> str:

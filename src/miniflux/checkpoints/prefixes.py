@@ -22,12 +22,14 @@ from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.clip import ClipTextEncoder
 from miniflux.models.flux1 import Flux1
 from miniflux.models.t5 import T5Encoder
+from miniflux.models.tiny_autoencoder import TinyDecoder
 
 # A key that tells each network apart, in any of its layouts. The first that is there counts.
 SIGNS: list[tuple[type[nn.Module], tuple[str, ...]]] = [
     (Flux1, ("img_in.weight", "x_embedder.weight")),
     (Autoencoder, ("decoder.conv_in.weight",)),
     (ClipTextEncoder, ("text_model.final_layer_norm.weight", "embeddings.token_embedding.weight")),
+    (TinyDecoder, ("3.conv.0.weight", "decoder.layers.2.conv.0.weight")),
     (T5Encoder, ("encoder.final_layer_norm.weight", "enc.output_norm.weight")),
 ]
 

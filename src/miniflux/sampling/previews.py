@@ -1,4 +1,5 @@
-"""Previews: latents as small pictures, by one linear map from their channels to red, green and blue."""
+"""Previews: latents as small pictures, by one linear map from their channels to red, green and blue, or by a tiny
+decoder."""
 
 from __future__ import annotations
 
@@ -6,7 +7,9 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
+from miniflux.errors import InputError
 from miniflux.models.autoencoder import Autoencoder
+from miniflux.models.tiny_autoencoder import TinyDecoder
 
 Table = tuple[tuple[float, float, float], ...]
 """Red, green and blue per latent channel, and as the last row what is added."""
@@ -16,6 +19,25 @@ def rgb(latent: Tensor, table: Table) -> Tensor:
     """Latents (B, C, h, w) -> pixels (B, 3, h, w), about [-1, 1]."""
     weight = torch.tensor(table, dtype=torch.float32, device=latent.device)
     return torch.einsum("bchw,cr->brhw", latent.float(), weight[:-1]) + weight[-1][:, None, None]
+
+
+def decode(latent: Tensor, table: Table, tiny: TinyDecoder | None, decoder: str | None = None) -> Tensor:
+    """Latents (B, C, h, w) -> pixels (B, 3, H, W) of any size, about [-1, 1].
+
+    Args:
+        decoder: `tiny`, `table`, or None for the first of the two that there is.
+
+    Raises:
+        InputError: another decoder, or there is none of that kind.
+    """
+    there = {"tiny": tiny is not None, "table": bool(table)}
+    if decoder not in (None, *there):
+        raise InputError(f"unknown preview decoder {decoder!r}; known: {', '.join(there)}")
+    decoder = decoder or next((name for name, found in there.items() if found), "table")
+    if not there[decoder]:
+        ways = {"tiny": "weights/README.md says where its file goes", "table": "sampling.previews.fit makes one"}
+        raise InputError(f"this model has no preview {decoder}: {ways[decoder]}")
+    return rgb(latent, table) if tiny is None or decoder == "table" else tiny(latent)
 
 
 @torch.inference_mode()

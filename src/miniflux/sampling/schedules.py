@@ -15,6 +15,7 @@ Curve = Callable[[float], float]
 """How far the noise levels are moved towards 1: from an evenly spaced level in [0, 1] to the one that is used."""
 
 GRID = 10_000  # levels of the table that ComfyUI's schedules pick from
+TRAINED = 1000  # levels that diffusers counts in
 KARRAS_RHO = 7.0  # arXiv 2206.00364, appendix D
 # The levels of FLUX.1 found by dynamic programming (arXiv 2503.21774; `NOISE_LEVELS` of ComfyUI's OptimalSteps node).
 OPTIMAL_STEPS = (0.9968, 0.9886, 0.9819, 0.975, 0.966, 0.9471, 0.9158, 0.8287, 0.5512, 0.2808, 0.001)
@@ -183,6 +184,21 @@ def _even(steps: int, curve: Curve) -> list[float]:
     return [curve(t) for t in uniform_sigmas(steps)[:-1]]
 
 
+def _flow_euler(steps: int, curve: Curve) -> list[float]:
+    """Evenly spaced from 1 to 1/1000, the lowest trained level: diffusers' flow Euler and Heun that are told no levels."""
+    return [curve(t) for t in _spaced(1, 1 / TRAINED, steps)]
+
+
+def _flow_dpmpp(steps: int, curve: Curve) -> list[float]:
+    """Evenly spaced from 0.999 down: `use_flow_sigmas` of diffusers' DPM-Solver, DEIS and SA-Solver."""
+    return [curve((1 - 1 / TRAINED) * t) for t in uniform_sigmas(steps)[:-1]]
+
+
+def _flow_unipc(steps: int, curve: Curve) -> list[float]:
+    """Evenly spaced from 1 towards 1/1000, which 0 takes the place of: `use_flow_sigmas` of diffusers' UniPC."""
+    return [curve(t) for t in _spaced(1, 1 / TRAINED, steps + 1)[:-1]]
+
+
 def _karras(levels: Sequence[float]) -> list[float]:
     """Evenly spaced in sigma^(1/7) between the first and the last of `levels` (arXiv 2206.00364, equation 5)."""
     high, low = levels[0] ** (1 / KARRAS_RHO), levels[-1] ** (1 / KARRAS_RHO)
@@ -258,6 +274,9 @@ def _optimal_steps(steps: int, curve: Curve) -> list[float]:
 
 SPACINGS: dict[str, Callable[[int, Curve], list[float]]] = {
     "uniform": _even,  # the release's, and diffusers' default
+    "flow-euler": _flow_euler,
+    "flow-dpmpp": _flow_dpmpp,
+    "flow-unipc": _flow_unipc,
     "karras": lambda steps, curve: _karras(_even(steps, curve)),
     "exponential": lambda steps, curve: _exponential(_even(steps, curve)),
     "beta": lambda steps, curve: _beta(_even(steps, curve)),
@@ -270,19 +289,20 @@ SPACINGS: dict[str, Callable[[int, Curve], list[float]]] = {
     "optimal-steps": _optimal_steps,
 }
 """Ways to spread the steps: (steps, curve) -> the levels without the final 0."""
+EVEN = ("uniform", "flow-euler", "flow-dpmpp", "flow-unipc")
 
 
 def schedule(spacing: str, steps: int, curve: Curve = unshifted, terminal: float | None = None) -> Schedule:
     """Noise levels by name.
 
     Args:
-        spacing: a key of `SPACINGS`. `uniform`, `karras`, `exponential` and `beta` are as in diffusers; `simple`,
-            `normal`, `sgm-uniform`, `ddim-uniform`, `beta-comfyui`, `linear-quadratic` and `optimal-steps` as in
-            ComfyUI.
+        spacing: a key of `SPACINGS`. `uniform`, `flow-euler`, `flow-dpmpp`, `flow-unipc`, `karras`, `exponential` and
+            `beta` are as in diffusers; `simple`, `normal`, `sgm-uniform`, `ddim-uniform`, `beta-comfyui`,
+            `linear-quadratic` and `optimal-steps` as in ComfyUI.
         steps: how many; `ddim-uniform` may make one more, `beta-comfyui` fewer, as their originals do.
             `linear-quadratic` and `optimal-steps` have levels of their own and ignore the curve.
         curve: `unshifted`, `dynamic_shift(flux1_mu(tokens))`, `static_shift(3.0)` ...
-        terminal: what the last level before 0 is stretched to; for `uniform` only.
+        terminal: what the last level before 0 is stretched to; for evenly spaced ones only (`EVEN`).
 
     Raises:
         InputError: an unknown spacing, steps below 1, or a terminal that the spacing cannot have.
@@ -290,11 +310,13 @@ def schedule(spacing: str, steps: int, curve: Curve = unshifted, terminal: float
     uniform_sigmas(steps)  # refuses what is no number of steps
     if spacing not in SPACINGS:
         raise InputError(f"unknown schedule {spacing!r}; known: {', '.join(SPACINGS)}")
-    if terminal is not None and (spacing != "uniform" or steps < 2):
-        raise InputError(f"a terminal level needs the uniform schedule and two steps, got {spacing!r} and {steps}")
+    if terminal is not None and (spacing not in EVEN or steps < 2):
+        raise InputError(f"a terminal level needs one of {', '.join(EVEN)} and two steps, got {spacing!r} and {steps}")
     levels = SPACINGS[spacing](steps, curve)
     if terminal is not None:
         levels = stretch_to_terminal(levels, terminal)
+    if spacing == "flow-unipc":
+        levels[0] -= 1e-6  # as theirs, which takes the logarithm of 1 - sigma
     return custom_schedule([*levels, 0.0], spacing)
 
 

@@ -70,9 +70,7 @@ def train(folder: Path, autoencoder: Autoencoder, steps: int = STEPS, count: int
         loss, error = loss_of(model, latents[chosen], pixels[chosen])
         state.optimise(loss, cosine_rate(state.step, steps))
         if state.step % 200 == 0:
-            log.info(
-                "tiny step %d loss %.4f psnr %.1f dB", state.step, loss.item(), -10 * math.log10(error.item() / 4)
-            )
+            log.info("tiny step %d loss %.4f psnr %.1f dB", state.step, loss.item(), -10 * math.log10(error.item() / 4))
             state.save()
     average = TinyDecoder(NANO.tiny)
     average.load_state_dict(state.average.state_dict())
