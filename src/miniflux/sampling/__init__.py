@@ -10,6 +10,7 @@ from miniflux.sampling.denoising import Moment, Words, add_noise, denoise
 from miniflux.sampling.guidance import GUIDES, guide
 from miniflux.sampling.latents import image_ids, initial_noise, pack, text_ids, unpack
 from miniflux.sampling.noise import step_noise, varied_noise
+from miniflux.sampling.running import integrate
 from miniflux.sampling.schedules import (
     Schedule,
     custom_schedule,
@@ -19,7 +20,7 @@ from miniflux.sampling.schedules import (
     schedule,
     with_restarts,
 )
-from miniflux.sampling.solvers import SOLVERS, Solver, State, integrate, solver
+from miniflux.sampling.solvers import SOLVERS, Solver, State, solver
 
 __all__ = [
     "CACHES",

@@ -16,6 +16,7 @@ from miniflux.errors import InputError
 from miniflux.models.flux1 import Flux1, RunBlock, run_block
 from miniflux.sampling.caches import Bill, Branch, Cache
 from miniflux.sampling.guidance import Cfg, Nag, Scale, SkipLayer, scale_at
+from miniflux.sampling.running import advance, start
 from miniflux.sampling.schedules import Schedule, custom_schedule
 from miniflux.sampling.solvers import Solver, State, StepNoise, data, solver
 
@@ -148,7 +149,7 @@ def denoise(
         method.model_calls(schedule.falling),
         bill,
     )
-    x, state, memory = img.float(), State(steps=steps), None
+    x, state, memory = img.float(), start(schedule), None
     if resume is not None:
         x, state, memory = resume.x, resume.state, resume.memory
 
@@ -156,17 +157,17 @@ def denoise(
         if sigma_next > sigma:
             assert rng is not None
             x, state = (
-                add_noise(x, sigma, sigma_next, rng(RESTART_KEY + state.step, x)),
-                replace(state, past=(), kept=()),
+                add_noise(x, sigma, sigma_next, rng(RESTART_KEY + state.skipped + state.step, x)),
+                replace(state, past=(), kept=(), twin=None, share=1.0),
             )
             continue
         step = state.step
         v, memory = tell(x, sigma, step, steps, memory)
         picture = data(x, v, sigma)
-        x, state = method.step(x, v, sigma, sigma_next, state, rng)
+        x, state = advance(method, x, v, sigma, sigma_next, state, rng)
         while state.ask is not None:
             v, memory = tell(x, state.ask, step, steps, memory)
-            x, state = method.step(x, v, sigma, sigma_next, state, rng)
+            x, state = advance(method, x, v, sigma, sigma_next, state, rng)
         if callback is not None:
             replacement = callback(Moment(state.step, steps, sigma_next, x, picture, state, memory))
             x = x if replacement is None else replacement.to(x)

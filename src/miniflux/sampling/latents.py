@@ -44,6 +44,15 @@ def initial_noise(height: int, width: int, seed: int, channels: int = 16) -> Ten
     return torch.randn(1, channels, rows, columns, generator=generator, dtype=torch.float32)
 
 
+def slerp(a: Tensor, b: Tensor, amount: float) -> Tensor:
+    """From a (amount 0) to b (amount 1) along the great circle between them: the norm stays what noise should have."""
+    cosine = float((a.double() * b.double()).sum() / (a.double().norm() * b.double().norm()))
+    angle = math.acos(max(-1.0, min(1.0, cosine)))
+    if math.sin(angle) < 1e-6:
+        return torch.lerp(a, b, amount)
+    return (math.sin((1 - amount) * angle) * a + math.sin(amount * angle) * b) / math.sin(angle)
+
+
 def pack(latent: Tensor) -> Tensor:
     """(B, C, h, w) -> tokens (B, h / 2 * w / 2, C * 4), row by row.
 

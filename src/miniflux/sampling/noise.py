@@ -7,7 +7,6 @@ its neighbours in a batch, or on what was drawn before.
 from __future__ import annotations
 
 import hashlib
-import math
 import struct
 from collections.abc import Sequence
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from miniflux.errors import InputError
 from miniflux.sampling.checks import whole
-from miniflux.sampling.latents import MAX_SEED, initial_noise
+from miniflux.sampling.latents import MAX_SEED, initial_noise, slerp
 from miniflux.sampling.solvers import StepNoise
 
 
@@ -43,15 +42,6 @@ def step_noise(seeds: Sequence[int]) -> StepNoise:
         return torch.stack(rows).to(x)
 
     return draw
-
-
-def slerp(a: Tensor, b: Tensor, amount: float) -> Tensor:
-    """From a (amount 0) to b (amount 1) along the great circle between them: the norm stays what noise should have."""
-    cosine = float((a.double() * b.double()).sum() / (a.double().norm() * b.double().norm()))
-    angle = math.acos(max(-1.0, min(1.0, cosine)))
-    if math.sin(angle) < 1e-6:
-        return torch.lerp(a, b, amount)
-    return (math.sin((1 - amount) * angle) * a + math.sin(amount * angle) * b) / math.sin(angle)
 
 
 def varied_noise(height: int, width: int, seed: int, variation: tuple[int, float], channels: int = 16) -> Tensor:

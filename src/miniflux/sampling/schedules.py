@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import overload
 
@@ -29,10 +29,16 @@ class Schedule(Sequence[float]):
     Attributes:
         name: how it was made.
         sigmas: the levels. They fall, except where a restart goes back up by adding noise.
+        skipped: of a part of a schedule (`from_strength`), whole steps before it.
+        share, begun: how much is left of the first step of that part, above 0 to 1, and the level where the whole step
+            begins.
     """
 
     name: str
     sigmas: tuple[float, ...]
+    skipped: int = 0
+    share: float = 1.0
+    begun: float | None = None
 
     def __post_init__(self) -> None:
         if len(self.sigmas) < 2:
@@ -185,7 +191,7 @@ def _even(steps: int, curve: Curve) -> list[float]:
 
 
 def _flow_euler(steps: int, curve: Curve) -> list[float]:
-    """Evenly spaced from 1 to 1/1000, the lowest trained level: diffusers' flow Euler and Heun that are told no levels."""
+    """Evenly spaced from 1 to 1/1000, the lowest trained level: flow Euler and Heun of diffusers, told no levels."""
     return [curve(t) for t in _spaced(1, 1 / TRAINED, steps)]
 
 
@@ -248,6 +254,11 @@ def _beta_grid(steps: int, curve: Curve) -> list[float]:
     return [_grid(place + 1, curve) for place in dict.fromkeys(places)]
 
 
+def _beta_flow(steps: int, curve: Curve) -> list[float]:
+    """Quantiles of a beta distribution, then moved by the curve: `beta-comfyui` without its table, so no step is lost."""
+    return [curve(beta_quantile(1 - i / steps, BETA_SHAPE, BETA_SHAPE)) for i in range(steps)]
+
+
 def _linear_quadratic(steps: int, curve: Curve, threshold: float = 0.025) -> list[float]:
     """Small equal steps through the first 0.025, half of them, then growing ones (arXiv 2410.13720, section 3.4.3)."""
     if steps == 1:
@@ -285,6 +296,7 @@ SPACINGS: dict[str, Callable[[int, Curve], list[float]]] = {
     "sgm-uniform": _sgm_uniform,
     "ddim-uniform": _ddim_uniform,
     "beta-comfyui": _beta_grid,
+    "beta-flow": _beta_flow,  # what solvers in lambda like best: small steps at both ends
     "linear-quadratic": _linear_quadratic,
     "optimal-steps": _optimal_steps,
 }
@@ -298,7 +310,7 @@ def schedule(spacing: str, steps: int, curve: Curve = unshifted, terminal: float
     Args:
         spacing: a key of `SPACINGS`. `uniform`, `flow-euler`, `flow-dpmpp`, `flow-unipc`, `karras`, `exponential` and
             `beta` are as in diffusers; `simple`, `normal`, `sgm-uniform`, `ddim-uniform`, `beta-comfyui`,
-            `linear-quadratic` and `optimal-steps` as in ComfyUI.
+            `linear-quadratic` and `optimal-steps` as in ComfyUI. `beta-flow` is `beta-comfyui` without rounding.
         steps: how many; `ddim-uniform` may make one more, `beta-comfyui` fewer, as their originals do.
             `linear-quadratic` and `optimal-steps` have levels of their own and ignore the curve.
         curve: `unshifted`, `dynamic_shift(flux1_mu(tokens))`, `static_shift(3.0)` ...
@@ -337,9 +349,8 @@ def from_strength(schedule: Schedule, strength: float) -> Schedule:
     """The part of a schedule that changes a picture by `strength`, from 0 (not at all) to 1 (all of it).
 
     It starts at the level that lies a share of 1 - strength of the steps after the first, between two levels if need
-    be, so that the result changes continuously with the strength, for deterministic solvers of one step. Those that
-    look back jump a little where a step more begins, because their second step then knows more; stochastic ones draw
-    the noise of another step there.
+    be. What is left of that step is told to the solver (`running.advance`), so that the result changes continuously
+    with the strength.
 
     Raises:
         InputError: strength is not a number above 0 and up to 1, or the schedule has restarts.
@@ -352,7 +363,10 @@ def from_strength(schedule: Schedule, strength: float) -> Schedule:
     whole = min(math.floor(place), schedule.steps - 1)
     share = min(place - whole, 1 - 1e-9)
     start = schedule.sigmas[whole] + share * (schedule.sigmas[whole + 1] - schedule.sigmas[whole])
-    return Schedule(schedule.name, (start, *(sigma for sigma in schedule.sigmas[whole + 1 :] if sigma < start)))
+    sigmas = (start, *(sigma for sigma in schedule.sigmas[whole + 1 :] if sigma < start))
+    if share == 0:
+        return replace(schedule, sigmas=sigmas, skipped=whole)
+    return replace(schedule, sigmas=sigmas, skipped=whole, share=1 - share, begun=schedule.sigmas[whole])
 
 
 def with_restarts(schedule: Schedule, low: float, high: float, times: int) -> Schedule:
@@ -372,7 +386,7 @@ def with_restarts(schedule: Schedule, low: float, high: float, times: int) -> Sc
     first, last = ends
     again = schedule.sigmas[first : last + 1] * times
     sigmas = (*schedule.sigmas[: last + 1], *again, *schedule.sigmas[last + 1 :])
-    return Schedule(f"{schedule.name} with {times} restarts", sigmas)
+    return replace(schedule, name=f"{schedule.name} with {times} restarts", sigmas=sigmas)
 
 
 def beta_quantile(p: float, a: float, b: float) -> float:

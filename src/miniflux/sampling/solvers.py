@@ -19,7 +19,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -40,6 +39,8 @@ class State:
         ask: noise level at which the network is wanted before the step is finished; None when it is finished.
         kept: tensors of the step under way.
         past: (noise level, prediction) of earlier steps, the newest first.
+        skipped, share, begun: of the schedule, see `Schedule`.
+        twin: the same run without the memory of a shortened first step, see `running.advance`.
     """
 
     step: int = 0
@@ -47,6 +48,10 @@ class State:
     ask: float | None = None
     kept: tuple[Tensor, ...] = ()
     past: tuple[tuple[float, Tensor], ...] = ()
+    skipped: int = 0
+    share: float = 1.0
+    begun: float | None = None
+    twin: State | None = None
 
     @property
     def left(self) -> float:
@@ -113,7 +118,7 @@ def _exponential(x: Tensor, picture: Tensor, sigma: float, sigma_next: float) ->
 def _fresh(rng: StepNoise | None, state: State, x: Tensor) -> Tensor:
     if rng is None:
         raise InputError("this solver draws noise at every step: rng must be given, got None")
-    return rng(state.step, x)
+    return rng(state.skipped + state.step, x)
 
 
 # Methods on the velocity.
@@ -202,14 +207,15 @@ def dpmpp_2s(
 ) -> tuple[Tensor, State]:
     """DPM-Solver++ with a second call halfway in lambda (arXiv 2211.01095, algorithm 1); first order in the step to 0.
 
-    From sigma 1, where lambda has no middle, the middle of (1 - sigma) / sigma is taken: a second order as well.
+    From sigma 1, where lambda has no middle, the middle of (1 - sigma) / sigma is taken: a second order as well. So it
+    is in a shortened first step that would have begun there.
     """
     if state.ask is None:
         picture = data(x, v, sigma)
         if sigma_next == 0:
             return _exponential(x, picture, sigma, sigma_next), state.done()
-        if sigma == 1:
-            middle = 2 * sigma_next / (1 + sigma_next)
+        if sigma == 1 or (state.begun == 1 and state.step == 0):
+            middle = 2 / (1 / sigma + 1 / sigma_next)
         else:
             middle = 1 / (1 + math.exp((log_snr(sigma) + log_snr(sigma_next)) / 2))
         return _exponential(x, picture, sigma, middle), state.asking(middle, x)
@@ -243,7 +249,7 @@ def dpmpp_3m(
     The formula is that of diffusers and k-diffusion, whose term for the second derivative is half of what a third order
     takes: its order is 2, with a smaller error than `dpmpp_2m`.
     """
-    short = state.steps is not None and state.steps < 15 and state.left == 2
+    short = state.steps is not None and state.skipped + state.steps < 15 and state.left == 2
     if len(state.past) < 2 or sigma_next == 0 or short:
         x_next, after = dpmpp_2m(x, v, sigma, sigma_next, state)
         return x_next, replace(after, past=(after.past[0], *state.past)[:2])
@@ -437,21 +443,3 @@ def solver(name: str) -> Solver:
     except ValueError:
         raise InputError(f"{name!r}: expected a number from 0 to 1 after the colon, got {text!r}") from None
     return replace(SOLVERS[base], name=name, step=WITH_ETA[base](eta), noisy=eta > 0)
-
-
-def integrate(
-    velocity: Callable[[Tensor, float], Tensor],
-    x: Tensor,
-    sigmas: Sequence[float],
-    method: Solver | str = "euler",
-    rng: StepNoise | None = None,
-    state: State | None = None,
-) -> Tensor:
-    """Follow any velocity (latents, noise level) -> v through noise levels. For networks there is `denoise`."""
-    method = solver(method) if isinstance(method, str) else method
-    state = State(steps=len(sigmas) - 1) if state is None else state
-    for sigma, sigma_next in pairwise(sigmas):
-        x, state = method.step(x, velocity(x, sigma), sigma, sigma_next, state, rng)
-        while state.ask is not None:
-            x, state = method.step(x, velocity(x, state.ask), sigma, sigma_next, state, rng)
-    return x
