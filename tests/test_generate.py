@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import miniflux
 from miniflux.errors import InputError
 from miniflux.pipeline import Pipeline
 from miniflux.result import Result, from_image, psnr, to_image
-from miniflux.sampling import Moment, guide, initial_noise
+from miniflux.sampling import SOLVERS, Moment, guide, initial_noise
 
 PROMPT, OTHER = "a red circle on a blue background", "a green star on a white background"
 SMALL = {"width": 64, "height": 64}
@@ -48,10 +49,19 @@ def test_what_stop_shows(pipe: Pipeline) -> None:
 
 def test_strength_is_continuous(pipe: Pipeline) -> None:
     """No cliff at any step boundary: latents a hair apart in strength are a hair apart."""
-    source = draw(pipe, OTHER).images[0]
+    source = draw(pipe, OTHER).latents
     for strength in (0.25, 0.5, 0.75):
         below, above = (draw(pipe, image=source, strength=strength + d, steps=4).latents for d in (-1e-6, 1e-6))
-        assert (above - below).norm() / below.norm() < 1e-3
+        assert (above - below).norm() / below.norm() < 1e-4
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_strength_is_continuous_for_every_solver(pipe: Pipeline, solver: str) -> None:
+    """Across the place where a step more begins, and up to a whole picture: in proportion to the change of strength."""
+    source = draw(pipe, OTHER, steps=4).latents
+    for low, high in ((0.5 - 1e-5, 0.5 + 1e-5), (1 - 2e-5, 1.0)):
+        below, above = (draw(pipe, image=source, strength=s, steps=2, solver=solver).latents for s in (low, high))
+        assert (above - below).norm() / below.norm() < 40 * (high - low)
 
 
 def test_strength_keeps_or_replaces(pipe: Pipeline) -> None:
@@ -157,10 +167,38 @@ def test_previews_resemble_the_picture(pipe: Pipeline) -> None:
     )
     assert previews[-1].size == (96, 64)
     assert psnr(previews[-1], result.images[0]) > 15
-    bare = Pipeline(miniflux.variants.VARIANTS["flux1-dev"], pipe.transformer, pipe.autoencoder, pipe.text)
     assert result.moment is not None
-    with pytest.raises(InputError, match="no preview table for flux1-dev"):
-        bare.preview(result.moment, 96, 64)
+    table = pipe.preview(result.moment, 96, 64, "table")
+    assert psnr(table, result.images[0]) > 15
+    # The tiny decoder is the better one, and so the one that is taken.
+    assert psnr(previews[-1], result.images[0]) > psnr(table, result.images[0]) + 3
+    assert pipe.preview(result.moment, 96, 64, "tiny").tobytes() == previews[-1].tobytes()
+
+
+def test_previews_that_are_not_there(pipe: Pipeline) -> None:
+    """Without a tiny decoder the table is taken; what is asked for by name must be there."""
+    moment = draw(pipe, steps=1).moment
+    assert moment is not None
+    parts = pipe.transformer, pipe.autoencoder, pipe.text
+    without, bare = Pipeline(pipe.variant, *parts), Pipeline(replace(pipe.variant, preview=()), *parts)
+    assert without.preview(moment, 64, 64).tobytes() == pipe.preview(moment, 64, 64, "table").tobytes()
+    with pytest.raises(InputError, match="no preview tiny: weights/README.md says where"):
+        without.preview(moment, 64, 64, "tiny")
+    with pytest.raises(InputError, match=r"no preview table: sampling\.previews\.fit makes one"):
+        bare.preview(moment, 64, 64)
+    with pytest.raises(InputError, match="unknown preview decoder 'large'; known: tiny, table"):
+        pipe.preview(moment, 64, 64, "large")
+
+
+def test_auto_is_what_suits_the_solver(pipe: Pipeline) -> None:
+    """Solvers in lambda take small steps at both ends; models made for few levels keep theirs; the settings say it."""
+    plain, smooth = draw(pipe).settings[0], draw(pipe, solver="dpmpp-2m").settings[0]
+    assert (plain["schedule"], smooth["schedule"]) == ("uniform", "beta-flow")
+    assert smooth["sigmas"][1] > plain["sigmas"][1] and smooth["sigmas"][-2] < plain["sigmas"][-2] / 2
+    asked = draw(pipe, solver="dpmpp-2m", schedule="uniform")
+    assert asked.settings[0]["sigmas"] == plain["sigmas"]
+    schnell = Pipeline(miniflux.variants.VARIANTS["nano-schnell"], pipe.transformer, pipe.autoencoder, pipe.text)
+    assert draw(schnell, solver="dpmpp-2m", steps=4, guidance=None).settings[0]["sigmas"] == [1.0, 0.75, 0.5, 0.25, 0.0]
 
 
 def test_restarts_draw_the_same_scene(pipe: Pipeline) -> None:

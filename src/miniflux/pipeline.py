@@ -25,6 +25,7 @@ from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.flux1 import Flux1
 from miniflux.models.tiny_autoencoder import TinyDecoder
 from miniflux.plan import (
+    AUTO,
     MAX_IMAGES,
     Callback,
     Plan,
@@ -35,6 +36,7 @@ from miniflux.plan import (
     guidance_for,
     levels_for,
     size_for,
+    spacing_for,
 )
 from miniflux.result import Result, checked_output, digest_of, from_image, psnr, to_image
 from miniflux.sampling import (
@@ -116,7 +118,7 @@ class Pipeline:
         t5_length: int | None = None,
         padding: Padding = "released",
         solver: str = "euler",
-        schedule: str | Sequence[float] = "uniform",
+        schedule: str | Sequence[float] = AUTO,
         shift: float | None = None,
         restart: tuple[float, float, int] | None = None,
         guide: Cfg | None = None,
@@ -149,7 +151,8 @@ class Pipeline:
             t5_length: T5 tokens per prompt; None for the variant's own.
             padding: what becomes of the places behind a short prompt, see `miniflux.text.Padding`.
             solver: a name of `sampling.SOLVERS`; some take a number, `ddim:0.5`.
-            schedule: a name of `sampling.schedules.SPACINGS`, or noise levels of your own.
+            schedule: a name of `sampling.schedules.SPACINGS`, or noise levels of your own. `auto` for what suits the
+                solver; `settings` then names it.
             shift: a static shift of the noise levels, 1 for none; None for the model's own, which depends on the size.
             restart: (low, high, times), see `sampling.with_restarts`.
             guide: how other texts steer, see `sampling.guide`.
@@ -193,7 +196,8 @@ class Pipeline:
             raise InputError(f"strength {strength!r} says how much of an image to change, and no image is given")
 
         # 2. Noise levels, from 1 to 0, and how to step from each to the next.
-        levels = levels_for(self.variant, schedule, steps, rows * columns, shift)
+        method = find_solver(solver)
+        levels = levels_for(self.variant, schedule, steps, rows * columns, shift, method)
         levels = levels if image is None else from_strength(levels, strength)
         levels = levels if restart is None else with_restarts(levels, *restart)
         plan = Plan(
@@ -201,7 +205,7 @@ class Pipeline:
             columns=columns,
             levels=levels,
             guidance=guidance_for(self.variant, self.transformer.config.guidance_embed, guidance),
-            method=find_solver(solver),
+            method=method,
             guide=guide,
             cache=cache_for(self.variant, cache),
             resume=resume,
@@ -220,7 +224,9 @@ class Pipeline:
             "padding": padding,
             **plan.described(),
             "steps_asked": self.variant.steps if steps is None and isinstance(schedule, str) else steps,
-            "schedule": schedule if isinstance(schedule, str) else [float(level) for level in schedule],
+            "schedule": spacing_for(self.variant, method, schedule)
+            if isinstance(schedule, str)
+            else [float(level) for level in schedule],
             "shift": shift,
             "restart": None if restart is None else list(restart),
             "negative": negative,

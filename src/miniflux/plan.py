@@ -20,7 +20,7 @@ from miniflux.sampling.caches import Cache
 from miniflux.sampling.checks import check_number, whole
 from miniflux.sampling.guidance import Cfg, Scale
 from miniflux.sampling.latents import PATCH, PIXELS_PER_TOKEN
-from miniflux.sampling.schedules import dynamic_shift, flux1_mu, static_shift, unshifted
+from miniflux.sampling.schedules import SPACINGS, dynamic_shift, flux1_mu, static_shift, unshifted
 from miniflux.variants import Variant
 
 log = logging.getLogger(__name__)
@@ -119,8 +119,25 @@ class Watcher:
         return replacement
 
 
+AUTO = "auto"
+
+
+def spacing_for(variant: Variant, method: Solver, spacing: str) -> str:
+    """How the steps are spread: of `auto`, the way that suits the solver. Models made for a few levels keep those."""
+    if spacing not in (AUTO, *SPACINGS):
+        raise InputError(f"unknown schedule {spacing!r}; known: {', '.join((AUTO, *SPACINGS))}")
+    if spacing != AUTO:
+        return spacing
+    return method.spacing if variant.shift else "uniform"
+
+
 def levels_for(
-    variant: Variant, spacing: str | Sequence[float], steps: int | None, tokens: int, shift: float | None
+    variant: Variant,
+    spacing: str | Sequence[float],
+    steps: int | None,
+    tokens: int,
+    shift: float | None,
+    method: Solver,
 ) -> Schedule:
     """The noise levels of a whole picture of so many tokens; None for what the variant was made for."""
     steps = None if steps is None else whole("steps", steps, 1, MAX_STEPS)
@@ -133,7 +150,7 @@ def levels_for(
         return levels
     own = dynamic_shift(flux1_mu(tokens)) if variant.shift else unshifted
     curve = own if shift is None else static_shift(shift)
-    return make_schedule(spacing, variant.steps if steps is None else steps, curve)
+    return make_schedule(spacing_for(variant, method, spacing), variant.steps if steps is None else steps, curve)
 
 
 def guidance_for(variant: Variant, embedded: bool, guidance: Scale | None) -> Scale | None:

@@ -33,7 +33,7 @@ def flow(name: str, **options):
 @pytest.mark.parametrize("name", DPMPP)
 @pytest.mark.parametrize("shift", SHIFTS)
 def test_dpmpp(name: str, shift: float, steps: int) -> None:
-    """`use_flow_sigmas` with a static `flow_shift`. DEIS and SA-Solver write their last level twice and never reach 0."""
+    """`use_flow_sigmas`, a static `flow_shift`. DEIS and SA-Solver write their last level twice and never reach 0."""
     theirs = levels(flow(name, flow_shift=shift), steps)
     ours = list(schedule("flow-dpmpp", steps, static_shift(shift)))
     assert ours[:-1] == pytest.approx(theirs[:-1], abs=1e-6)
@@ -112,8 +112,8 @@ def test_theirs_remembers_mu() -> None:
 
 
 def test_theirs_mixes_two_kinds_of_noise_level() -> None:
-    """With exponential or beta spacing, their UniPC takes levels of the other kind of diffusion (noise over signal, up to
-    about 150) for flows; of ours none is above 1."""
+    """With exponential or beta spacing, their UniPC takes levels of the other kind of diffusion (noise over signal, up
+    to about 150) for flows; of ours none is above 1."""
     for option in ("use_exponential_sigmas", "use_beta_sigmas"):
         if option == "use_beta_sigmas":
             pytest.importorskip("scipy")

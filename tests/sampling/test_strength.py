@@ -8,7 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from miniflux.sampling import SOLVERS, Schedule, State, add_noise, from_strength, integrate, schedule, step_noise
+from miniflux.sampling import (
+    SOLVERS,
+    Schedule,
+    State,
+    add_noise,
+    from_strength,
+    integrate,
+    schedule,
+    solver,
+    step_noise,
+)
+from miniflux.sampling.running import advance, start
 from miniflux.sampling.schedules import dynamic_shift
 from tests.sampling.test_solvers import CONSTANTS, curved, velocity
 
@@ -39,8 +50,8 @@ def steepest(name: str, whole: Schedule, places: list[float], flow: str) -> floa
 @pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("flow", FLOWS)
 def test_continuous(name: str, flow: str) -> None:
-    """However fine the grid, neighbours are no further apart than in proportion to their distance: also across the
-    places where a step more begins, at both ends, and for solvers that look back or draw noise."""
+    """However fine the grid, neighbours are no further apart than in proportion to their distance: also where a step
+    more begins, at both ends, and for solvers that look back or draw noise."""
     assert steepest(name, SCHEDULES[0], [i / 60 + 1e-4 for i in range(60)], flow) < BOUND
     for whole in SCHEDULES:
         for boundary in sorted({1, 2, whole.steps // 2, whole.steps - 1, whole.steps}):
@@ -51,12 +62,11 @@ def test_continuous(name: str, flow: str) -> None:
 @pytest.mark.parametrize("name", EVERY)
 def test_whole_steps_are_a_plain_run(name: str) -> None:
     """Where a step begins, nothing is special but the number of the step that noise is keyed by."""
-    whole = schedule("uniform", 8)
+    whole, keyed = schedule("uniform", 8), step_noise([5])
     for done in (0, 3, 7):
         part = from_strength(whole, 1 - done / 8)
         assert list(part) == list(whole)[done:] and (part.skipped, part.share) == (done, 1)
         begin = add_noise(SOURCE, 0.0, part[0], NOISE)
-        keyed = step_noise([5])
         expected = integrate(velocity, begin, list(part), name, lambda step, x, d=done: keyed(step + d, x))
         assert torch.equal(integrate(velocity, begin, part, name, keyed), expected)
 
@@ -87,10 +97,7 @@ def test_noise_keeps_its_size(name: str) -> None:
 
 
 def test_memory_is_handed_over() -> None:
-    """The twin run lives only while the shortened step is remembered, and is part of the state that a run resumes from."""
-    from miniflux.sampling.running import advance, start
-    from miniflux.sampling.solvers import solver
-
+    """The twin run lives only while the shortened step is remembered; it is part of what a run resumes from."""
     part, method = from_strength(schedule("uniform", 8), 0.8), solver("unipc-3")
     x, state = NOISE, start(part)
     twins = []

@@ -89,8 +89,8 @@ def _sampling_options(generate: argparse.ArgumentParser) -> None:
         "--solver", default="euler", metavar="NAME", help="euler (default), heun, dpmpp-2m, unipc ..."
     )
     sampling.add_argument(
-        "--schedule", type=_spacing, default="uniform", metavar="NAME|LEVELS", help="uniform (default), karras, beta, "
-        "simple ..., or noise levels of your own: 1,0.8,0.5,0",
+        "--schedule", type=_spacing, default="auto", metavar="NAME|LEVELS", help="auto (what suits the solver), "
+        "uniform, karras, beta ..., or noise levels of your own: 1,0.8,0.5,0",
     )  # fmt: skip
     sampling.add_argument("--shift", type=float, metavar="X", help="static shift of the noise levels; 1 for none")
     sampling.add_argument("--cfg", type=float, metavar="X", help="scale of guidance by a second text; 1 has no effect")

@@ -29,9 +29,9 @@ SIGNS: list[tuple[type[nn.Module], tuple[str, ...]]] = [
     (Flux1, ("img_in.weight", "x_embedder.weight")),
     (Autoencoder, ("decoder.conv_in.weight",)),
     (ClipTextEncoder, ("text_model.final_layer_norm.weight", "embeddings.token_embedding.weight")),
-    (TinyDecoder, ("3.conv.0.weight", "decoder.layers.2.conv.0.weight")),
     (T5Encoder, ("encoder.final_layer_norm.weight", "enc.output_norm.weight")),
 ]
+TINY_SIGNS = ("3.conv.0.weight", "decoder.layers.2.conv.0.weight")  # never behind a prefix: too short to tell
 
 # What all-in-one files carry beside the networks, by the last part of the key, and why nothing is lost without it.
 REDUNDANT_STRAYS = {
@@ -43,7 +43,8 @@ QUANTISATION = "_quantization_metadata"  # ComfyUI's: a JSON text whose `layers`
 
 def network_of(entries: Mapping[str, Any]) -> type[nn.Module] | None:
     """Which network these keys belong to, or None. Keys behind a prefix are not looked at."""
-    return next((kind for kind, signs in SIGNS if any(sign in entries for sign in signs)), None)
+    named = [*SIGNS, (TinyDecoder, TINY_SIGNS)]
+    return next((kind for kind, signs in named if any(sign in entries for sign in signs)), None)
 
 
 def networks_in(keys: Collection[str]) -> dict[type[nn.Module], str]:

@@ -255,7 +255,7 @@ def _beta_grid(steps: int, curve: Curve) -> list[float]:
 
 
 def _beta_flow(steps: int, curve: Curve) -> list[float]:
-    """Quantiles of a beta distribution, then moved by the curve: `beta-comfyui` without its table, so no step is lost."""
+    """Quantiles of a beta distribution, moved by the curve: `beta-comfyui` without its table, so no step is lost."""
     return [curve(beta_quantile(1 - i / steps, BETA_SHAPE, BETA_SHAPE)) for i in range(steps)]
 
 

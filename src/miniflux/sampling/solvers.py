@@ -82,6 +82,8 @@ class Solver:
         last_calls: of the network, for a step that ends at noise level 0.
         noisy: whether it draws fresh noise.
         start_order: of the error that its first steps leave behind, where that is lower than `order`.
+        spacing: of the steps, that suits it (`schedules.SPACINGS`). Solvers in lambda have only a first order at both
+            ends of a run, where lambda is infinite, and take small steps there.
     """
 
     name: str
@@ -91,6 +93,7 @@ class Solver:
     last_calls: int = 1
     noisy: bool = False
     start_order: int | None = None
+    spacing: str = "uniform"
 
     def model_calls(self, sigmas: Sequence[float]) -> int:
         """How often a run through these noise levels calls the network."""
@@ -401,6 +404,7 @@ def renoise(
     return (1 - sigma_next) * picture + sigma_next * _fresh(rng, state, x), state.done()
 
 
+IN_LAMBDA = "beta-flow"
 SOLVERS: dict[str, Solver] = {
     solver.name: solver
     for solver in (
@@ -409,15 +413,15 @@ SOLVERS: dict[str, Solver] = {
         Solver("midpoint", midpoint, 2, calls=2, last_calls=2),
         Solver("rk4", rk4, 4, calls=4, last_calls=4),
         Solver("ipndm", ipndm, 4, start_order=2),
-        Solver("dpmpp-2m", dpmpp_2m, 2),
-        Solver("dpmpp-2s", dpmpp_2s, 2, calls=2),
-        Solver("dpmpp-2m-sde", dpmpp_2m_sde, 1, noisy=True),
-        Solver("dpmpp-3m", dpmpp_3m, 2),
-        Solver("res-multistep", res_multistep, 2),
-        Solver("unipc", unipc(2), 3, start_order=2),
-        Solver("unipc-1", unipc(1), 2),
-        Solver("unipc-2", unipc(2), 3, start_order=2),
-        Solver("unipc-3", unipc(3), 4, start_order=2),
+        Solver("dpmpp-2m", dpmpp_2m, 2, spacing=IN_LAMBDA),
+        Solver("dpmpp-2s", dpmpp_2s, 2, calls=2, spacing=IN_LAMBDA),
+        Solver("dpmpp-2m-sde", dpmpp_2m_sde, 1, noisy=True, spacing=IN_LAMBDA),
+        Solver("dpmpp-3m", dpmpp_3m, 2, spacing=IN_LAMBDA),
+        Solver("res-multistep", res_multistep, 2, spacing=IN_LAMBDA),
+        Solver("unipc", unipc(2), 3, start_order=2, spacing=IN_LAMBDA),
+        Solver("unipc-1", unipc(1), 2, spacing=IN_LAMBDA),
+        Solver("unipc-2", unipc(2), 3, start_order=2, spacing=IN_LAMBDA),
+        Solver("unipc-3", unipc(3), 4, start_order=2, spacing=IN_LAMBDA),
         Solver("ddim", ddim(), 1),
         Solver("euler-ancestral", euler_ancestral(), 1, noisy=True),
         Solver("lcm", renoise, 1, noisy=True),

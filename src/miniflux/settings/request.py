@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
 from miniflux.errors import InputError, SettingsError
-from miniflux.plan import MAX_IMAGES, guidance_for, levels_for, size_for
-from miniflux.sampling import CACHES, GUIDES, from_strength, solver, with_restarts
+from miniflux.plan import AUTO, MAX_IMAGES, guidance_for, levels_for, size_for
+from miniflux.sampling import CACHES, GUIDES, Schedule, from_strength, solver, with_restarts
 from miniflux.sampling.caches import Cache, Measure
 from miniflux.sampling.checks import check_number, made, whole
 from miniflux.sampling.guidance import Cfg
@@ -109,7 +109,7 @@ class Request:
     guidance: float | AtLevels | None = None
     guide: Cfg | None = None
     solver: str = "euler"
-    schedule: str | tuple[float, ...] = "uniform"
+    schedule: str | tuple[float, ...] = AUTO
     shift: float | None = None
     restart: tuple[float, float, int] | None = None
     variation: tuple[int, float] | None = None
@@ -164,7 +164,7 @@ class Request:
             InputError: as `Pipeline.generate`.
         """
         width, height = size_for(chosen, chosen.autoencoder, self.width, self.height)
-        levels = levels_for(chosen, self._spacing, self.steps, self._tokens(chosen, width, height), self.shift)
+        levels = self._whole(chosen, width, height)
         if self.image is not None:
             levels = from_strength(levels, self.strength)
         if self.restart is not None:
@@ -177,10 +177,11 @@ class Request:
     def _spacing(self) -> str | list[float]:
         return self.schedule if isinstance(self.schedule, str) else list(self.schedule)
 
-    @staticmethod
-    def _tokens(chosen: Variant, width: int, height: int) -> int:
+    def _whole(self, chosen: Variant, width: int, height: int) -> Schedule:
+        """The noise levels before `strength` and `restart`."""
         side = chosen.autoencoder.downscale * PATCH
-        return (width // side) * (height // side)
+        tokens = (width // side) * (height // side)
+        return levels_for(chosen, self._spacing, self.steps, tokens, self.shift, solver(self.solver))
 
     def size(self, chosen: Variant) -> tuple[int, int]:
         """Width and height that will be drawn, in pixels."""
@@ -189,7 +190,7 @@ class Request:
     def steps_in_all(self, chosen: Variant) -> int:
         """Steps of all pictures together, as `progress` counts them."""
         width, height = self.size(chosen)
-        levels = levels_for(chosen, self._spacing, self.steps, self._tokens(chosen, width, height), self.shift)
+        levels = self._whole(chosen, width, height)
         levels = levels if self.image is None else from_strength(levels, self.strength)
         levels = levels if self.restart is None else with_restarts(levels, *self.restart)
         return self.images * (levels.steps if self.stop is None else self.stop)
