@@ -194,7 +194,7 @@ def test_auto_is_what_suits_the_solver(pipe: Pipeline) -> None:
     """Solvers in lambda take small steps at both ends; models made for few levels keep theirs; the settings say it."""
     plain, smooth = draw(pipe).settings[0], draw(pipe, solver="dpmpp-2m").settings[0]
     assert (plain["schedule"], smooth["schedule"]) == ("uniform", "beta-flow")
-    assert smooth["sigmas"][1] > plain["sigmas"][1] and smooth["sigmas"][-2] < plain["sigmas"][-2] / 2
+    assert smooth["sigmas"][1] > plain["sigmas"][1] and smooth["sigmas"][-2] < 0.6 * plain["sigmas"][-2]
     asked = draw(pipe, solver="dpmpp-2m", schedule="uniform")
     assert asked.settings[0]["sigmas"] == plain["sigmas"]
     schnell = Pipeline(miniflux.variants.VARIANTS["nano-schnell"], pipe.transformer, pipe.autoencoder, pipe.text)

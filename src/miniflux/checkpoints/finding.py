@@ -148,7 +148,9 @@ def find(variant: Variant, first: Iterable[Path] = (), given: Mapping[str, Path]
         raise InputError(f"unknown part {unknown[0]!r} of a model; parts are {', '.join(known)}")
     found, missing = found_parts(variant, first, {part: given[part] for part in given if part in PARTS})
     for part, names in OPTIONAL.items():
-        usual = [folder / name.format(tiny_file=variant.tiny_file) for folder in places(variant, first) for name in names]
+        usual = [
+            folder / name.format(tiny_file=variant.tiny_file) for folder in places(variant, first) for name in names
+        ]
         candidates = [given[part]] if part in given else usual
         chosen = next((path for path in candidates if _holds(path, part)), None)
         if chosen is not None:
