@@ -18,7 +18,8 @@ FORGE = """a lighthouse in fog <lora:realism:0.8>, film photograph, 35mm, (grain
 second line
 Negative prompt: cartoon, people"""
 FORGE += (
-    "\nSteps: 12, Sampler: DPM++ 2M, Schedule type: Simple, CFG scale: 2.5, Distilled CFG Scale: 3.2, Seed: 2874518412, "
+    "\nSteps: 12, Sampler: DPM++ 2M, Schedule type: Simple, CFG scale: 2.5, Distilled CFG Scale: 3.2, "
+    "Seed: 2874518412, "
     "Size: 896x1152, Model hash: 4610115bb0, Model: flux1-dev, "
     'Lora hashes: "realism: 8c1b, other: 11", Denoising strength: 0.6, Version: f2.0.1'
 )

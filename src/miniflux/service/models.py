@@ -177,22 +177,29 @@ class Models:
             pipe = load(key[0], weights=self.weights, device=self.device, dtype=key[1], cache=self.results)
             with self._lock:
                 self._loaded[key] = loaded = _Loaded(pipe)
+            self._let_go(0, key)  # in a wider precision than that of its files it is larger than they are
             return loaded
 
     def _make_room(self, name: str) -> None:
         """Let models go until there is room for the files of another one."""
-        if self.max_bytes is None or name not in VARIANTS:
-            return
-        room = self.max_bytes - sum(stamp.size for _, stamp in stamped(find(variant(name), self._first())))
+        if self.max_bytes is not None and name in VARIANTS:
+            self._let_go(sum(stamp.size for _, stamp in stamped(find(variant(name), self._first()))))
+
+    def _let_go(self, wanted: int, kept: tuple[str, str | None] | None = None) -> None:
+        """Let go of what nobody uses, the least recently used first, until so many more bytes are within the bound."""
+        gone = False
         with self._lock:
-            for key in [key for key, loaded in self._loaded.items() if not loaded.users]:
-                if sum(loaded.bytes for loaded in self._loaded.values()) <= room:
+            for key in [key for key, loaded in self._loaded.items() if not loaded.users and key != kept]:
+                total = wanted + sum(loaded.bytes for loaded in self._loaded.values())
+                if self.max_bytes is None or total <= self.max_bytes:
                     break
-                log.info("letting go of %s to make room for %s", key[0], name)
+                log.info("letting go of %s: %d bytes of weights are too many", key[0], total)
                 del self._loaded[key]
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+                gone = True
+        if gone:
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
     # Work for the queue
 
