@@ -69,9 +69,7 @@ def order(folder: Path) -> None:
     each = {session: [seed for who, seed in delivered if who == session] for session in sessions}
     ordered = all(seeds == sorted(seeds) for seeds in each.values())
     print(f"64 requests of 8 sessions: {right} answered with their own picture, {len(delivered)} delivered, ", end="")
-    print(
-        f"{len(set(delivered))} different, {kept} in the history; in order: {all(x == sorted(x) for x in each.values())}"
-    )
+    print(f"{len(set(delivered))} different, {kept} in the history; in order: {ordered}")
 
 
 def answers(folder: Path) -> None:
