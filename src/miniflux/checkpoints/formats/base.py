@@ -118,13 +118,13 @@ class Format(ABC):
         return stored.unpack(parts, out)
 
     def checked(self, weight: Tensor) -> Tensor:
-        """The weight in float32, if this format can hold it."""
+        """The weight, if this format can hold it. It may be large: what works on it widens a piece at a time."""
         if not self.holds(tuple(weight.shape)):
             needs = f"rows of a multiple of {self.multiple}" if self.multiple > 1 else "a matrix"
             if self.whole > 1:
                 needs = f"a multiple of {self.whole} numbers"
             raise CheckpointError(f"{self.label} needs {needs}, got the shape {list(weight.shape)}")
-        return weight.detach().float()
+        return weight.detach()
 
 
 def need(kinds: Mapping[str, Kind], name: str, *dtypes: torch.dtype) -> tuple[int, ...]:

@@ -49,15 +49,21 @@ class FourBit(Format):
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
         weight = self.checked(weight)
         blocks = weight.reshape(-1, BLOCK)
-        absmax = blocks.abs().amax(dim=1)
-        scaled = blocks / torch.where(absmax > 0, absmax, torch.ones_like(absmax))[:, None]
         table = torch.tensor(TABLES[self.name], device=weight.device)
         order = table.argsort(stable=True)
         bounds = torch.tensor([(a + b) / 2 for a, b in pairwise(table[order].tolist())], device=weight.device)
-        codes = order[torch.bucketize(scaled, bounds)].to(torch.uint8).reshape(-1, 2)
+        codes = torch.empty(len(blocks) * BLOCK // 2, 1, dtype=torch.uint8, device=weight.device)
+        absmax = torch.empty(len(blocks), device=weight.device)
+        for piece in pieces(len(blocks), BLOCK):
+            some = blocks[piece].float()
+            top = some.abs().amax(dim=1)
+            scaled = some / torch.where(top > 0, top, torch.ones_like(top))[:, None]
+            pairs = order[torch.bucketize(scaled, bounds)].to(torch.uint8).reshape(-1, 2)
+            absmax[piece] = top
+            codes[piece.start * BLOCK // 2 : piece.stop * BLOCK // 2] = pairs[:, :1] << 4 | pairs[:, 1:]
         state = {"quant_type": self.name, "blocksize": BLOCK, "dtype": "float32", "shape": list(weight.shape)}
         return {
-            WEIGHT: codes[:, :1] << 4 | codes[:, 1:],
+            WEIGHT: codes,
             ABSMAX: absmax,
             MAP: table,
             self.state: torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8),

@@ -172,7 +172,7 @@ class Ggml(Format):
             )
         weight = self.checked(weight)
         numbers = weight.reshape(-1, self.block.numbers)
-        made = [packer(numbers[piece]) for piece in pieces(len(numbers), 8 * self.block.numbers)]
+        made = [packer(numbers[piece].float()) for piece in pieces(len(numbers), 8 * self.block.numbers)]
         return {WEIGHT: torch.cat(made).view(len(weight), -1)}
 
     def read(self, kinds: Mapping[str, Kind], get: Get) -> Stored:

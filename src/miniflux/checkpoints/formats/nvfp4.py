@@ -33,7 +33,7 @@ class Nvfp4(Format):
         self.name, self.label, self.comfy = name, label, comfy
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
-        weight = self.checked(weight)
+        weight = self.checked(weight).float()
         top = largest(torch.float8_e4m3fn)
         whole = weight.abs().amax() / (top * E2M1[-1])
         whole = torch.where(whole > 0, whole, torch.ones_like(whole))

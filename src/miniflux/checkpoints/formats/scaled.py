@@ -47,15 +47,26 @@ class Scaled(Format):
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
         weight, top = self.checked(weight), largest(self.dtype)
-        if self.scaling == "none":
-            return {WEIGHT: weight.clamp(-top, top).to(self.dtype)}
-        amax = weight.abs().amax(dim=1, keepdim=True) if self.scaling == "row" else weight.abs().amax()
-        scale = torch.where(amax > 0, amax / top, torch.ones_like(amax))
-        scaled = weight / scale
-        q = scaled.clamp(-top, top).to(self.dtype) if self.dtype.is_floating_point else scaled.round().to(self.dtype)
+        q = torch.empty(weight.shape, dtype=self.dtype, device=weight.device)
+        scale = self._scale(weight)
+        for piece in pieces(*weight.shape):
+            rows = weight[piece].float()
+            if scale is not None:
+                rows = rows / (scale if scale.ndim == 0 else scale[piece])
+            q[piece] = (rows.clamp(-top, top) if self.dtype.is_floating_point else rows.round()).to(self.dtype)
+        if scale is None:
+            return {WEIGHT: q}
         if self.scaling == "row" and self.dtype.is_floating_point:
             scale = scale[:, 0]  # as Black Forest Labs' files have it
         return {WEIGHT: q, self.scale: scale}
+
+    def _scale(self, weight: Tensor) -> Tensor | None:
+        """What the largest number, of the weight or of each row, is divided by to become the largest of the dtype."""
+        if self.scaling == "none":
+            return None
+        tops = [weight[piece].float().abs().amax(dim=1, keepdim=True) for piece in pieces(*weight.shape)]
+        amax = torch.cat(tops) if self.scaling == "row" else torch.cat(tops).amax()
+        return torch.where(amax > 0, amax / largest(self.dtype), torch.ones_like(amax))
 
     def read(self, kinds: Mapping[str, Kind], get: Get) -> Stored:
         shape = need(kinds, WEIGHT, *(FLOAT8.values() if self.dtype.is_floating_point else (self.dtype,)))
