@@ -244,10 +244,12 @@ def parser() -> argparse.ArgumentParser:
     solvers.add_argument("--plot", metavar="FILE", help="draw it: .png, .svg or .pdf (needs miniflux[study])")
     solvers.set_defaults(run=_study_solvers)
 
+    from miniflux.apps import convert as convert_files
     from miniflux.apps import fetch, replay
 
     replay.add(commands)
     fetch.add(commands)
+    convert_files.add(commands)
 
     for command in (generate, inspect, inspect_lora, convert, merge, extract, schedules, solvers):
         command.add_argument("-v", "--verbose", action="store_true", help="say more about what is done")

@@ -1,0 +1,68 @@
+"""`miniflux convert`: model files in another layout or format."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+PROMPTS = ("a red circle on a blue background", "a green ring left of a white heart on a black background")
+WORST = 10  # layers that are listed unless -v asks for all
+
+
+def add(commands: Any) -> None:
+    """Add the command to the command line."""
+    convert = commands.add_parser(
+        "convert",
+        help="write model files in another layout or format",
+        description="Write a transformer, an autoencoder, a text encoder, or all of them in another layout, another "
+        "format, or both. One tensor is in memory at a time; an interrupted run goes on where it stopped; the result "
+        "is read back and compared, and the error of every layer is told.",
+        epilog="Formats: float32, float16, bfloat16; fp8 (scaled, as ComfyUI has it), fp8_e4m3, fp8_e5m2, fp8_rows, "
+        "int8, nf4, fp4, nvfp4 to .safetensors; Q8_0, Q5_1, Q5_0, Q4_1, Q4_0, Q5_K, Q4_K to .gguf (miniflux[gguf]). "
+        "Of a transformer and of text encoders the linears of the blocks are packed; everything else keeps its dtype.",
+    )
+    convert.add_argument("source", metavar="IN", help="a file, a folder with shards, or a model folder")
+    convert.add_argument("target", metavar="OUT", help="ends in .safetensors or .gguf; without ending a folder")
+    convert.add_argument(
+        "--layout", metavar="NAME", help="original, diffusers or all-in-one; default: that of the source"
+    )
+    convert.add_argument("--format", metavar="NAME", help="how weights are stored; default: as they are")
+    convert.add_argument(
+        "--picture", action="store_true", help="draw with both and tell how far apart the pictures are (PSNR)"
+    )
+    convert.add_argument("--weights", metavar="FOLDER", help="for --picture: where the model's other files are")
+    convert.add_argument("-v", "--verbose", action="store_true", help="list every layer, and say more")
+    convert.set_defaults(run=_convert)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from miniflux.checkpoints import convert
+
+    with tqdm(unit="tensor", leave=False, disable=not sys.stderr.isatty()) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        made = convert(options.source, options.target, layout=options.layout, format=options.format, progress=progress)
+    print(made.report(None if options.verbose else WORST))
+    if options.picture:
+        for prompt, value in pictures(options.source, options.target, options.weights).items():
+            print(f"picture: PSNR {value:.1f} dB, {prompt!r}")
+
+
+def pictures(before: str | Path, after: str | Path, weights: str | Path | None = None) -> dict[str, float]:
+    """PSNR between the pictures that two files draw, by prompt, in dB; with seed 0 and the defaults of the model.
+
+    Raises:
+        MinifluxError: either cannot be loaded as a pipeline.
+    """
+    from miniflux.pipeline import load
+    from miniflux.result import psnr
+
+    drawn = [load(path, weights=weights).generate(list(PROMPTS), seed=0).images for path in (before, after)]
+    return {prompt: psnr(a, b) for prompt, a, b in zip(PROMPTS, *drawn, strict=True)}

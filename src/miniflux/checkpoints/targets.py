@@ -1,0 +1,218 @@
+"""What becomes of each tensor when a file is converted: its name in the new layout, and how it is stored.
+
+Which weights are packed is a table: those of the blocks' linears, where nearly all numbers are. What stays as it is:
+
+- the embedders and the last layer (`img_in`, `txt_in`, `time_in`, `vector_in`, `guidance_in`, `final_layer`): 0.5 % of
+  FLUX.1's weights, and everything passes through them. city96's GGUF files and ComfyUI's scaled float8 files keep them;
+- norms and biases: vectors, which cost nothing;
+- embeddings and T5's position biases, which are looked up, not multiplied;
+- the autoencoder: its convolutions decide about every pixel, and it has 0.7 % of the size.
+
+The modulation is packed, as in those files: it has a quarter of FLUX.1's weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+from torch import nn
+
+from miniflux.checkpoints.files import TensorSource
+from miniflux.checkpoints.formats import FORMATS, Format
+from miniflux.checkpoints.formats.base import WEIGHT, Kind
+from miniflux.checkpoints.formats.ggml import BLOCKS, Ggml
+from miniflux.checkpoints.formats.ggml_packing import PACKERS
+from miniflux.checkpoints.formats.reading import contents_of
+from miniflux.checkpoints.layouts import Origin, hidden_size, origins, to_theirs
+from miniflux.errors import InputError
+from miniflux.models.autoencoder import Autoencoder
+from miniflux.models.clip import ClipTextEncoder
+from miniflux.models.flux1 import Flux1
+from miniflux.models.t5 import T5Encoder
+
+# Linears are packed whose names begin so.
+PACKED: dict[type[nn.Module], tuple[str, ...]] = {
+    Flux1: ("double_blocks.", "single_blocks."),
+    ClipTextEncoder: ("text_model.encoder.layers.",),
+    T5Encoder: ("encoder.block.",),
+    Autoencoder: (),
+}
+FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+ALIASES = {
+    "fp8": "fp8_scaled",
+    "fp32": "float32",
+    "f32": "float32",
+    "fp16": "float16",
+    "f16": "float16",
+    "bf16": "bfloat16",
+}
+# What llama.cpp's quantiser takes for matrices whose rows are no multiple of 256 (`llama-quant.cpp`).
+FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1"}
+
+Encoding = Format | torch.dtype
+"""How a tensor is stored: packed, or as numbers of a dtype."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One tensor of the new file, packed or not.
+
+    Attributes:
+        key: its name there.
+        ours: the tensor of the network that it is, or is a part of.
+        shape: of its numbers.
+        encoding: how they are stored.
+        parts: what is written, by full name: dtype and shape of each.
+        was: the dtype in the old file; None where it was packed.
+    """
+
+    key: str
+    ours: str
+    shape: tuple[int, ...]
+    encoding: Encoding
+    parts: dict[str, Kind]
+    was: torch.dtype | None
+
+    @property
+    def layer(self) -> str:
+        """The name that parts of a packed weight have in common."""
+        return self.key.removesuffix("." + WEIGHT)
+
+    @property
+    def label(self) -> str:
+        """What people call the encoding."""
+        encoding = self.encoding
+        return str(encoding).removeprefix("torch.") if isinstance(encoding, torch.dtype) else encoding.label
+
+    @property
+    def lossless(self) -> bool:
+        """Whether every number of the old file can be said."""
+        return self.was is not None and isinstance(self.encoding, torch.dtype) and holds(self.encoding, self.was)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a network becomes.
+
+    Attributes:
+        network: on the meta device.
+        source: the old file.
+        layout: of the new one.
+        shapes: of the network's tensors.
+        tensors: in the order of the network's own; some of those become several.
+        before, after: which keys of the old and the new file each tensor of the network has.
+        kept: weights that the format was meant for and cannot hold, with what is done instead.
+    """
+
+    network: nn.Module
+    source: TensorSource
+    layout: str
+    shapes: dict[str, tuple[int, ...]]
+    tensors: list[Target]
+    before: dict[str, Origin]
+    after: dict[str, Origin]
+    kept: dict[str, str] = field(default_factory=dict)
+
+
+def writable() -> list[str]:
+    """Names of all formats that `convert` writes."""
+    return [*FLOATS, *(name for name, form in FORMATS.items() if not isinstance(form, Ggml) or name in PACKERS)]
+
+
+def find_format(name: str) -> Encoding:
+    """A format by its name: upper or lower case, `fp8 scaled` or `fp8_scaled`, `fp8` and `bf16` for short.
+
+    Raises:
+        InputError: there is none of this name that can be written; the message lists those there are.
+    """
+    plain = "_".join(name.lower().replace("-", " ").replace("_", " ").split())
+    plain = ALIASES.get(plain, plain)
+    found = next((known for known in writable() if known.lower() == plain), None)
+    if found is None:
+        raise InputError(f"unknown format {name!r}; written are {', '.join([*writable(), *ALIASES])}")
+    return FLOATS.get(found) or FORMATS[found]
+
+
+def holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
+    """Whether every number of one floating dtype is one of the other."""
+    a, b = torch.finfo(wide), torch.finfo(narrow)
+    return a.eps <= b.eps and a.max >= b.max and a.smallest_normal <= b.smallest_normal
+
+
+def targets(
+    network: nn.Module, source: TensorSource, layouts: tuple[str, str], encoding: Encoding | None, gguf: bool
+) -> Targets:
+    """What becomes of each tensor of a network.
+
+    Args:
+        network: on the meta device, of the sizes in the file.
+        layouts: that of the source, and that of the result.
+        encoding: for numbers of all tensors, or for the weights that are packed; None leaves everything in its dtype.
+        gguf: whether it is written to a GGUF file.
+    """
+    before, after = (origins(network, layout) for layout in layouts)
+    shapes = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
+    made = Targets(network, source, layouts[1], shapes, [], before, after)
+    linears = {f"{name}.{WEIGHT}" for name, module in network.named_modules() if isinstance(module, nn.Linear)}
+    for ours, tensor in network.state_dict().items():
+        origin, was = after[ours], _dtype_of(source, before[ours])
+        parts = to_theirs(tensor, origin.how, len(origin.keys), hidden_size(network))
+        packed = ours in linears and ours.startswith(PACKED[type(network)])
+        for key, part in zip(origin.keys, parts, strict=True):
+            shape = tuple(part.shape)
+            chosen = _chosen(encoding, packed, shape, was, gguf)
+            if isinstance(encoding, Format) and packed and chosen is not encoding:
+                needs = f"rows of a multiple of {encoding.multiple}" if encoding.multiple > 1 else "other shapes"
+                instead = f"as {chosen.label}" if isinstance(chosen, Format) else "not packed"
+                made.kept[key] = f"{instead}: {encoding.label} needs {needs}"
+            made.tensors.append(Target(key, ours, shape, chosen, _parts(key, shape, chosen), was))
+    return made
+
+
+def _dtype_of(source: TensorSource, origin: Origin) -> torch.dtype | None:
+    contents = contents_of(source)
+    scaled = [how for key in origin.keys if (how := contents.of(key)) is not None and not how.is_cast]
+    dtypes = {source.entries[key].dtype for key in origin.keys}
+    return None if scaled else dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+
+def _chosen(
+    encoding: Encoding | None, packed: bool, shape: tuple[int, ...], was: torch.dtype | None, gguf: bool
+) -> Encoding:
+    if isinstance(encoding, Format) and packed:
+        candidates = [encoding, *([FORMATS[FALLBACK[encoding.name]]] if encoding.name in FALLBACK else [])]
+        fitting = next((form for form in candidates if form.holds(shape)), None)
+        if fitting is not None:
+            return fitting
+    dtype = encoding if isinstance(encoding, torch.dtype) else was or torch.float32
+    if gguf and len(shape) == 1:
+        return torch.float32  # ggml computes with vectors of float32 alone
+    if gguf and dtype.itemsize == 1:
+        return torch.float16  # GGUF has no float8, all of whose numbers are float16's too
+    return dtype
+
+
+def _parts(key: str, shape: tuple[int, ...], encoding: Encoding) -> dict[str, Kind]:
+    if isinstance(encoding, torch.dtype):
+        return {key: (encoding, shape)}
+    layer = key.removesuffix("." + WEIGHT)
+    return {f"{layer}.{part}": kind for part, kind in _kinds(encoding, shape).items()}
+
+
+@cache
+def _kinds(form: Format, shape: tuple[int, ...]) -> dict[str, Kind]:
+    """dtype and shape of the parts of a packed weight, whatever its numbers."""
+    if isinstance(form, Ggml):
+        block = BLOCKS[form.name]
+        return {WEIGHT: (torch.uint8, (shape[0], shape[1] // block.numbers * block.bytes))}
+    zeros = torch.zeros(shape, dtype=torch.bfloat16)
+    return {name: (part.dtype, tuple(part.shape)) for name, part in form.pack(zeros).items()}
+
+
+def size_of(parts: Sequence[Kind]) -> int:
+    """Bytes of tensors."""
+    return sum(math.prod(shape) * dtype.itemsize for dtype, shape in parts)
