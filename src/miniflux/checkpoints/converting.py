@@ -21,7 +21,7 @@ from miniflux.checkpoints.formats.ggml import Ggml
 from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.layouts import ALL_IN_ONE, DIFFUSERS, ORIGINAL, hidden_size, layouts_of, to_theirs
 from miniflux.checkpoints.loading import compare, fetch, is_finite
-from miniflux.checkpoints.outputs import Input, Output, extras, inputs, outputs
+from miniflux.checkpoints.outputs import Input, Output, extras, inputs, names_file, outputs
 from miniflux.checkpoints.prefixes import PartSource, part_of
 from miniflux.checkpoints.readback import difference, rows
 from miniflux.checkpoints.targets import Encoding, Target, Targets, find_format, targets
@@ -36,6 +36,7 @@ Progress = Callable[[int, int], None]
 back. May raise to stop; the same call then goes on from there."""
 
 SHARD = 10_000_000_000  # bytes of a shard in diffusers' layout
+# What GGUF files call the networks, and floats that are most of a file.
 ARCHITECTURES: dict[type[nn.Module], str] = {
     Flux1: "flux",
     T5Encoder: "t5encoder",
@@ -162,7 +163,7 @@ def convert(
             names = dict.fromkeys(home[id(network), item.key] for item in network.tensors)
             written = TensorSource([work.folder / name for name in names])
             _read_back(network, part, written, work, home, result, done)
-        if not target.suffix:
+        if not names_file(target):
             for place, content in extras(files, found, networks).items():
                 _extra(work.folder / place, content)
         result.bytes_after = sum(frame.size - len(frame.head) for frame in frames.values())
@@ -176,10 +177,8 @@ def convert(
 
 def _is_gguf(target: Path, encoding: Encoding | None) -> bool:
     """Which kind of file is asked for, by the ending of its name; of folders, by the format."""
-    if target.suffix not in ("", ".safetensors", ".gguf"):
-        raise InputError(f"{target}: the name of a file ends in .safetensors or .gguf, and that of a folder in neither")
     block = isinstance(encoding, Ggml)
-    if target.suffix == "":
+    if not names_file(target):
         return block
     gguf = target.suffix == ".gguf"
     if gguf and isinstance(encoding, Format) and not block:
@@ -213,9 +212,9 @@ def _check_place(target: Path, found: list[Input]) -> None:
     read = {file.path.resolve() for part in found for file in part.source.files}
     if target.resolve() in read or any(target.resolve() == path.parent for path in read):
         raise InputError(f"{target}: is what is read from; give the result another name")
-    if target.suffix == "" and target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if not names_file(target) and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise OutputError(f"{target}: is there already, and not empty")
-    if target.suffix and target.is_dir():
+    if names_file(target) and target.is_dir():
         raise OutputError(f"{target}: is a folder")
     if not target.parent.is_dir():
         raise OutputError(f"{target}: cannot be written: there is no folder {target.parent}")
@@ -355,7 +354,7 @@ def _extra(path: Path, content: Path | dict[str, Any]) -> None:
 def _finish(work: Unfinished, target: Path, names: list[str]) -> None:
     """Give the result its name."""
     try:
-        if target.suffix:
+        if names_file(target):
             (work.folder / names[0]).replace(target)
             work.discard()
         else:

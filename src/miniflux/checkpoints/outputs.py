@@ -42,12 +42,14 @@ PLACES: dict[type[nn.Module], tuple[str, str]] = {
     ClipTextEncoder: ("text_encoder", "model"),
     T5Encoder: ("text_encoder_2", "model"),
 }
+# Of a folder of single files: what they are called.
 SINGLE: dict[type[nn.Module], str] = {
     Autoencoder: "ae",
     ClipTextEncoder: "clip_l",
     T5Encoder: "t5xxl_fp16",
 }  # of a folder of single files
-BESIDE = ("model_index.json", "scheduler", "tokenizer", "tokenizer_2")  # what else is in a diffusers folder
+# What else is in a diffusers folder.
+BESIDE = ("model_index.json", "scheduler", "tokenizer", "tokenizer_2")
 # Of a source's header: what is told anew, or no more true.
 NOT_CARRIED = ("format", METADATA)
 GGUF_OWN = ("GGUF.", "general.", "comfy.gguf.")
@@ -87,6 +89,17 @@ class Output:
     name: str
     items: list[tuple[Targets, Target]]
     markers: dict[str, Tensor] = field(default_factory=dict)
+
+
+def names_file(target: Path) -> bool:
+    """Whether a path names a file to be written, by its ending; else it names a folder.
+
+    Raises:
+        InputError: it ends as files of other kinds do.
+    """
+    if target.suffix in (".bin", ".ckpt", ".pt", ".pth", ".sft", ".json", ".onnx"):
+        raise InputError(f"{target}: files are written as .safetensors or .gguf, got the ending {target.suffix!r}")
+    return target.suffix in (".safetensors", ".gguf")
 
 
 def inputs(path: str | Path) -> list[Input]:
@@ -157,13 +170,13 @@ def outputs(
     ending, several = ".gguf" if gguf else ".safetensors", len(networks) > 1
     everything = [(network, item) for network in networks for item in network.tensors]
     if several and not all(_prefix(network) for network in networks):
-        if target.suffix or gguf:
+        if names_file(target) or gguf:
             what = "a name without ending makes a folder" if not gguf else "or one network of them at a time"
             raise InputError(f"{target}: {len(networks)} networks in one file need the layout {ALL_IN_ONE}; {what}")
         folders = layout == DIFFUSERS or (layout is None and found[0].root is not None)
         made = [file for network in networks for file in _shards(network, several, folders, ending, shard)]
-    elif target.suffix or several:
-        made = [Output(target.name if target.suffix else "model" + ending, everything)]
+    elif names_file(target) or several:
+        made = [Output(target.name if names_file(target) else "model" + ending, everything)]
     else:
         made = _shards(networks[0], several, True, ending, shard)
     for file in made:
