@@ -11,8 +11,8 @@ from torch import Tensor
 from miniflux.checkpoints import from_layout, load_into
 from miniflux.checkpoints.formats.base import Stored
 from miniflux.checkpoints.quantized import packed_layers
-from miniflux.errors import LoraError
-from miniflux.lora import attach, detach, extract, merge, merge_files
+from miniflux.errors import CheckpointError, LoraError
+from miniflux.lora import attach, detach, extract, merge, merge_files, unmerge
 from miniflux.models.flux1 import Flux1
 from miniflux.training.lora import TrainableLora
 from tests.checkpoints.formats.made import SMALL, WIDE, WRITERS, empty, network, write_file, write_gguf
@@ -107,6 +107,16 @@ def test_a_plain_cast_is_merged_as_before(tmp_path: Path) -> None:
     delta = tensors[f"{QKV}.lora_up.weight"] @ tensors[f"{QKV}.lora_down.weight"] * 2 / 3
     expected = (dense[f"{QKV}.weight"] + delta).to(torch.float8_e4m3fn).float()
     assert torch.equal(packed_layers(loaded)[QKV].dense(), expected)
+
+
+def test_originals_are_not_taken_from_a_packed_file(tmp_path: Path) -> None:
+    """Its numbers are others, and without their scales they would be nonsense."""
+    model = network(SMALL)
+    write_file(tmp_path / "a.safetensors", model, "scaled fp8, old", "original")
+    attach(model, lora(model, QKV))
+    merge(model, keep=False)
+    with pytest.raises(CheckpointError, match=f"{QKV}.weight is quantised: {QKV}.weight cannot be restored from it"):
+        unmerge(model, base=tmp_path / "a.safetensors")
 
 
 def test_training_on_packed_layers(tmp_path: Path) -> None:

@@ -353,7 +353,7 @@ def _fill(source: TensorSource, origin: Origin, out: Tensor) -> None:
     stored = contents_of(source).of(key) if origin.how != "packed" else None
     if stored is not None:
         layer = key.removesuffix(".weight")
-        stored.unpack({part: source[f"{layer}.{part}"] for part in stored.parts}, out)
+        stored.unpack({part: source[f"{layer}.{part}"] for part in stored.parts}, out.view(stored.shape))
     elif isinstance(source, GivenTensors):
         out.copy_(source[key].view(out.shape))
     elif source.entries[key].dtype == out.dtype and out.device.type == "cpu":

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from miniflux.checkpoints.files import TensorSource, open_tensors
+from miniflux.checkpoints.formats.reading import GivenTensors, contents_of
 from miniflux.checkpoints.layouts import detect, hidden_size, origins, their_shape_fits, to_ours
 from miniflux.checkpoints.quantized import QuantizedLinear
 from miniflux.errors import CheckpointError, LoraError
@@ -197,14 +198,20 @@ def _keep_replaced(network: nn.Module, adapter: Adapter) -> None:
 
 def _restore(network: nn.Module, lost: set[tuple[str, str]], base: str | Path | Mapping[str, Tensor]) -> None:
     """Read originals back from a checkpoint of any layout of this network."""
-    source = base if isinstance(base, Mapping) else open_tensors(base)
+    if isinstance(base, TensorSource):
+        source = base
+    else:
+        source = GivenTensors(base) if isinstance(base, Mapping) else open_tensors(base)
     layout = detect(network, source)
     plan = origins(network, layout)
-    name = str(source) if isinstance(source, TensorSource) else "the given tensors"
+    name = str(source)
     originals = originals_of(network)
     found: dict[tuple[str, str], nn.Parameter] = {}
     for layer, parameter in sorted(lost):
         key, now = f"{layer}.{parameter}", cast(Tensor, getattr(network.get_submodule(layer), parameter))
+        packed = [k for k in plan[key].keys if contents_of(source).of(k)]
+        if packed:
+            raise CheckpointError(f"{name}: {packed[0]} is quantised: {key} cannot be restored from it")
         absent = [k for k in plan[key].keys if k not in source]
         if absent:
             raise CheckpointError(f"{name}: lacks {absent[0]}, which {key} is to be restored from")

@@ -101,6 +101,20 @@ def test_t5_of_llama_cpp(kind: str, tmp_path: Path) -> None:
     same(loaded, model, dense)
 
 
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_an_autoencoder_in_float8(layout: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Convolutions are widened when they are loaded, also those that are linears in another layout."""
+    model = randomise(Autoencoder(AUTOENCODER))
+    small = {key: tensor.to(dtype) for key, tensor in to_layout(model, model.state_dict(), layout).items()}
+    save_file(small, tmp_path / "a.safetensors")
+    for asked in (None, torch.bfloat16):
+        loaded = meta(model)
+        load_into(loaded, tmp_path / "a.safetensors", dtype=asked)
+        for key, tensor in model.state_dict().items():
+            assert torch.equal(loaded.state_dict()[key], tensor.to(dtype).to(asked or torch.float32))
+
+
 def test_t5_in_float16_widens_its_last_product(tmp_path: Path) -> None:
     """The sums that float16 cannot hold are computed in float32 by packed layers too."""
     model = randomise(T5Encoder(T5_WIDE)).half()

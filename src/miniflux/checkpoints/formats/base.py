@@ -12,7 +12,7 @@ from torch import Tensor
 
 from miniflux.errors import CheckpointError
 
-CHUNK = 1 << 20  # numbers that are unpacked at once: temporaries stay in the caches and small beside a layer
+CHUNK = 1 << 18  # numbers that are unpacked at once: temporaries stay in the caches and small beside a layer
 
 Kind = tuple[torch.dtype, tuple[int, ...]]
 """dtype and shape of a stored tensor."""
