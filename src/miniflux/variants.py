@@ -305,7 +305,7 @@ OTHER_TRANSFORMERS: dict[str, Flux1Config] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Flux2Sizes:
-    """What tells the FLUX.2 models apart, for refusing their LoRAs by name (`flux2/model.py` of the release)."""
+    """What tells the FLUX.2 models apart, so that their files and LoRAs are named (`flux2/model.py` of the release)."""
 
     hidden_size: int
     depth: int
@@ -320,6 +320,17 @@ FLUX2_SIZES: dict[str, Flux2Sizes] = {
     "FLUX.2 klein 4B": Flux2Sizes(hidden_size=3072, depth=5, depth_single_blocks=20, context_in_dim=7680),
     "FLUX.2 klein 9B": Flux2Sizes(hidden_size=4096, depth=8, depth_single_blocks=24, context_in_dim=12288),
 }
+
+
+# Encoders of other models of the family, so that their files are named. Language models: by width and layers; SigLIP:
+# by width, patch and tokens; Redux: by widths in and out (the `config.json` files of the releases).
+LANGUAGE_MODELS: dict[tuple[int, int], str] = {
+    (2560, 36): "Qwen3 4B, text encoder of FLUX.2 klein 4B",
+    (4096, 36): "Qwen3 8B, text encoder of FLUX.2 klein 9B",
+    (5120, 40): "Mistral Small 3 24B, text encoder of FLUX.2 dev",
+}
+SIGLIP_SIZES: dict[tuple[int, int, int], str] = {(1152, 14, 729): "SigLIP so400m patch14 384, image encoder of Redux"}
+REDUX_SIZES: dict[tuple[int, int], str] = {(1152, 4096): "flux1-redux-dev, image encoder of FLUX.1"}
 
 
 def names() -> list[str]:

@@ -180,9 +180,10 @@ def parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser(
         "inspect",
         help="say what a file or folder is",
-        description="Say which network, variant, layout and format a safetensors file or a model folder holds.",
+        description="Say which network, variant, layout and format a safetensors or GGUF file or a model folder holds.",
     )
     inspect.add_argument("path", metavar="FILE|FOLDER")
+    inspect.add_argument("--data", action="store_true", help="read every tensor: name those with NaN, and all zero")
     inspect.add_argument("--json", action="store_true", help="the same for programs")
     inspect.set_defaults(run=_inspect)
 
@@ -395,7 +396,7 @@ def _study_solvers(options: argparse.Namespace) -> None:
 def _inspect(options: argparse.Namespace) -> None:
     from miniflux.checkpoints import inspect
 
-    found = inspect(options.path)
+    found = inspect(options.path, data=options.data)
     print(found.json() if options.json else found)
 
 

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from miniflux.checkpoints.files import Entry, TensorSource, open_tensors
+from miniflux.checkpoints.files import INDEX_SUFFIX, Entry, TensorSource, open_tensors
 from miniflux.checkpoints.formats.reading import contents_of, format_of, formats_in
-from miniflux.checkpoints.loading import LoadReport, compare
+from miniflux.checkpoints.loading import LoadReport, bare, compare, is_finite
+from miniflux.checkpoints.others import Found, Selection, others_in
 from miniflux.checkpoints.prefixes import network_of, parts_of
-from miniflux.errors import CheckpointError, ConfigError
+from miniflux.errors import CheckpointError, ConfigError, LoraError
 from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.clip import ClipTextEncoder
 from miniflux.models.flux1 import Flux1, Flux1Config
@@ -25,7 +26,22 @@ from miniflux.models.tiny_autoencoder import TinyDecoder
 from miniflux.variants import OTHER_TRANSFORMERS, VARIANTS, Variant
 
 Entries = Mapping[str, Entry]
-FOLDERS = ("transformer", "vae", "text_encoder", "text_encoder_2")
+# Folders of a diffusers pipeline and the network that each should hold.
+FOLDERS: dict[str, type[nn.Module]] = {
+    "transformer": Flux1,
+    "vae": Autoencoder,
+    "text_encoder": ClipTextEncoder,
+    "text_encoder_2": T5Encoder,
+}
+WORDS = {
+    Flux1: "transformer",
+    Autoencoder: "autoencoder",
+    ClipTextEncoder: "CLIP text encoder",
+    T5Encoder: "T5 encoder",
+}
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+LORA = "LoRA"
+LORA_SIGNS = ("down", "up", "hada_w1_a", "lokr_w1", "lokr_w1_a", "diff")  # what only tensors of LoRA files are
 
 
 @dataclass(frozen=True)
@@ -33,13 +49,15 @@ class Part:
     """One network found in a file.
 
     Attributes:
-        network: `Flux1`, `Autoencoder`, `ClipTextEncoder`, `T5Encoder`, `TinyDecoder`, or `unknown`.
+        network: `Flux1`, `Autoencoder`, `ClipTextEncoder`, `T5Encoder`, `TinyDecoder`; `LoRA`; a network that is known
+            but cannot be loaded, such as `FLUX.2 transformer`; or `unknown`.
         variant: the released model it belongs to, a description of its sizes, or the model it is closest to.
-        layout: naming of its tensors.
+        layout: naming of its tensors; of LoRA files, the dialect.
         format: what the file is called after: the format that most of its bytes are in.
         formats: number of tensors by format, or by dtype where they are not packed.
         tensors, parameters, bytes: how many, how large.
-        problems: what does not fit the network it seems to be, one line each.
+        problems: what does not fit the network it seems to be, is missing beside it, or is wrong with its data (if they
+            were read), one line each.
     """
 
     path: str
@@ -79,41 +97,137 @@ class Inspection:
         return json.dumps([asdict(part) for part in self.parts], indent=1)
 
 
-def inspect(path: str | Path) -> Inspection:
-    """Say what a safetensors file, an index, a model folder or a diffusers pipeline folder holds. Reads headers only.
+def inspect(path: str | Path, *, data: bool = False) -> Inspection:
+    """Say what a file, an index, a model folder or a diffusers pipeline folder holds. Reads headers only.
+
+    Args:
+        data: read every tensor once, too, and name those that are not finite or all zero.
 
     Raises:
         CheckpointError: nothing readable is there.
     """
     path = Path(path)
     folders = [path / name for name in FOLDERS if (path / name).is_dir()]
-    singles = sorted(path.glob("*.safetensors")) if path.is_dir() and folders else []
-    sources = [open_tensors(place) for place in [*singles, *folders]] if folders else [open_tensors(path)]
-    parts = [part for source in sources for part in parts_of(source).values() or [source]]
-    return Inspection([_part(part) for part in parts])
+    files = sorted([*path.glob("*.safetensors"), *path.glob("*.gguf")]) if path.is_dir() else []
+    indexed = any(path.glob("*" + INDEX_SUFFIX)) if path.is_dir() else False
+    if folders:
+        sources = [open_tensors(place) for place in [*files, *folders]]
+    elif len(files) > 1 and not indexed:
+        sources = [open_tensors(file) for file in files]
+    else:
+        sources = [open_tensors(path)]
+    parts = [part for source in sources for part in _parts(source, data)]
+    absent = _absent(parts, path if folders else None)
+    if absent:
+        parts[0].problems.append(f"missing beside it: {', '.join(absent)}")
+    return Inspection(parts)
 
 
-def _part(source: TensorSource) -> Part:
+def _parts(source: TensorSource, data: bool) -> list[Part]:
+    """The networks in a source: those that cannot be loaded, those that can, and else what there is."""
+    parts: list[Part] = []
+    rest = dict.fromkeys(source.entries)
+    for found in sorted(others_in(contents_of(source).entries), key=lambda found: -len(found.prefix)):
+        keys = [key for key in rest if key.startswith(found.prefix)]
+        title = f"{source} ({found.prefix}*)" if found.prefix else ""
+        chosen = Selection(source, {key[len(found.prefix) :]: key for key in keys}, title)
+        parts.append(_part(chosen, found, data))
+        for key in keys:
+            del rest[key]
+    if rest:
+        left = Selection(source, {key: key for key in rest}) if parts else source
+        try:
+            known = [part for part in parts_of(left).values() if part.entries]
+        except CheckpointError as error:
+            raise CheckpointError(f"{source}: {error}") from error
+        parts += [_part(part, None, data) for part in known or [left]]
+    return parts
+
+
+def _absent(parts: list[Part], folder: Path | None) -> list[str]:
+    """What a pipeline's folder, or a file of several networks, lacks of a FLUX.1."""
+    networks = [part.network for part in parts]
+    whole = [kind for kind in WORDS if kind.__name__ in networks]
+    if len(whole) < len(networks) or not (folder or len(networks) > 1) or Flux1 not in whole:
+        return []
+    absent = [word for kind, word in WORDS.items() if kind not in whole]
+    return absent + [name for name in TOKENIZERS if folder and not (folder / name).is_dir()]
+
+
+def _part(source: TensorSource, other: Found | None, data: bool) -> Part:
     entries = source.entries
-    network, variant, report = _recognise(source)
+    if other is not None:
+        network, variant, layout, problems = other.other.network, other.name, other.other.layout, []
+    else:
+        network, variant, layout, problems = _recognise(source)
     return Part(
         path=str(source),
         network=network,
         variant=variant,
-        layout=report.layout if report else "unknown",
+        layout=layout,
         format=format_of(source),
         formats=formats_in(source),
         tensors=len(entries),
         parameters=sum(math.prod(entry.shape) for entry in contents_of(source).entries.values()),
         bytes=sum(entry.size for entry in entries.values()),
-        problems=[f"{kind}: {key}" for kind, keys in report.problems.items() for key in keys] if report else [],
+        problems=problems + (_bad_data(source) if data else []),
     )
 
 
-def _recognise(source: TensorSource) -> tuple[str, str, LoadReport | None]:
+def _bad_data(source: TensorSource) -> list[str]:
+    """Tensors that are not finite, and weights that are all zero; each is read once, into the same memory."""
+    room = torch.empty(max((entry.size for entry in source.entries.values()), default=0), dtype=torch.uint8)
+    problems: list[str] = []
+    for key, entry in source.entries.items():
+        tensor = room[: entry.size].view(entry.dtype).view(entry.shape)
+        source.read(key, tensor)
+        if not is_finite(tensor):
+            problems.append(f"not finite (NaN or infinite): {key}")
+        elif tensor.numel() > 1 and not key.endswith("bias") and not room[: entry.size].any():
+            problems.append(f"all zero: {key}")
+    return problems
+
+
+def _lora(source: TensorSource) -> tuple[str, str, str, list[str]] | None:
+    """Of a LoRA file: its dialect, and which models have its widths. None if it is none."""
+    from miniflux.lora.dialects import split  # they import this room themselves
+    from miniflux.lora.files import read
+    from miniflux.lora.models import fitting_models
+
+    if not any((part := split(key)) and part[1] in LORA_SIGNS for key in source.entries):
+        return None
+    shapes = {key: torch.empty(e.shape, dtype=e.dtype, device="meta") for key, e in source.entries.items()}
+    try:
+        file = read(shapes)
+    except (LoraError, CheckpointError) as error:
+        return LORA, "unknown", "unknown", [str(error).removeprefix("the given tensors: ")]
+    fits = fitting_models(file.groups, {}).removeprefix("; its widths are those of ")
+    networks = {group.place.network for group in file.groups}
+    of = {"transformer": "", "clip": " and CLIP", "t5": " and T5"}
+    extra = "".join(word for network, word in of.items() if network in networks)
+    said = (
+        f"for {fits}{extra}" if "transformer" in networks else f"for text encoders only ({extra.removeprefix(' and ')})"
+    )
+    if fits.startswith("; "):
+        said = fits.removeprefix("; ")
+    return LORA, said, file.dialect, [f"unused: {key}" for key in file.unmatched]
+
+
+def _recognise(source: TensorSource) -> tuple[str, str, str, list[str]]:
+    """Network, variant, layout and problems."""
     kind = network_of(source.entries)
     if kind is None:
-        return "unknown", "unknown", None
+        return _lora(source) or ("unknown", "unknown", "unknown", [])
+    config, names, report = _closest(kind, source)
+    problems = [f"{what}: {key}" for what, keys in report.problems.items() for key in keys]
+    if config not in names:
+        return kind.__name__, describe(source), report.layout, problems
+    known = " or ".join(names[config])
+    return kind.__name__, f"none known; closest is {known}" if problems else known, report.layout, problems
+
+
+def _closest(kind: type[nn.Module], source: TensorSource) -> tuple[Any, dict[Any, list[str]], LoadReport]:
+    """The config that a file fits best, the names of the variants by config, and what does not fit."""
     getters: dict[type[nn.Module], Callable[[Variant], Any]] = {
         Flux1: lambda v: v.transformer,
         Autoencoder: lambda v: v.autoencoder,
@@ -133,16 +247,11 @@ def _recognise(source: TensorSource) -> tuple[str, str, LoadReport | None]:
             candidates = list(names)
     best: tuple[Any, LoadReport] | None = None
     for config in candidates:
-        with torch.device("meta"):
-            report = compare(kind(config), source)
+        report = compare(bare(kind, config), source)
         if best is None or _wrong(report) < _wrong(best[1]):
             best = (config, report)
     assert best is not None
-    config, report = best
-    if config not in names:
-        return kind.__name__, describe(source), report
-    known = " or ".join(names[config])
-    return kind.__name__, f"none known; closest is {known}" if report.problems else known, report
+    return best[0], names, best[1]
 
 
 def _wrong(report: LoadReport) -> int:
@@ -159,6 +268,9 @@ def fits(source: TensorSource, config: Flux1Config) -> bool:
 
 def describe(source: TensorSource) -> str:
     """A few words on what a file holds: a variant, a FLUX.1 of other sizes, another network."""
+    others = others_in(contents_of(source).entries)
+    if others:
+        return others[0].name
     kind = network_of(source.entries)
     if kind is not Flux1:
         return f"the tensors of {kind.__name__}" if kind else "no network known here"
@@ -191,6 +303,9 @@ def flux1_config(entries: Entries, metadata: Mapping[str, str], axes_dim: tuple[
     Raises:
         CheckpointError: the file holds no FLUX.1 transformer, or its rotary axes are unknown.
     """
+    others = others_in(entries)
+    if others:
+        raise CheckpointError(f"no FLUX.1 transformer, but {others[0].name}")
     native = "img_in.weight" in entries
     if not native and "x_embedder.weight" not in entries:
         raise CheckpointError("no FLUX.1 transformer: neither img_in.weight nor x_embedder.weight is there")

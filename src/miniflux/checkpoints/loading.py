@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from miniflux.checkpoints.files import Entry, TensorSource, open_tensors
 from miniflux.checkpoints.formats.base import FLOATS, Kind, Stored
@@ -32,6 +34,24 @@ from miniflux.checkpoints.quantized import QuantizedLinear, packed_layers
 from miniflux.errors import CheckpointError
 
 log = logging.getLogger(__name__)
+Network = TypeVar("Network", bound=nn.Module)
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves out what fills a new module with random numbers."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        if getattr(func, "__name__", "") in ("kaiming_uniform_", "uniform_", "normal_", "fill_", "zero_"):
+            return args[0] if args else named["tensor"]
+        return func(*args, **named)
+
+
+def bare(kind: Callable[[Any], Network], config: Any) -> Network:
+    """A network on the meta device: names, shapes and dtypes. First weights, which have no numbers there, are not
+    drawn; that would take longer than all the rest."""
+    with torch.device("meta"), _Undrawn():
+        return kind(config)
 
 
 @dataclass

@@ -1,0 +1,187 @@
+"""Networks of the FLUX family, and near it, that are recognised by name though they cannot be loaded.
+
+Each is told by keys that no other network has, behind whatever prefix; what exactly it is, by its shapes. Many of them
+have keys of FLUX.1 too, so they are looked for first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from miniflux.checkpoints.files import Entry, TensorSource
+from miniflux.variants import FLUX2_SIZES, LANGUAGE_MODELS, REDUX_SIZES, SIGLIP_SIZES
+
+Shapes = Mapping[str, tuple[int, ...]]
+NOT_YET = "not loadable yet"
+
+
+def _flux2(shapes: Shapes) -> str:
+    """dev, klein 4B, klein 9B; or its sizes."""
+    native = "img_in.weight" in shapes
+    image, text = ("img_in", "txt_in") if native else ("x_embedder", "context_embedder")
+    (hidden, channels), (_, context) = _matrix(shapes, image), _matrix(shapes, text)
+    double, single = (
+        ("double_blocks.", "single_blocks.") if native else ("transformer_blocks.", "single_transformer_blocks.")
+    )
+    found = (hidden, _count(shapes, double), _count(shapes, single), context, channels)
+    for name, sizes in FLUX2_SIZES.items():
+        known = (sizes.hidden_size, sizes.depth, sizes.depth_single_blocks, sizes.context_in_dim, sizes.in_channels)
+        if found == known:
+            return f"{name} transformer"
+    return f"a FLUX.2 transformer of another size (hidden size {hidden}, {found[1]} + {found[2]} blocks)"
+
+
+def _flux2_autoencoder(shapes: Shapes) -> str:
+    return f"FLUX.2 autoencoder, {shapes['decoder.conv_in.weight'][1]} latent channels"
+
+
+def _controlnet(shapes: Shapes) -> str:
+    double, single = _count(shapes, "transformer_blocks."), _count(shapes, "single_transformer_blocks.")
+    modes = shapes.get("controlnet_mode_embedder.weight", (0,))[0]
+    return f"FLUX.1 ControlNet, {double} + {single} blocks" + (f", union of {modes} modes" if modes else "")
+
+
+def _language_model(shapes: Shapes) -> str:
+    """Which text encoder of FLUX.2, by width and number of layers."""
+    inside = "model." if "model.embed_tokens.weight" in shapes else ""
+    width, layers = _matrix(shapes, f"{inside}embed_tokens")[1], _count(shapes, f"{inside}layers.")
+    return LANGUAGE_MODELS.get((width, layers), f"a language model of {layers} layers of width {width}")
+
+
+def _siglip(shapes: Shapes) -> str:
+    width, patch = shapes["vision_model.embeddings.patch_embedding.weight"][0::3]
+    tokens, _ = _matrix(shapes, "vision_model.embeddings.position_embedding")
+    known = SIGLIP_SIZES.get((width, patch, tokens))
+    return known or f"a SigLIP of width {width}, patches of {patch} pixels, {tokens} tokens"
+
+
+def _redux(shapes: Shapes) -> str:
+    known = REDUX_SIZES.get((_matrix(shapes, "redux_up")[1], _matrix(shapes, "redux_down")[0]))
+    return known or "a Redux image encoder of another size"
+
+
+def _ip_adapter(shapes: Shapes) -> str:
+    blocks = _count(shapes, "double_blocks.") or _count(shapes, "ip_adapter.")
+    return f"FLUX.1 IP-Adapter for {blocks} double blocks"
+
+
+@dataclass(frozen=True)
+class Other:
+    """One way in which such a network is written.
+
+    Attributes:
+        network: what it is.
+        layout: the naming of its tensors.
+        signs: keys that tell it apart; all must be there, behind one prefix.
+        named: its exact name, from the shapes of its tensors.
+    """
+
+    network: str
+    layout: str
+    signs: tuple[str, ...]
+    named: Callable[[Shapes], str]
+
+
+OTHERS = (
+    Other("FLUX.2 transformer", "original", ("double_stream_modulation_img.lin.weight", "img_in.weight"), _flux2),
+    Other("FLUX.2 transformer", "diffusers", ("double_stream_modulation_img.linear.weight",), _flux2),
+    Other("FLUX.2 autoencoder", "original", ("bn.running_mean", "encoder.quant_conv.weight"), _flux2_autoencoder),
+    Other("FLUX.2 autoencoder", "diffusers", ("bn.running_mean", "quant_conv.weight"), _flux2_autoencoder),
+    Other("ControlNet", "diffusers", ("controlnet_x_embedder.weight",), _controlnet),
+    Other("ControlNet", "XLabs", ("input_hint_block.0.weight", "controlnet_blocks.0.weight"),
+          lambda shapes: f"FLUX.1 ControlNet of XLabs, {_count(shapes, 'double_blocks.')} blocks"),
+    Other("IP-Adapter", "XLabs", ("ip_adapter_proj_model.proj.weight",), _ip_adapter),
+    Other("IP-Adapter", "diffusers", ("ip_adapter.0.to_k_ip.weight", "image_proj.proj.weight"), _ip_adapter),
+    Other("Redux", "original", ("redux_up.weight", "redux_down.weight"), _redux),
+    Other("SigLIP", "transformers", ("vision_model.head.probe",), _siglip),
+    *(
+        Other(network, "transformers", (f"{at}layers.0.self_attn.{sign}", f"{at}embed_tokens.weight"), _language_model)
+        for network, sign in (("Qwen3", "q_norm.weight"), ("Mistral", "q_proj.weight"))
+        for at in ("model.", "")
+    ),
+)  # fmt: skip
+_FIRST = tuple(other.signs[0] for other in OTHERS)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A network that cannot be loaded, in a file.
+
+    Attributes:
+        other: which one.
+        prefix: what stands before the names of its tensors.
+        name: what it is, in a few words.
+    """
+
+    other: Other
+    prefix: str
+    name: str
+
+
+def others_in(entries: Mapping[str, Entry]) -> list[Found]:
+    """The networks among these keys that are known by name only, at most one behind each prefix.
+
+    Args:
+        entries: of a file; packed weights by the shapes that they unpack to.
+    """
+    signs = [key for key in entries if key.endswith(_FIRST)]
+    found: dict[str, Found] = {}
+    for other in OTHERS:
+        for key in signs:
+            prefix = key[: -len(other.signs[0])]
+            outer = any(prefix.startswith(at) for at, known in found.items() if known.other.named is other.named)
+            if key != prefix + other.signs[0] or (prefix and not prefix.endswith(".")) or prefix in found or outer:
+                continue
+            if all(prefix + sign in entries for sign in other.signs):
+                found[prefix] = Found(other, prefix, _named(other, prefix, entries))
+    return list(found.values())
+
+
+def _named(other: Other, prefix: str, entries: Mapping[str, Entry]) -> str:
+    shapes = {key[len(prefix) :]: entry.shape for key, entry in entries.items() if key.startswith(prefix)}
+    try:
+        name = other.named(shapes)
+    except (KeyError, ValueError, IndexError):  # a tensor that tells the size is not there, or has other axes
+        name = f"an incomplete {other.network}"
+    return f"{name}, {NOT_YET}"
+
+
+def _matrix(shapes: Shapes, name: str) -> tuple[int, int]:
+    rows, columns = shapes[f"{name}.weight"]
+    return rows, columns
+
+
+def _count(shapes: Shapes, prefix: str) -> int:
+    return len({key[len(prefix) :].partition(".")[0] for key in shapes if key.startswith(prefix)})
+
+
+class Selection(TensorSource):
+    """Some of the tensors of a source, under names of their own.
+
+    Args:
+        names: own name -> name there.
+    """
+
+    def __init__(self, whole: TensorSource, names: Mapping[str, str], title: str = "") -> None:
+        self.whole, self.names, self.title = whole, dict(names), title or str(whole)
+        self.files, self.metadata = whole.files, whole.metadata
+        self.entries = {own: whole.entries[name] for own, name in self.names.items()}
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.whole[self.names[key]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def read(self, key: str, out: Tensor) -> None:
+        """Copy a tensor into `out` (same dtype, contiguous)."""
+        self.whole.read(self.names[key], out)
+
+    def __str__(self) -> str:
+        return self.title
