@@ -33,7 +33,7 @@ from miniflux.variants import ALIASES, VARIANTS, Variant, variant
 
 log = logging.getLogger(__name__)
 
-REMEMBERED = 1024  # requests whose answers are looked up without the model
+REMEMBERED = 256  # requests whose answers are looked up without the model
 LONG = 10_000  # characters of a prompt that is not remembered so
 
 
