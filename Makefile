@@ -20,7 +20,7 @@ TESTING := $(VENV)/.miniflux-test-installed
 DEVELOPING := $(VENV)/.miniflux-dev-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev demo test check lint format types cov nano bench clean
+.PHONY: help venv dev demo ui test check lint format types cov nano bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -54,6 +54,10 @@ dev: $(DEVELOPING)  ## install what developers need, and the pre-commit hooks
 demo: $(RUNTIME)  ## draw a picture with the bundled model
 	$(BIN)/miniflux generate "a red circle on a blue background" -o demo.png $(ARGS)
 	@echo "The picture is $(CURDIR)/demo.png"
+
+ui: $(RUNTIME)  ## the page to draw on, in your browser; installs Gradio
+	$(INSTALL) -q -e '.[ui]'
+	$(BIN)/miniflux ui $(ARGS)
 
 test: $(TESTING)  ## run the tests; the summary counts and names what was skipped
 	$(PYTEST) -rs $(ARGS)

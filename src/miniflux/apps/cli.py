@@ -246,11 +246,12 @@ def parser() -> argparse.ArgumentParser:
     solvers.set_defaults(run=_study_solvers)
 
     from miniflux.apps import convert as convert_files
-    from miniflux.apps import fetch, replay
+    from miniflux.apps import fetch, replay, ui
 
     replay.add(commands)
     fetch.add(commands)
     convert_files.add(commands)
+    ui.add(commands)
 
     for command in (generate, inspect, inspect_lora, convert, merge, extract, schedules, solvers):
         command.add_argument("-v", "--verbose", action="store_true", help="say more about what is done")

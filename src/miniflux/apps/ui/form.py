@@ -1,0 +1,301 @@
+"""Controls into requests and back. Pure functions: nothing in here knows of Gradio."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from miniflux.apps.ui.site import BUNDLED, Shelf
+from miniflux.errors import InputError
+from miniflux.sampling import GUIDES
+from miniflux.sampling.latents import MAX_SEED
+from miniflux.service import Listed
+from miniflux.settings import AtLevels, LoraUse, Request
+from miniflux.settings.strict import shown
+
+PLAIN = "none"
+"""The guidance method of who wants none beside the model's own."""
+
+METHODS = {
+    PLAIN: "none: the model's own guidance alone",
+    "cfg": "cfg: away from the negative prompt",
+    "cfg-zero": "cfg-zero: cfg, scaled to fit, gentle at the start",
+    "apg": "apg: cfg without over-saturation",
+    "perp-neg": "perp-neg: only what is truly negative",
+    "skip-layer": "skip-layer: away from a weaker model",
+    "nag": "nag: inside attention, also for few steps",
+}
+ASPECTS = {"1:1": (1, 1), "4:3": (4, 3), "3:4": (3, 4), "3:2": (3, 2), "2:3": (2, 3), "16:9": (16, 9), "9:16": (9, 16)}
+CARRIED = ("shift", "restart", "variation", "cache", "t5_length", "padding", "stop")
+"""Settings that the page has no control for, and keeps when they come with a picture."""
+KEPT = (*CARRIED, "guidance", "guide")  # the last two where they are more than a number
+
+FAR = 2**53  # larger numbers are no longer exact in a browser
+SIDE = 16  # width and height are multiples of it, in pixels
+
+
+def request_from(given: Mapping[str, Any], shelf: Shelf, listed: Mapping[str, Listed]) -> Request:
+    """What the controls ask for.
+
+    Args:
+        given: values by the names of the controls: `prompt`, `negative`, `model`, `loras`, `steps`, `guidance`,
+            `method`, `scale`, `solver`, `schedule`, `seed`, `images`, `width`, `height`, and `rest`, what none shows.
+
+    Raises:
+        InputError: a value is not what it may be; the message names it.
+    """
+    model = listed.get(str(given["model"]))
+    if model is None:
+        raise InputError(f"model {shown(given['model'])} is not on this machine; there are {', '.join(listed)}")
+    rest = {name: value for name, value in (given.get("rest") or {}).items() if name in KEPT}
+    guide, guidance = dict(rest.pop("guide", {})), rest.pop("guidance", None)
+    about: dict[str, Any] = {
+        **rest,
+        "prompt": given["prompt"] or "",
+        "model": model.name,
+        "loras": [use_as_json(use) for use in uses_from(given["loras"], shelf, model.name)],
+        "steps": whole("steps", given["steps"]),
+        "solver": given["solver"],
+        "schedule": levels_from(given["schedule"]),
+        "seed": seed_from(given["seed"]),
+        "images": whole("number of images", given["images"]),
+        "width": whole("width", given["width"]),
+        "height": whole("height", given["height"]),
+    }
+    if model.guided:
+        about["guidance"] = number("guidance", given["guidance"]) if guidance is None else guidance
+    method = given["method"]
+    if method != PLAIN:
+        extra = guide if guide.get("method") == method else {}
+        scale = extra["scale"] if isinstance(extra.get("scale"), dict) else number("scale", given["scale"])
+        about["guide"] = {**extra, "method": method, "scale": scale}
+        about["negative"] = given["negative"] or None
+    return Request.from_json(about)
+
+
+def values_from(request: Request, shelf: Shelf, listed: Mapping[str, Listed]) -> tuple[dict[str, Any], list[str]]:
+    """The values of the controls for a request, and what of it the page cannot have, a line each."""
+    notes: list[str] = []
+    about = request.as_json()
+    model = listed.get(request.model)
+    if model is None:
+        notes.append(f"the model {shown(request.model)} is not on this machine")
+        model = next(iter(listed.values()))
+    guide = about.get("guide")
+    rest: dict[str, Any] = {name: about[name] for name in CARRIED if name in about}
+    plain = {f.name: f.default for f in fields(GUIDES["cfg"])}
+    if guide is not None and any(
+        name not in ("method", "scale") and value != plain.get(name) for name, value in guide.items()
+    ):
+        rest["guide"] = guide
+    if isinstance(request.guidance, AtLevels):
+        rest["guidance"] = about["guidance"]
+    if request.image is not None:
+        notes.append("it was made from another picture, which is not inside it")
+    if request.dtype is not None:
+        notes.append(f"dtype {request.dtype}: the page draws in the precision it was started with")
+    schedule = request.schedule
+    return {
+        "prompt": request.prompt,
+        "negative": request.negative or "",
+        "model": model.name,
+        "loras": rows(shelf, model.name, _matched(request, shelf, notes)),
+        "steps": model.steps if request.steps is None else request.steps,
+        "guidance": request.guidance if isinstance(request.guidance, (int, float)) else model.guidance,
+        "method": PLAIN if guide is None else guide["method"],
+        "scale": 3.0 if guide is None or not isinstance(guide["scale"], (int, float)) else guide["scale"],
+        "solver": request.solver,
+        "schedule": schedule if isinstance(schedule, str) else ", ".join(f"{level:g}" for level in schedule),
+        "seed": str(request.seed),
+        "images": request.images,
+        "width": request.width or model.size,
+        "height": request.height or model.size,
+        "rest": rest,
+    }, notes
+
+
+def _matched(request: Request, shelf: Shelf, notes: list[str]) -> dict[str, LoraUse]:
+    """LoRAs of a request by their ids on the shelf; a path in a picture is never opened."""
+    found: dict[str, LoraUse] = {}
+    for use in request.loras:
+        name = Path(use.file.replace("\\", "/")).name
+        for lora in shelf.loras.values():
+            if (
+                use.sha256 == lora.sha256
+                if use.sha256
+                else name in (lora.file, Path(lora.file).name, f"{lora.id}.safetensors")
+            ):
+                found[lora.id] = use
+                break
+        else:
+            notes.append(f"the LoRA {shown(name)} is not here: drop its file on the page")
+    return found
+
+
+def rows(
+    shelf: Shelf,
+    model: str,
+    uses: Mapping[str, LoraUse] | None = None,
+    given: Any = None,
+    on: Collection[str] = (),
+) -> list[dict[str, Any]]:
+    """The list of LoRAs as the page shows it.
+
+    Args:
+        model: those that do not fit it are greyed, with the reason.
+        uses: switch on exactly these, by their ids.
+        given: the list as the page has it, whose switches and strengths are kept.
+        on: ids to switch on beside.
+    """
+    before = (
+        {row["id"]: row for row in given if isinstance(row, dict) and "id" in row} if isinstance(given, list) else {}
+    )
+    found: list[dict[str, Any]] = []
+    for lora in shelf.loras.values():
+        old = before.get(lora.id, {})
+        switched, strength = old.get("on", lora.id == BUNDLED), old.get("strength", 1.0)
+        if uses is not None:
+            switched, strength = lora.id in uses, uses[lora.id].strength if lora.id in uses else strength
+        found.append({
+            "id": lora.id,
+            "label": lora.label,
+            "on": bool(switched) or lora.id in on,
+            "strength": strength,
+            "about": lora.about,
+            "reason": lora.reasons.get(model, ""),
+            "receipt": lora.receipt,
+        })  # fmt: skip
+    return found
+
+
+def uses_from(given: Any, shelf: Shelf, model: str) -> list[LoraUse]:
+    """The LoRAs that are switched on, from the list as the page sent it: ids and strengths only are believed."""
+    uses: list[LoraUse] = []
+    for row in given if isinstance(given, list) else []:
+        lora = shelf.loras.get(str(row.get("id"))) if isinstance(row, dict) else None
+        if lora is None or not row.get("on") or model in lora.reasons:
+            continue
+        strength = row.get("strength")
+        if isinstance(strength, dict):
+            scale: Any = tuple((str(start), number("strength", value)) for start, value in strength.items())
+        else:
+            scale = number(f"the strength of {lora.label}", strength)
+        uses.append(LoraUse(lora.file, scale, lora.sha256))
+    return uses
+
+
+def use_as_json(use: LoraUse) -> dict[str, Any]:
+    return {"file": use.file, "scale": use.strength, "sha256": use.sha256}
+
+
+def greyed(model: Listed, method: str) -> dict[str, str]:
+    """Controls without effect, and why."""
+    found: dict[str, str] = {}
+    if not model.guided:
+        found["guidance"] = f"{model.name} was made without guidance: it has no input for it"
+    if method == PLAIN:
+        found["scale"] = "Without effect while the guidance method is none"
+        found["negative"] = "Without effect while the guidance method is none"
+    return found
+
+
+def size_of(aspect: str, base: int) -> tuple[int, int]:
+    """Width and height of about base x base pixels in all, multiples of 16."""
+    wide, high = ASPECTS[aspect]
+    width = base * math.sqrt(wide / high)
+    return max(SIDE, SIDE * round(width / SIDE)), max(SIDE, SIDE * round(base * base / width / SIDE))
+
+
+def aspect_of(width: int, height: int, base: int) -> str | None:
+    """The preset that has this size, if any."""
+    return next((name for name in ASPECTS if size_of(name, base) == (width, height)), None)
+
+
+def levels_from(given: Any) -> str | list[float]:
+    """A schedule's name; or noise levels between commas."""
+    text = str(given or "")
+    if "," not in text:
+        return text
+    try:
+        return [float(level) for level in text.split(",")]
+    except ValueError:
+        raise InputError(f"schedule: expected a name, or noise levels as 1, 0.6, 0.3, 0, got {shown(text)}") from None
+
+
+def guide_as_json(method: str, scale: Any) -> dict[str, Any]:
+    """A guide whose other settings are the default ones."""
+    usual = {f.name: f.default for f in fields(GUIDES[method])}
+    listed = {name: list(value) if isinstance(value, tuple) else value for name, value in usual.items()}
+    return {**listed, "method": method, "scale": scale}
+
+
+def seed_from(given: Any) -> int:
+    """A seed, as the field of text gives it."""
+    text = str(given).strip()
+    if not re.fullmatch("[0-9]{1,20}", text, re.ASCII):
+        raise InputError(f"seed must be a whole number from 0 to {MAX_SEED}, got {shown(given)}")
+    return int(text)
+
+
+def whole(name: str, value: Any) -> int:
+    """A whole number, as a field of numbers gives it."""
+    if number(name, value) != int(value):
+        raise InputError(f"{name} must be a whole number, got {shown(value)}")
+    return int(value)
+
+
+def number(name: str, value: Any) -> float:
+    """A finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < FAR:
+        raise InputError(f"{name} must be a number, got {shown(value)}")
+    return float(value)
+
+
+def described(request: Request, model: Listed | None) -> list[tuple[str, str]]:
+    """All settings of a picture, as (name, value) lines of text for people."""
+    about = request.as_json()
+    steps, guidance = request.steps, request.guidance
+    if model is not None:
+        steps, guidance = steps or model.steps, model.guidance if guidance is None else guidance
+    lines = [
+        ("prompt", request.prompt),
+        ("negative prompt", request.negative or ""),
+        ("model", request.model),
+        ("seed", str(request.seed)),
+        ("steps", "" if steps is None else str(steps)),
+        ("guidance", f"{guidance:g}" if isinstance(guidance, (int, float)) else plainly(about.get("guidance", ""))),
+        ("size", f"{request.width} × {request.height}" if request.width and request.height else ""),
+        *((f"LoRA {Path(use.file).stem}", f"strength {plainly(use.strength)}") for use in request.loras),
+        ("solver", request.solver),
+        ("schedule", plainly(about.get("schedule", "uniform"))),
+        *((name, plainly(about[name])) for name in ("guide", *CARRIED) if name in about),
+    ]
+    return [line for line in lines if line[1]]
+
+
+def plainly(value: Any) -> str:
+    """A value of plain JSON as words."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {plainly(part)}" for name, part in value.items())
+    return ", ".join(map(plainly, value)) if isinstance(value, list) else str(value)
+
+
+def caption(request: Request) -> str:
+    """The beginning of the prompt."""
+    return request.prompt if len(request.prompt) <= 300 else request.prompt[:300] + " …"
+
+
+def line(request: Request) -> str:
+    """The settings that people look for first."""
+    parts = [f"seed {request.seed}", request.model]
+    parts += [f"{Path(use.file).stem} {use.strength:g}" for use in request.loras if isinstance(use.strength, float)]
+    return " · ".join(parts)
+
+
+def with_new_seed(request: Request, seed: int) -> Request:
+    """The same with another seed."""
+    return replace(request, seed=seed)

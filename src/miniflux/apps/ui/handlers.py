@@ -1,0 +1,270 @@
+"""What happens when something is pressed: read the controls, call the service, show what it says."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from miniflux.apps.ui import form
+from miniflux.apps.ui.layout import HELP, MOST, Controls
+from miniflux.apps.ui.routes import session_of
+from miniflux.apps.ui.site import Shelf, Site
+from miniflux.errors import MinifluxError
+from miniflux.sampling.latents import MAX_SEED
+from miniflux.service import Axis, Grid, Job, batch, parse_prompts
+from miniflux.settings import Request, read_picture
+
+log = logging.getLogger(__name__)
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+MAX_LIST_BYTES = 2**20  # of a file with prompts
+SEEDS = 2**32  # new seeds are below it: short enough to be written down
+_count = itertools.count(1)
+
+Given = dict[Any, Any]
+"""What Gradio gives a handler, and what it takes from it: values or updates by their components."""
+
+
+def said(kind: str, text: str) -> dict[str, Any]:
+    """A message for the stage; `count` tells two equal ones apart."""
+    return {"kind": kind, "text": text, "count": next(_count)}
+
+
+def new_seed() -> int:
+    return secrets.randbelow(min(SEEDS, MAX_SEED))
+
+
+def connect(site: Site, c: Controls) -> None:
+    """Give every control its handler, inside the `gr.Blocks` that is open."""
+    handlers = Handlers(site, c)
+    quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    form_in, everything = set(c.settings.values()), list({*c.settings.values(), c.lock, c.aspect, c.stage})
+
+    def on(listen: Any, handler: Callable[..., Given], inputs: Any, outputs: list[Any]) -> None:
+        listen(_telling(handler, c), inputs, outputs, **quick)
+
+    on(c.draw.click, handlers.draw, {*form_in, c.lock}, [c.seed, c.stage])
+    on(c.draw_all.click, handlers.draw_all, {*form_in, c.prompts}, [c.stage])
+    on(c.draw_grid.click, handlers.draw_grid, {*form_in, c.x, c.x_values, c.y, c.y_values}, [c.stage])
+    on(c.die.click, handlers.roll, None, [c.seed])
+    on(c.forget.click, handlers.forget, None, [c.rest, c.also, c.forget])
+    on(c.model.input, handlers.model, form_in, [
+        c.steps, c.guidance, c.negative, c.scale, c.width, c.height, c.aspect, c.loras,
+    ])  # fmt: skip
+    on(c.method.input, handlers.method, form_in, [c.guidance, c.negative, c.scale])
+    on(c.aspect.input, handlers.aspect, {c.aspect, c.model}, [c.width, c.height])
+    for side in (c.width, c.height):
+        on(side.input, handlers.side, {c.width, c.height, c.model}, [c.aspect])
+    on(c.files.upload, handlers.files, {*form_in, c.files}, [*everything, c.also, c.forget, c.prompts, c.files])
+    on(c.stage.use, handlers.use, None, [*everything, c.also, c.forget])
+    on(c.stage.again, handlers.again, None, [c.stage])
+    on(c.stage.cancel, handlers.cancel, None, [c.stage])
+    on(c.stage.remove, handlers.remove, None, [c.stage])
+    on(functools.partial(gr.on, None), handlers.arrive, form_in, [c.loras])
+
+
+def _telling(handler: Callable[..., Given], c: Controls) -> Callable[..., Given]:
+    """A handler whose errors become messages, and change nothing."""
+
+    @functools.wraps(handler)
+    def told(*arguments: Any) -> Given:
+        try:
+            return handler(*arguments)
+        except MinifluxError as error:
+            lines = str(error).splitlines()
+            return {c.stage: said("error", lines[0] if lines else type(error).__name__)}
+        except Exception as error:  # the page stays usable, whatever it is
+            log.exception("a handler of the page failed")
+            return {c.stage: said("error", f"A fault of ours: {type(error).__name__}. The log says more.")}
+
+    return told
+
+
+class Handlers:
+    """All handlers; each is given values by component, and returns updates by component."""
+
+    def __init__(self, site: Site, controls: Controls) -> None:
+        self.site, self.c = site, controls
+
+    def _who(self, web: gr.Request) -> tuple[str, Shelf]:
+        session = session_of(web.cookies)
+        return session, self.site.shelf(session)
+
+    def values(self, given: Given) -> dict[str, Any]:
+        """What the controls hold, by the names that `form` uses."""
+        return {name: given.get(component) for name, component in self.c.settings.items()}
+
+    def _request(self, given: Given, shelf: Shelf, **other: Any) -> Request:
+        return form.request_from({**self.values(given), **other}, shelf, self.site.listed)
+
+    def _begun(self, job: Job) -> dict[str, Any]:
+        """What to say of a job that was just put in line."""
+        if job.state != "done":
+            return said("info", "")
+        many = "they were" if sum(request.images for request in job.requests) > 1 else "it was"
+        return said("cached", f"From the cache: {many} drawn before with the same settings.")
+
+    # Drawing
+
+    def draw(self, given: Given, web: gr.Request) -> Given:
+        session, shelf = self._who(web)
+        seed = given[self.c.seed] if given[self.c.lock] else str(new_seed())
+        request = self._request(given, shelf, seed=seed)
+        return {self.c.stage: self._begun(self.site.submit(session, [request])), self.c.seed: seed}
+
+    def draw_all(self, given: Given, web: gr.Request) -> Given:
+        session, shelf = self._who(web)
+        requests = batch(self._request(given, shelf), parse_prompts(given[self.c.prompts] or ""))
+        return {self.c.stage: self._begun(self.site.submit(session, requests, f"batch of {len(requests)}"))}
+
+    def draw_grid(self, given: Given, web: gr.Request) -> Given:
+        session, shelf = self._who(web)
+        x = Axis.parse(given[self.c.x], given[self.c.x_values] or "")
+        y = Axis.parse(given[self.c.y], given[self.c.y_values] or "") if given[self.c.y] else None
+        for axis in (x, y):
+            self._check_axis(axis)
+        grid = Grid(self._request(given, shelf), x, y)
+        return {self.c.stage: self._begun(self.site.submit_grid(session, grid))}
+
+    def _check_axis(self, axis: Axis | None) -> None:
+        """An axis of models may name those of the list only, never a path."""
+        if axis is not None and axis.setting == "model":
+            for name in axis.values:
+                if name not in self.site.listed:
+                    raise MinifluxError(f"model {name!r} is not in the list: {', '.join(self.site.listed)}")
+
+    def again(self, event: gr.EventData, web: gr.Request) -> Given:
+        session, _ = self._who(web)
+        request = self.site.history.get(session, str(event.id)).request
+        return {self.c.stage: self._begun(self.site.submit(session, [form.with_new_seed(request, new_seed())]))}
+
+    def cancel(self, event: gr.EventData, web: gr.Request) -> Given:
+        job = self.site.job(self._who(web)[0], str(event.id))
+        if job is not None:
+            job.cancel()
+        return {self.c.stage: said("info", "")}
+
+    def remove(self, event: gr.EventData, web: gr.Request) -> Given:
+        self.site.history.delete(self._who(web)[0], str(event.id))
+        return {self.c.stage: said("info", "Deleted.")}
+
+    # Filling the controls
+
+    def use(self, event: gr.EventData, web: gr.Request) -> Given:
+        session, shelf = self._who(web)
+        entry = self.site.history.get(session, str(event.id))
+        updates, notes = self._filled(entry.request, shelf)
+        return {**updates, self.c.stage: _filled_in("The controls have the settings of this picture.", notes)}
+
+    def _filled(self, request: Request, shelf: Shelf) -> tuple[Given, list[str]]:
+        c, site = self.c, self.site
+        values, notes = form.values_from(request, shelf, site.listed)
+        model = site.listed[values["model"]]
+        updates: Given = {c.settings[name]: gr.update(value=value) for name, value in values.items()}
+        updates[c.loras] = values["loras"]
+        for name, update in self._grey(values["model"], values["method"]).items():
+            updates[name] = {**updates[name], **update}
+        updates[c.guidance]["value"] = 3.0 if values["guidance"] is None else values["guidance"]
+        for name, most in {**MOST, "width": 2 * model.size, "height": 2 * model.size}.items():
+            slider = c.settings[name]
+            updates[slider]["maximum"] = max(most, updates[slider]["value"])
+        updates[c.aspect] = form.aspect_of(values["width"], values["height"], model.size) or "own size"
+        updates[c.lock] = True
+        updates[c.forget] = gr.update(visible=bool(values["rest"]))
+        updates[c.also] = gr.update(value=form.plainly(values["rest"]), visible=bool(values["rest"]))
+        return updates, notes
+
+    def _grey(self, model: str, method: str) -> Given:
+        grey = form.greyed(self.site.listed[model], method)
+        return {
+            self.c.settings[name]: gr.update(interactive=name not in grey, info=grey.get(name, HELP[name]))
+            for name in ("guidance", "scale", "negative")
+        }
+
+    def model(self, given: Given, web: gr.Request) -> Given:
+        c, (_, shelf) = self.c, self._who(web)
+        model = self.site.listed[given[c.model]]
+        updates = self._grey(model.name, given[c.method])
+        if model.guidance is not None:
+            updates[c.guidance]["value"] = model.guidance
+        for side in (c.width, c.height):
+            updates[side] = gr.update(value=model.size, maximum=2 * model.size)
+        rows = form.rows(shelf, model.name, given=given[c.loras])
+        return {**updates, c.steps: model.steps, c.aspect: "1:1", c.loras: rows}
+
+    def method(self, given: Given) -> Given:
+        return self._grey(given[self.c.model], given[self.c.method])
+
+    def aspect(self, given: Given) -> Given:
+        if given[self.c.aspect] not in form.ASPECTS:
+            return {self.c.width: gr.skip()}
+        width, height = form.size_of(given[self.c.aspect], self.site.listed[given[self.c.model]].size)
+        return {self.c.width: width, self.c.height: height}
+
+    def side(self, given: Given) -> Given:
+        base = self.site.listed[given[self.c.model]].size
+        return {self.c.aspect: form.aspect_of(given[self.c.width], given[self.c.height], base) or "own size"}
+
+    def roll(self) -> Given:
+        return {self.c.seed: str(new_seed())}
+
+    def forget(self) -> Given:
+        return {self.c.rest: {}, self.c.also: gr.update(visible=False), self.c.forget: gr.update(visible=False)}
+
+    def arrive(self, given: Given, web: gr.Request) -> Given:
+        _, shelf = self._who(web)
+        return {self.c.loras: form.rows(shelf, given[self.c.model], given=given[self.c.loras])}
+
+    # Files
+
+    def files(self, given: Given, web: gr.Request) -> Given:
+        """LoRAs into the list, pictures into the controls, prompts into the batch; what cannot be read is said."""
+        session, shelf = self._who(web)
+        updates: Given = {self.c.files: None}
+        good: list[str] = []
+        bad: list[str] = []
+        for file in given[self.c.files] or []:
+            path = Path(file)
+            try:
+                good.append(self._file(path, session, shelf, given, updates))
+            except MinifluxError as error:
+                text = (str(error).splitlines() or [type(error).__name__])[0].replace(str(path), path.name)
+                bad.append(text if path.name in text else f"{path.name}: {text}")
+        updates[self.c.stage] = said("error" if bad else "ok", "\n".join([*bad, *good]))
+        return updates
+
+    def _file(self, path: Path, session: str, shelf: Shelf, given: Given, updates: Given) -> str:
+        """Take one file; what to say of it."""
+        kind = path.suffix.lower()
+        if kind == ".safetensors":
+            lora = self.site.keep_lora(session, path)
+            model = given[self.c.model]
+            updates[self.c.loras] = form.rows(shelf, model, given=given[self.c.loras], on={lora.id})
+            return f"{path.name}: {lora.about}."
+        if kind in PICTURES:
+            reading = read_picture(path)
+            if not reading.requests:
+                raise MinifluxError(f"{path.name}: no settings are in this picture")
+            filled, notes = self._filled(reading.requests[0], shelf)
+            updates.update(filled)
+            origin = "" if reading.origin == "miniflux" else f" of {reading.origin}"
+            notes = [*notes, *(f"not understood: {one}" for one in reading.not_understood)]
+            return _filled_in(f"The controls have the settings{origin} in {path.name}.", notes)["text"]
+        if kind == ".txt":
+            if path.stat().st_size > MAX_LIST_BYTES:
+                raise MinifluxError(f"{path.name}: larger than {MAX_LIST_BYTES} bytes")
+            prompts = parse_prompts(path.read_text("utf-8", "replace"))
+            updates[self.c.prompts] = "\n".join(prompts)
+            return f"{path.name}: {len(prompts)} prompts, ready in the batch."
+        raise MinifluxError(f"{path.name}: a LoRA (.safetensors), a picture or a list of prompts (.txt) is expected")
+
+
+def _filled_in(text: str, notes: list[str]) -> dict[str, Any]:
+    return said("info" if notes else "ok", "\n".join([text, *notes]))

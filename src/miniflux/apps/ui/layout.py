@@ -1,0 +1,237 @@
+"""What stands where on the page. The words beside the controls are in `HELP`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from miniflux.apps.ui import form
+from miniflux.apps.ui.site import Shelf, Site
+from miniflux.sampling import SOLVERS
+from miniflux.sampling.schedules import SPACINGS
+
+SCRIPT = Path(__file__).with_name("page.js")
+
+HELP = {
+    "prompt": "What to draw, in plain words. Ctrl+Enter draws.",
+    "negative": "What should not be in the picture",
+    "model": "What draws; all that are on this machine",
+    "steps": "More is slower and finer",
+    "guidance": "How closely the words are followed",
+    "method": "A second way to follow the words; most take twice the time",
+    "scale": "How strongly it works; 1 is neutral",
+    "solver": "How each step is computed",
+    "schedule": "How the noise falls",
+    "seed": "The same seed and settings give the same picture",
+    "lock": "Keep the seed for the next picture",
+    "aspect": "Shape of the picture, at the size the model likes best",
+    "width": "In pixels",
+    "height": "In pixels",
+    "images": "Each from the next seed",
+    "prompts": "One prompt per line; everything else as set above",
+    "x": "What changes from left to right",
+    "y": "What changes from top to bottom",
+    "x_values": "Between commas; whole numbers also as 1-4",
+    "y_values": "The same; prompts go on lines of their own",
+}
+AXES = [
+    ("seed", "seed"),
+    ("steps", "steps"),
+    ("guidance", "guidance"),
+    ("strength of the first LoRA", "lora"),
+    ("strength of the second LoRA", "lora 2"),
+    ("solver", "solver"),
+    ("schedule", "schedule"),
+    ("scale of the guidance method", "guide.scale"),
+    ("static shift", "shift"),
+    ("prompt", "prompt"),
+    ("negative prompt", "negative"),
+    ("model", "model"),
+    ("width", "width"),
+    ("height", "height"),
+]
+MOST = {"steps": 100, "guidance": 10, "scale": 10, "images": 16}
+"""Where sliders end; settings of pictures that lie beyond make them longer."""
+
+STAGE = """miniflux.stage(element, props, {
+  use: (d) => trigger('use', d), again: (d) => trigger('again', d),
+  cancel: (d) => trigger('cancel', d), remove: (d) => trigger('remove', d),
+}, watch);"""
+"""Gradio finds the names of our events in this text."""
+
+DROP = (
+    "Drop anywhere on the page: a LoRA (.safetensors), a saved picture, whose settings fill the controls, or a list of "
+    "prompts (.txt)."
+)
+NO_AXIS = ("nothing", "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Controls:
+    """Every component that a handler reads or writes. The first ones are named as the values in `form`."""
+
+    prompt: gr.Textbox
+    negative: gr.Textbox
+    model: gr.Dropdown
+    loras: gr.HTML
+    steps: gr.Slider
+    guidance: gr.Slider
+    method: gr.Dropdown
+    scale: gr.Slider
+    solver: gr.Dropdown
+    schedule: gr.Dropdown
+    seed: gr.Textbox
+    images: gr.Slider
+    width: gr.Slider
+    height: gr.Slider
+    rest: gr.State
+    lock: gr.Checkbox
+    aspect: gr.Dropdown
+    prompts: gr.Textbox
+    x: gr.Dropdown
+    x_values: gr.Textbox
+    y: gr.Dropdown
+    y_values: gr.Textbox
+    stage: gr.HTML
+    files: gr.File
+    draw: gr.Button
+    die: gr.Button
+    forget: gr.Button
+    also: gr.Textbox
+    draw_all: gr.Button
+    draw_grid: gr.Button
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The components whose values make a request, by the names that `form` uses."""
+        names = [f.name for f in fields(self)]
+        return {name: getattr(self, name) for name in names[: names.index("lock")]}
+
+
+def build(site: Site) -> Controls:
+    """Lay everything out, inside the `gr.Blocks` that is open."""
+    first = site.listed[site.first]
+    grey = form.greyed(first, form.PLAIN)
+
+    def usable(name: str) -> dict[str, Any]:
+        return {"interactive": name not in grey, "info": grey.get(name, HELP[name]), "elem_id": f"mf-{name}"}
+
+    made: dict[str, Any] = {}
+    drawn: dict[str, Any] = {"html_template": "<div></div>", "apply_default_css": False, "padding": False}
+    gr.HTML(None, elem_id="mf-page", js_on_load=f"{SCRIPT.read_text('utf-8')}\nminiflux.page(element);", **drawn)
+    with gr.Row(elem_id="mf-columns"):
+        with gr.Column(elem_id="mf-left", scale=0, min_width=0):
+            with gr.Column(elem_id="mf-compose", min_width=0):
+                made["prompt"] = gr.Textbox(
+                    label="Prompt", value="a red circle on a blue background", lines=3, max_lines=8, **usable("prompt")
+                )
+                made["draw"] = gr.Button("Draw", variant="primary", elem_id="mf-draw")
+            with gr.Column(elem_id="mf-settings"):
+                made |= _model(site, usable, drawn)
+                made |= _sampling(site, usable)
+                made |= _shape(site, usable)
+                made |= _many()
+        with gr.Column(elem_id="mf-right", scale=1, min_width=0):
+            made["stage"] = gr.HTML(
+                None,
+                elem_id="mf-stage",
+                js_on_load=STAGE,
+                **drawn,
+            )
+            gr.HTML(None, elem_id="mf-history", js_on_load="miniflux.history(element);", **drawn)
+    return Controls(**made)
+
+
+def _model(site: Site, usable: Any, drawn: dict[str, Any]) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    with gr.Accordion("Model and LoRAs", elem_classes="mf-room"):
+        made["model"] = gr.Dropdown(list(site.listed), value=site.first, label="Model", **usable("model"))
+        made["loras"] = gr.HTML(
+            form.rows(Shelf(site.bundled), site.first),
+            elem_id="mf-loras",
+            js_on_load="miniflux.loras(element, props, watch);",
+            **drawn,
+        )
+        gr.HTML(None, elem_id="mf-drop-note", js_on_load=f'miniflux.note(element, "{DROP}");', **drawn)
+        made["files"] = gr.File(
+            show_label=False,
+            label="LoRAs, saved pictures, lists of prompts",
+            file_count="multiple",
+            file_types=[".safetensors", ".png", ".jpg", ".jpeg", ".webp", ".txt"],
+            elem_id="mf-files",
+        )
+    return made
+
+
+def _sampling(site: Site, usable: Any) -> dict[str, Any]:
+    first = site.listed[site.first]
+    usual = 3.0 if first.guidance is None else first.guidance
+    made: dict[str, Any] = {}
+    with gr.Accordion("Steps and guidance", elem_classes="mf-room"):
+        made["steps"] = gr.Slider(1, MOST["steps"], value=first.steps, step=1, label="Steps", **usable("steps"))
+        made["guidance"] = gr.Slider(0, MOST["guidance"], value=usual, step=0.1, label="Guidance", **usable("guidance"))
+        made["method"] = gr.Dropdown(
+            [(label, name) for name, label in form.METHODS.items()],
+            value=form.PLAIN,
+            label="Guidance method",
+            **usable("method"),
+        )
+        made["scale"] = gr.Slider(0, MOST["scale"], value=3.0, step=0.1, label="Scale of the method", **usable("scale"))
+        made["negative"] = gr.Textbox(label="Negative prompt", lines=1, max_lines=6, **usable("negative"))
+        with gr.Row():
+            made["solver"] = gr.Dropdown(
+                list(SOLVERS), value="euler", label="Solver", allow_custom_value=True, min_width=120, **usable("solver")
+            )
+            made["schedule"] = gr.Dropdown(
+                list(SPACINGS),
+                value="uniform",
+                label="Schedule",
+                allow_custom_value=True,
+                min_width=120,
+                **usable("schedule"),
+            )
+        made["also"] = gr.Textbox(
+            label="Also in use, from a picture", interactive=False, visible=False, elem_id="mf-also"
+        )
+        made["forget"] = gr.Button("Forget these", size="sm", visible=False, elem_id="mf-forget")
+        made["rest"] = gr.State({})
+    return made
+
+
+def _shape(site: Site, usable: Any) -> dict[str, Any]:
+    base = site.listed[site.first].size
+    made: dict[str, Any] = {}
+    with gr.Accordion("Size, seed, number", elem_classes="mf-room"):
+        made["aspect"] = gr.Dropdown([*form.ASPECTS, "own size"], value="1:1", label="Aspect", **usable("aspect"))
+        with gr.Row():
+            for side in ("width", "height"):
+                made[side] = gr.Slider(
+                    64, 2 * base, value=base, step=form.SIDE, label=side.capitalize(), min_width=120, **usable(side)
+                )
+        with gr.Row(elem_id="mf-seeds"):
+            # Text, because browsers round numbers above 2**53, and seeds go to 2**64.
+            made["seed"] = gr.Textbox(label="Seed", value="0", lines=1, max_lines=1, min_width=120, **usable("seed"))
+            made["die"] = gr.Button("⚄ Roll", elem_id="mf-die", min_width=80)
+            made["lock"] = gr.Checkbox(label="Lock", value=False, min_width=120, **usable("lock"))
+        made["images"] = gr.Slider(1, MOST["images"], value=1, step=1, label="Number of pictures", **usable("images"))
+    return made
+
+
+def _many() -> dict[str, Any]:
+    made: dict[str, Any] = {}
+
+    def text(name: str, label: str, lines: int, value: str = "") -> gr.Textbox:
+        return gr.Textbox(label=label, info=HELP[name], lines=lines, max_lines=10, value=value, elem_id=f"mf-{name}")
+
+    with gr.Accordion("Batch: a list of prompts", open=False, elem_classes="mf-room", elem_id="mf-batch"):
+        made["prompts"] = text("prompts", "Prompts", 4)
+        made["draw_all"] = gr.Button("Draw all", elem_id="mf-draw-all")
+    with gr.Accordion("X/Y grid: two settings compared", open=False, elem_classes="mf-room", elem_id="mf-grid"):
+        for name, choices, axis, values in (("x", AXES, "seed", "1-3"), ("y", [NO_AXIS, *AXES], "steps", "4, 8, 20")):
+            made[name] = gr.Dropdown(choices, value=axis, label=name.upper(), info=HELP[name], elem_id=f"mf-{name}")
+            made[f"{name}_values"] = text(f"{name}_values", f"{name.upper()} values", 1, values)
+        made["draw_grid"] = gr.Button("Draw grid", elem_id="mf-draw-grid")
+    return made

@@ -1,0 +1,178 @@
+"""What the page asks for beside Gradio's own: how far the queue is, and the pictures.
+
+A browser session is a random token in a cookie that scripts cannot read. Whoever does not know it sees nothing of what
+belongs to it; a picture's name, which cannot be guessed either, is of no use without the token.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from fastapi import APIRouter, Depends, HTTPException
+from fastapi import Request as WebRequest
+from fastapi.responses import FileResponse, JSONResponse, Response
+from PIL import Image
+from starlette.datastructures import MutableHeaders
+from starlette.requests import cookie_parser
+
+from miniflux.apps.ui import form
+from miniflux.apps.ui.site import Site
+from miniflux.errors import MinifluxError
+from miniflux.service import Entry, Job, new_session
+
+COOKIE = "miniflux_session"
+YEAR = 365 * 24 * 3600
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; worker-src 'self' blob:; "
+    "form-action 'self'; base-uri 'self'; object-src 'none'; frame-ancestors 'self'"
+)
+"""The browser itself refuses whatever would go elsewhere. Gradio's own scripts stand in the page and make functions."""
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+class Sessions:
+    """ASGI middleware: every browser has a session, and no answer lets it ask elsewhere."""
+
+    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        cookies = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"cookie"), "")
+        known = valid(cookie_parser(cookies).get(COOKIE))
+        token = None if known or scope["path"] != "/" else new_session()
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(raw=message.setdefault("headers", []))
+                headers["content-security-policy"] = POLICY
+                headers["x-content-type-options"] = "nosniff"
+                headers["referrer-policy"] = "no-referrer"
+                if token is not None:
+                    headers.append("set-cookie", f"{COOKIE}={token}; Path=/; Max-Age={YEAR}; HttpOnly; SameSite=Strict")
+            await send(message)
+
+        await self.app(scope, receive, answer)
+
+
+def valid(token: str | None) -> str | None:
+    """The token, if it can be one of ours."""
+    return token if token and re.fullmatch("[A-Za-z0-9_-]{16,128}", token) else None
+
+
+def session_of(cookies: Any) -> str:
+    """The session that a request belongs to.
+
+    Raises:
+        HTTPException: it has none.
+    """
+    token = valid(cookies.get(COOKIE))
+    if token is None:
+        raise HTTPException(403, "no session: open the page first, and let it keep a cookie")
+    return token
+
+
+def router(site: Site, allowed: Callable[..., Any]) -> APIRouter:
+    """The routes; `allowed` refuses who has not logged in."""
+    routes = APIRouter(prefix="/studio", dependencies=[Depends(allowed)])
+
+    @routes.get("/state")
+    def state(web: WebRequest, mark: str = "", seen: str = "") -> JSONResponse:
+        return JSONResponse(state_of(site, session_of(web.cookies), mark, seen), headers={"cache-control": "no-store"})
+
+    @routes.get("/about/{id}")
+    def about(web: WebRequest, id: str) -> JSONResponse:
+        request = _entry(site, session_of(web.cookies), id).request
+        return JSONResponse(form.described(request, site.listed.get(request.model)))
+
+    @routes.get("/picture/{id}.png")
+    def picture(web: WebRequest, id: str, download: bool = False, bare: bool = False) -> Response:
+        session = session_of(web.cookies)
+        _entry(site, session, id)
+        path = site.history.path(session, id)
+        headers = {"cache-control": "private, max-age=31536000, immutable"}
+        if download:
+            headers["content-disposition"] = f'attachment; filename="miniflux-{id[:8]}.png"'
+        if not bare:
+            return FileResponse(path, media_type="image/png", headers=headers)
+        with Image.open(path) as image:
+            plain = Image.frombytes(image.mode, image.size, image.tobytes())
+        data = io.BytesIO()
+        plain.save(data, "PNG")
+        return Response(data.getvalue(), media_type="image/png", headers=headers)
+
+    assert state and about and picture
+    return routes
+
+
+def _entry(site: Site, session: str, id: str) -> Entry:
+    try:
+        return site.history.get(session, id)
+    except MinifluxError:
+        raise HTTPException(404, "no such picture") from None
+
+
+def state_of(site: Site, session: str, mark: str = "", seen: str = "") -> dict[str, Any]:
+    """What has changed for a session.
+
+    Args:
+        mark: the state of the history that the page has; it is sent again only if it has changed.
+        seen: `ID:STEPS` of the preview that the page has.
+    """
+    jobs = [_job(job, seen) for job in site.queue.jobs(session)]
+    ended = [{"id": job.id, "state": job.state, "error": job.status().error} for job in site.ended(session)]
+    entries = site.history.listed(session)
+    now = f"{len(entries)}:{entries[0].id}" if entries else "0"
+    said: dict[str, Any] = {"jobs": [job for job in jobs if job], "ended": ended, "mark": now}
+    if now != mark:
+        said["entries"] = [
+            {
+                "id": entry.id,
+                "url": f"studio/picture/{entry.file}",
+                "caption": form.caption(entry.request),
+                "line": form.line(entry.request),
+                "cached": entry.cached,
+                "title": entry.title,
+            }
+            for entry in entries
+        ]
+    return said
+
+
+def _job(job: Job, seen: str) -> dict[str, Any] | None:
+    status = job.status()
+    if status.place is None:
+        return None
+    preview = None
+    if status.state == "running" and status.steps_done and seen != f"{job.id}:{status.steps_done}":
+        preview = as_url(job.preview())
+    return {
+        "id": job.id,
+        "title": job.title or form.caption(job.requests[0]) or "(no prompt)",
+        "state": status.state,
+        "place": status.place,
+        "done": status.steps_done,
+        "steps": status.steps,
+        "left": status.seconds_left,
+        "preview": preview,
+    }
+
+
+def as_url(image: Image.Image | None) -> str | None:
+    """A preview as an address that holds it."""
+    if image is None:
+        return None
+    data = io.BytesIO()
+    image.save(data, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()

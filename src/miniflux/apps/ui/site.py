@@ -1,0 +1,212 @@
+"""What the page stands on: models, queue, history, and what each browser session has on its shelf."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+import threading
+from collections import OrderedDict
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from miniflux.cache import ResultCache
+from miniflux.errors import InputError, MinifluxError
+from miniflux.result import Result
+from miniflux.service import Grid, History, Job, Listed, Models, Queue
+from miniflux.settings import Request
+from miniflux.variants import ALIASES
+
+log = logging.getLogger(__name__)
+
+MAX_SHELVES = 1000  # browser sessions remembered at once, beside their history, which is on the disk
+MAX_LORAS = 32  # files that one session may drop
+CACHE_BYTES = 2**30  # of pictures kept to answer repeated requests
+MAX_LORA_BYTES = 4 * 2**30
+BUNDLED = "realism"
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA of a session's list.
+
+    Attributes:
+        id: what the page calls it.
+        label: what people read.
+        file: what `LoraUse` takes.
+        sha256: of the file.
+        reasons: by model, why it cannot be used there; models it fits are not in it.
+        about: a line.
+        receipt: a table of what it changes.
+    """
+
+    id: str
+    label: str
+    file: str
+    sha256: str
+    reasons: dict[str, str]
+    about: str
+    receipt: str
+
+
+@dataclass
+class Shelf:
+    """What a browser session has, beside its history: LoRAs, and jobs whose end it has not been told."""
+
+    loras: dict[str, Lora] = field(default_factory=dict[str, Lora])
+    jobs: list[Job] = field(default_factory=list[Job])
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+
+class Site:
+    """Everything behind the page.
+
+    Args:
+        models: what there is to draw with.
+        queue: who draws next; its pictures go to `history`.
+        history: what was drawn.
+        folder: where LoRAs that were dropped are kept.
+        first: the model chosen at first.
+
+    Raises:
+        InputError: the first model is unknown, or its weights are not on this machine.
+    """
+
+    def __init__(self, models: Models, queue: Queue, history: History, folder: Path, first: str = "nano-dev") -> None:
+        self.models, self.queue, self.history, self.folder = models, queue, history, folder
+        self.listed: dict[str, Listed] = {model.name: model for model in models.listed() if not model.missing}
+        if first not in self.listed:
+            raise InputError(f"--model {first}: not on this machine; there are {', '.join(self.listed)}")
+        self.first = first
+        self.bundled = {BUNDLED: self._lora(BUNDLED, "Realism", BUNDLED, Path(self.models.lora(BUNDLED).source))}
+        self._shelves: OrderedDict[str, Shelf] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def shelf(self, session: str) -> Shelf:
+        """What this session has; a new one has the bundled LoRA."""
+        with self._lock:
+            if session not in self._shelves:
+                self._shelves[session] = Shelf(dict(self.bundled))
+            self._shelves.move_to_end(session)
+            while len(self._shelves) > MAX_SHELVES:
+                self._shelves.popitem(last=False)
+            return self._shelves[session]
+
+    # LoRAs
+
+    def _lora(self, id: str, label: str, file: str, path: Path) -> Lora:
+        """Read a file, against every model there is; raises if it fits none."""
+        reasons: dict[str, str] = {}
+        receipt, model, refusal = None, "", None
+        for name in self.listed:
+            try:
+                found = self.models.lora(file, name)
+                receipt, model = receipt or found, model or name
+            except MinifluxError as error:
+                reasons[name], refusal = f"made for another model than {name}", error
+        if receipt is None:
+            assert refusal is not None
+            raise refusal
+        fits = ", ".join(name for name in self.listed if name not in reasons)
+        about = f"{receipt.dialect}, {receipt.applied} of {receipt.expected} modules applied; for {fits}"
+        text = str(receipt).replace(receipt.source, path.name)
+        return Lora(id, label, file, sha256_of(path), reasons, about, text)
+
+    def keep_lora(self, session: str, path: Path) -> Lora:
+        """Check a file that was dropped, copy it where it stays, and put it on the shelf.
+
+        Raises:
+            MinifluxError: it cannot be used; the message says why, and nothing has changed.
+        """
+        shelf = self.shelf(session)
+        if path.stat().st_size > MAX_LORA_BYTES:
+            raise InputError(f"{path.name}: larger than {MAX_LORA_BYTES / 2**30:.0f} GiB")
+        if len(shelf.loras) > MAX_LORAS:
+            raise InputError(f"{path.name}: this session has dropped {MAX_LORAS} LoRAs already")
+        self._lora("", path.stem, str(path), path)  # refuses before anything is copied
+        digest = sha256_of(path)
+        place = self.folder / digest / path.name
+        if not place.exists():
+            place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            beside = place.with_suffix(".part")
+            shutil.copyfile(path, beside)
+            beside.replace(place)
+        lora = self._lora(digest[:16], path.stem[:80], str(place), place)
+        with shelf.lock:
+            shelf.loras[lora.id] = lora
+        return lora
+
+    # Jobs
+
+    def submit(self, session: str, requests: Sequence[Request], title: str = "") -> Job:
+        """Put a job in line for a session; errors as of `Queue.submit`."""
+        job = self.queue.submit(session, *requests, title=title)
+        return self._on_shelf(session, job)
+
+    def submit_grid(self, session: str, grid: Grid) -> Job:
+        """Put a grid in line; what comes into the history is one labelled sheet."""
+        results: list[Result] = []
+        requests = grid.requests()
+        title = "grid: " + " by ".join(axis.setting for axis in (grid.x, grid.y) if axis is not None)
+
+        def deliver(job: Job, which: int, result: Result) -> None:
+            results.append(result)
+            if len(results) == len(requests):
+                self.history.add_sheet(session, grid, results, title)
+
+        return self._on_shelf(session, self.queue.submit(session, *requests, title=title, deliver=deliver))
+
+    def _on_shelf(self, session: str, job: Job) -> Job:
+        shelf = self.shelf(session)
+        with shelf.lock:
+            shelf.jobs.append(job)
+        return job
+
+    def job(self, session: str, id: str) -> Job | None:
+        """A job of this session that is not over, by its id."""
+        return next((job for job in self.queue.jobs(session) if job.id == id), None)
+
+    def ended(self, session: str) -> list[Job]:
+        """Jobs of this session that are over and of which nobody was told; told once."""
+        shelf = self.shelf(session)
+        with shelf.lock:
+            over = [job for job in shelf.jobs if job.over]
+            shelf.jobs = [job for job in shelf.jobs if not job.over]
+        return over
+
+
+def sha256_of(path: Path) -> str:
+    """In hexadecimal, of a file of any size."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def opened(
+    folder: Path,
+    *,
+    first: str = "nano-dev",
+    weights: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    waiting: int = 64,
+    cache: str | None = None,
+) -> Generator[Site]:
+    """Everything behind a page, while the context lasts.
+
+    Args:
+        folder: for the history and the LoRAs that are dropped.
+        first: the model chosen at first; a name or an alias.
+        waiting: jobs that may wait.
+        cache: a folder for drawn pictures; None for memory.
+    """
+    results = ResultCache(cache, CACHE_BYTES)
+    models = Models(weights=weights, device=device, dtype=dtype, cache=results)
+    history = History(folder)
+    with Queue(models.draw, models.cost, waiting=waiting, deliver=history.deliver, answer=models.answer) as queue:
+        yield Site(models, queue, history, folder / "loras", ALIASES.get(first, first))
