@@ -66,7 +66,7 @@ def test_an_image_to_change_and_previews(tmp_path: Path) -> None:
     ("options", "message"),
     [
         (["--solver", "leapfrog"], "unknown solver 'leapfrog'; known: euler"),
-        (["--schedule", "fast"], "unknown schedule 'fast'; known: uniform"),
+        (["--schedule", "fast"], "unknown schedule 'fast'; known: auto, uniform"),
         (["--schedule", "1,0.5,0.7,0"], "noise level 2 is 0.7"),
         (["--schedule", "1,nan,0"], "noise level 1 is nan"),
         (["--shift", "-1"], "shift must be a positive number, got -1.0"),

@@ -19,6 +19,7 @@ from miniflux.sampling import (
     SOLVERS,
     Moment,
     Schedule,
+    State,
     Words,
     add_noise,
     custom_schedule,
@@ -216,26 +217,12 @@ def jumps(name: str) -> list[float]:
     return [jump(i / BOUNDARIES / 2, name) for i in range(1, 2 * BOUNDARIES)]
 
 
-@pytest.mark.parametrize("name", [name for name in DETERMINISTIC if name not in MULTISTEP])
+@pytest.mark.parametrize("name", DETERMINISTIC)
 def test_strength_is_continuous(name: str) -> None:
     """A millionth more is hardly another picture, also where a step more begins; a lot more is another picture."""
-    assert max(jumps(name)) < 2e-5
-    if name != "dpmpp-2s":  # whose middle is another one at exactly 1
-        assert jump(1, name) < 2e-5
+    assert max(jumps(name)) < 2e-5 and jump(1, name) < 2e-5
     assert (changed(0.9, name) - changed(0.3, name)).abs().max() > 0.1
     assert (changed(1e-6, name) - PICTURE).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("name", MULTISTEP)
-def test_strength_with_a_past(name: str) -> None:
-    """Solvers that look back know more in their second step than in their first, so that a step more makes a
-    difference: none inside a step, and at its boundary one that falls with the square of the width, as their error."""
-
-    def at_half(steps: int) -> float:
-        return float((changed(0.5 + 1e-6, name, steps) - changed(0.5 - 1e-6, name, steps)).abs().max())
-
-    assert max(jump((i + 0.5) / BOUNDARIES, name) for i in range(BOUNDARIES)) < 2e-5
-    assert at_half(32) < at_half(8) / 8
 
 
 @pytest.mark.parametrize("name", MULTISTEP)
@@ -243,7 +230,7 @@ def test_rounding_of_a_strength_does_no_harm(name: str) -> None:
     """(1 - 0.56) * 25 is 10.999...: as a step of 1e-16 before the others, it must not spoil a run in float32."""
     begin, levels = 0.44 * PICTURE + 0.56 * NOISE, schedule("uniform", 25)[11:]
     exact = follow(begin, 0.56, 0)
-    clean = float((integrate(velocity, begin, levels, name) - exact).abs().max())
+    clean = float((integrate(velocity, begin, levels, name, state=State(steps=14, skipped=11)) - exact).abs().max())
     assert float((changed(0.56, name, 25, torch.float32) - exact).abs().max()) < 2 * clean + 1e-5
 
 
