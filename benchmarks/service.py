@@ -99,7 +99,7 @@ def previews() -> None:
         step = (moments[-1][0] - moments[0][0]) / (len(moments) - 1)
         start = time.process_time()
         for _, moment in moments:
-            pipe.preview(moment, 128, 128)
+            pipe.preview(moment, 128, 128, "table")
         preview = (time.process_time() - start) / len(moments)
     print(f"a preview of nano at 128x128: {1000 * preview:.2f} ms, {100 * preview / step:.1f} % of a step")
 

@@ -36,7 +36,9 @@ def plain() -> Pipeline:
 @pytest.fixture
 def pipe(plain: Pipeline) -> Pipeline:
     """nano-dev with an empty cache in memory."""
-    return Pipeline(plain.variant, plain.transformer, plain.autoencoder, plain.text, plain.origin, ResultCache())
+    return Pipeline(
+        plain.variant, plain.transformer, plain.autoencoder, plain.text, plain.origin, results=ResultCache()
+    )
 
 
 def draw(pipe: Pipeline, prompt: str = "a star", **options: Any) -> Result:
@@ -199,7 +201,7 @@ def test_functions_are_kept_by_their_values(pipe: Pipeline) -> None:
 def test_damaged_and_half_written_entries_are_drawn_anew(plain: Pipeline, tmp_path: Path) -> None:
     """A byte changed anywhere, a cut file, an empty one, another file altogether."""
     pipe = Pipeline(
-        plain.variant, plain.transformer, plain.autoencoder, plain.text, plain.origin, ResultCache(tmp_path)
+        plain.variant, plain.transformer, plain.autoencoder, plain.text, plain.origin, results=ResultCache(tmp_path)
     )
     first = draw(pipe)
     (entry,) = tmp_path.iterdir()

@@ -214,10 +214,12 @@ class Models:
         with self.use(request) as pipe:
             width, height = request.size(pipe.variant)
             preview: list[Preview | None] = [None]
+            # The table takes 1.4 % of a step of nano at 128x128, the tiny decoder 14 %.
+            decoder = "table" if pipe.variant.preview else "tiny" if pipe.tiny is not None else None
 
             def watch(_: int, moment: Moment) -> None:
-                if pipe.variant.preview:
-                    preview[0] = partial(pipe.preview, moment, width, height)
+                if decoder is not None:
+                    preview[0] = partial(pipe.preview, moment, width, height, decoder)
 
             def progress(done: int, _: int) -> None:
                 step(done, preview[0])
