@@ -11,6 +11,7 @@ from typing import Any
 
 from miniflux.apps.ui.site import BUNDLED, Shelf
 from miniflux.errors import InputError
+from miniflux.plan import AUTO
 from miniflux.sampling import GUIDES
 from miniflux.sampling.latents import MAX_SEED
 from miniflux.service import Listed
@@ -271,7 +272,7 @@ def described(request: Request, model: Listed | None) -> list[tuple[str, str]]:
         ("size", f"{request.width} × {request.height}" if request.width and request.height else ""),
         *((f"LoRA {Path(use.file).stem}", f"strength {plainly(use.strength)}") for use in request.loras),
         ("solver", request.solver),
-        ("schedule", plainly(about.get("schedule", "uniform"))),
+        ("schedule", plainly(about.get("schedule", AUTO))),
         *((name, plainly(about[name])) for name in ("guide", *CARRIED) if name in about),
     ]
     return [line for line in lines if line[1]]

@@ -10,6 +10,7 @@ import gradio as gr
 
 from miniflux.apps.ui import form
 from miniflux.apps.ui.site import Shelf, Site
+from miniflux.plan import AUTO
 from miniflux.sampling import SOLVERS
 from miniflux.sampling.schedules import SPACINGS
 
@@ -186,8 +187,8 @@ def _sampling(site: Site, usable: Any) -> dict[str, Any]:
                 list(SOLVERS), value="euler", label="Solver", allow_custom_value=True, min_width=120, **usable("solver")
             )
             made["schedule"] = gr.Dropdown(
-                list(SPACINGS),
-                value="uniform",
+                [AUTO, *SPACINGS],
+                value=AUTO,
                 label="Schedule",
                 allow_custom_value=True,
                 min_width=120,
