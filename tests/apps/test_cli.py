@@ -159,13 +159,13 @@ def test_inspect(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "Flux1" in said and "nano-dev" in said and "original" in said and "bfloat16" in said
     assert run("inspect", str(BUNDLED), "--json") == 0
     assert {part["network"] for part in json.loads(capsys.readouterr().out)} == {
-        "Flux1", "Autoencoder", "ClipTextEncoder", "T5Encoder"
+        "Flux1", "Autoencoder", "ClipTextEncoder", "T5Encoder", "TinyDecoder"
     }  # fmt: skip
     assert run("inspect", str(tmp_path / "nothing")) == 2
 
 
 def test_a_fault_of_ours_is_exit_code_1(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_path: str) -> None:
+    def fail(_path: str, *, data: bool) -> None:
         raise RuntimeError("broken inside")
 
     monkeypatch.setattr("miniflux.checkpoints.inspect", fail)
@@ -175,7 +175,7 @@ def test_a_fault_of_ours_is_exit_code_1(capsys: pytest.CaptureFixture[str], monk
 
 
 def test_interrupt_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def stop(_path: str) -> None:
+    def stop(_path: str, *, data: bool) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("miniflux.checkpoints.inspect", stop)

@@ -146,10 +146,11 @@ def _parts(source: TensorSource, data: bool) -> list[Part]:
 
 def _absent(parts: list[Part], folder: Path | None) -> list[str]:
     """What a pipeline's folder, or a file of several networks, lacks of a FLUX.1."""
-    networks = [part.network for part in parts]
-    whole = [kind for kind in WORDS if kind.__name__ in networks]
-    if len(whole) < len(networks) or not (folder or len(networks) > 1) or Flux1 not in whole:
+    networks = {part.network for part in parts}
+    strange = networks - {kind.__name__ for kind in [*WORDS, TinyDecoder]}
+    if strange or Flux1.__name__ not in networks or not (folder or len(networks) > 1):
         return []
+    whole = [kind for kind in WORDS if kind.__name__ in networks]
     absent = [word for kind, word in WORDS.items() if kind not in whole]
     return absent + [name for name in TOKENIZERS if folder and not (folder / name).is_dir()]
 
