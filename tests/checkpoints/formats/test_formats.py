@@ -84,6 +84,15 @@ def test_unpacking_is_rounded_once(writer: str, dtype: torch.dtype) -> None:
     assert torch.equal(out, dense.to(dtype))
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_statistics_in_half_precision(nested: bool) -> None:
+    """Some programs cast every float of a file: the tables and scales then are what they were rounded to."""
+    parts, _ = WRITERS["nf4, nested" if nested else "nf4"][0](randn(8, 64, seed=3))
+    half = {name: t.bfloat16() if t.is_floating_point() else t for name, t in parts.items()}
+    wide = {name: t.float() if t.is_floating_point() else t for name, t in half.items()}
+    assert torch.equal(FORMATS["nf4"].unpack(half), FORMATS["nf4"].unpack(wide))
+
+
 @pytest.mark.parametrize("name", [name for name in FORMATS if name not in BLOCKS])
 def test_pieces_make_the_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = FORMATS[name].pack(randn(37, 192, seed=5))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miniflux.checkpoints.formats.base import WEIGHT, Format, Get, Kind, Stored, misshapen, need, pieces
+from miniflux.checkpoints.formats.base import FLOATS, WEIGHT, Format, Get, Kind, Stored, misshapen, need, pieces
 from miniflux.checkpoints.formats.scaled import parsed_json
 from miniflux.errors import CheckpointError
 
@@ -89,14 +89,14 @@ class FourBit(Format):
             facts |= {"nested": nested, "offset": float(about.value("nested_offset", (int, float)))}
             if not math.isfinite(facts["offset"]):
                 raise CheckpointError(f"{self.state} says nested_offset {facts['offset']}")
-            expected = {ABSMAX: (torch.uint8, count), NESTED: (torch.float32, -(-count // nested))}
-            expected[NESTED_MAP] = (torch.float32, 256)
+            expected = {ABSMAX: ((torch.uint8,), count), NESTED: (FLOATS, -(-count // nested))}
+            expected[NESTED_MAP] = (FLOATS, 256)
             parts += [NESTED, NESTED_MAP]
         else:
-            expected = {ABSMAX: (torch.float32, count)}
-        expected[MAP] = (torch.float32, 16)
-        for name, (dtype, size) in expected.items():
-            found = need(kinds, name, dtype)
+            expected = {ABSMAX: (FLOATS, count)}
+        expected[MAP] = (FLOATS, 16)
+        for name, (dtypes, size) in expected.items():
+            found = need(kinds, name, *dtypes)
             if math.prod(found) != size:
                 raise misshapen(name, found, f"[{size}]")
         return Stored(self, shape, {name: kinds[name] for name in parts}, facts, (self.state,))
@@ -105,10 +105,11 @@ class FourBit(Format):
         codes, flat, size = parts[WEIGHT].reshape(-1), out.view(-1), stored.facts["block"]
         absmax = parts[ABSMAX].reshape(-1)
         if "nested" in stored.facts:
-            nested = parts[NESTED].reshape(-1).repeat_interleave(stored.facts["nested"])[: len(absmax)]
-            absmax = parts[NESTED_MAP].reshape(-1)[absmax.int()] * nested + stored.facts["offset"]
+            nested = parts[NESTED].float().reshape(-1).repeat_interleave(stored.facts["nested"])[: len(absmax)]
+            absmax = parts[NESTED_MAP].float().reshape(-1)[absmax.int()] * nested + stored.facts["offset"]
+        absmax = absmax.float()
         # Both numbers of a byte at once: 256 pairs.
-        table, byte = parts[MAP].reshape(-1), torch.arange(256, device=codes.device)
+        table, byte = parts[MAP].float().reshape(-1), torch.arange(256, device=codes.device)
         pairs = torch.stack((table[byte >> 4], table[byte & 15]), dim=1)
         for piece in pieces(len(absmax), size):
             start, end = piece.start * size, min(piece.stop * size, len(flat))
