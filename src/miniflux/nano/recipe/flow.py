@@ -138,7 +138,7 @@ class Data:
 
 
 def noise_levels(batch: int, tokens: int) -> Tensor:
-    """Mostly high ones. What a shape will be is decided above 0.8 on the main canvas: below, the picture itself shows it.
+    """Mostly high ones. What a shape will be is decided above 0.8 on the main canvas: below, the picture shows it.
 
     The more tokens a picture has, the more noise it takes to hide it: log-odds grow by half the logarithm of their
     number (arXiv 2403.03206, section 5.3.2).

@@ -70,8 +70,8 @@ def realism_loss(
     """Flow matching on lit pictures, for the guided prediction.
 
     nano-dev predicts what guidance makes of a prediction. What it makes of it, v(g) - v(1) of the plain model, is added
-    to the target, so that the LoRA learns the light and leaves the guidance as it is. Light is seen at all noise levels,
-    not only at the high ones where shapes are decided.
+    to the target, so that the LoRA learns the light and leaves the guidance as it is. Light is seen at all noise
+    levels, not only at the high ones where shapes are decided.
     """
     lora.set_scale(rng.uniform(*SCALES))
     sigmas, noise = logit_normal_sigmas(len(x0), mean=0.5, std=1.4), torch.randn_like(x0)
