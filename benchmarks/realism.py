@@ -1,6 +1,6 @@
 """What the bundled realism LoRA does to pictures: is the light there, and is the scene still the one asked for?
 
-Every prompt is drawn twice from one seed, plain and with the LoRA. Where the objects are is read from the plain picture.
+Every prompt is drawn twice from one seed, plain and with the LoRA. Where the objects are is read from the plain one.
 Shading is measured as the spread of brightness inside the bodies (the rims left out) and on the background; a picture
 counts as lit if both are above what flat pictures show.
 """
