@@ -1,18 +1,24 @@
-"""How much memory loading takes: the peak of a fresh process against the size of the file. Linux only: it reads /proc.
+"""What loading takes: peak memory of a fresh process against the size of the file, and time against reading the file
+once. Linux only: it reads /proc.
 
-Writes a FLUX.1 transformer of about a gigabyte with random weights (hidden size 1024), then loads it from both layouts.
+Writes a FLUX.1 transformer with random weights and loads it from both layouts: about a gigabyte in bfloat16, or with
+`--large` 4.4 GB in float16, and then with diffusers as well.
 """
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from miniflux.checkpoints import open_tensors, save
+from miniflux.checkpoints import load_into, open_tensors, save
+from miniflux.checkpoints.files import stream_tensors
 from miniflux.models.flux1 import Flux1, Flux1Config
 
 CONFIG = Flux1Config(
@@ -27,37 +33,115 @@ CONFIG = Flux1Config(
     axes_dim=(16, 56, 56),
     guidance_embed=True,
 )
-LOAD = """
-import sys, torch
-from benchmarks.loading import CONFIG
+LARGE = replace(CONFIG, hidden_size=2048, num_heads=16)
+MEASURE = """
+import sys, time, torch
+path, dtype = sys.argv[1], getattr(torch, sys.argv[2])
+def status(name):
+    return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
+{prepare}
+before, start = status("VmRSS"), time.perf_counter()
+{work}
+print(status("VmHWM") - before, time.perf_counter() - start)
+"""
+READ = MEASURE.format(
+    prepare="buffer = bytearray(2**24); file = open(path, 'rb', buffering=0)", work="while file.readinto(buffer): pass"
+)
+OURS = MEASURE.format(
+    prepare="""
+from benchmarks.loading import CONFIG, LARGE
 from miniflux.checkpoints import load_into
 from miniflux.models.flux1 import Flux1
 with torch.device("meta"):
-    network = Flux1(CONFIG)
-def status(name):
-    return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
-before = status("VmRSS")
-load_into(network, sys.argv[1], dtype=getattr(torch, sys.argv[2]) if len(sys.argv) > 2 else None)
-print(status("VmHWM") - before)
-"""
+    network = Flux1(LARGE if dtype == torch.float16 else CONFIG)
+""",
+    work="load_into(network, path, dtype=dtype)",
+)
+SINGLE = MEASURE.format(
+    prepare="from pathlib import Path\nfrom diffusers import FluxTransformer2DModel",
+    work="FluxTransformer2DModel.from_single_file(path, config=f'{Path(path).parent}/diffusers', torch_dtype=dtype)",
+)
+FOLDER = MEASURE.format(
+    prepare="from pathlib import Path\nfrom diffusers import FluxTransformer2DModel",
+    work="FluxTransformer2DModel.from_pretrained(Path(path).parent, torch_dtype=dtype)",
+)
+ROUNDS = 3
+
+
+def measured(code: str, path: Path, dtype: str) -> tuple[int, float]:
+    """Peak bytes over the start, and seconds: the least of a few fresh processes, because machines are shared."""
+    root, found = Path(__file__).parent.parent, list[tuple[int, float]]()
+    for _ in range(ROUNDS):
+        arguments = [sys.executable, "-c", code, str(path), dtype]
+        run = subprocess.run(arguments, check=True, stdout=subprocess.PIPE, text=True, cwd=root)
+        peak, seconds = run.stdout.split()[-2:]
+        found.append((int(peak), float(seconds)))
+    return max(peak for peak, _ in found), min(seconds for _, seconds in found)
 
 
 def main() -> None:
-    print(f"{'case':<28} {'file MB':>8} {'largest MB':>10} {'peak MB':>8} {'over file + largest':>20}")
     with tempfile.TemporaryDirectory() as folder:
-        network = Flux1(CONFIG).to(torch.bfloat16)
-        for layout in ("original", "diffusers"):
-            path = Path(folder) / f"{layout}.safetensors"
-            save(network, path, layout=layout)
-            sizes = [entry.size for entry in open_tensors(path).entries.values()]
-            for dtype, factor in (("", 1), ("float32", 2)):
-                arguments = [sys.executable, "-c", LOAD, str(path), *([dtype] if dtype else [])]
-                root = Path(__file__).parent.parent
-                found = subprocess.run(arguments, check=True, capture_output=True, text=True, cwd=root)
-                peak, result, largest = int(found.stdout), factor * sum(sizes), factor * max(sizes)
-                name = f"{layout}{', as ' + dtype if dtype else ''}"
-                over = (peak - result - largest) / 1e6
-                print(f"{name:<28} {result / 1e6:8.0f} {largest / 1e6:10.0f} {peak / 1e6:8.0f} {over:17.0f} MB")
+        large(Path(folder)) if "--large" in sys.argv else small(Path(folder))
+
+
+def small(folder: Path) -> None:
+    print(f"{'case':<28} {'file MB':>8} {'largest MB':>10} {'peak MB':>8} {'over file + largest':>20}")
+    network = Flux1(CONFIG).to(torch.bfloat16)
+    for layout in ("original", "diffusers"):
+        path = folder / f"{layout}.safetensors"
+        save(network, path, layout=layout)
+        sizes = [entry.size for entry in open_tensors(path).entries.values()]
+        for dtype, factor in (("bfloat16", 1), ("float32", 2)):
+            peak, _ = measured(OURS, path, dtype)
+            result, biggest = factor * sum(sizes), factor * max(sizes)
+            over = (peak - result - biggest) / 1e6
+            name = f"{layout}, as {dtype}"
+            print(f"{name:<28} {result / 1e6:8.0f} {biggest / 1e6:10.0f} {peak / 1e6:8.0f} {over:17.0f} MB")
+
+
+def large(folder: Path) -> None:
+    with torch.device("meta"):
+        network = Flux1(LARGE)
+    kinds = {key: (torch.float16, tuple(tensor.shape)) for key, tensor in network.state_dict().items()}
+    original = folder / "original.safetensors"
+    theirs = folder / "diffusers" / "diffusion_pytorch_model.safetensors"
+    theirs.parent.mkdir(exist_ok=True)
+
+    def made(key: str) -> Tensor:
+        return torch.empty(kinds[key][1]).normal_(std=0.02).half()
+
+    stream_tensors(original, kinds, made, {})
+    load_into(network, original)
+    save(network, theirs, layout="diffusers")
+    about = {
+        "_class_name": "FluxTransformer2DModel",
+        "in_channels": LARGE.in_channels,
+        "num_layers": LARGE.depth,
+        "num_single_layers": LARGE.depth_single_blocks,
+        "attention_head_dim": LARGE.hidden_size // LARGE.num_heads,
+        "num_attention_heads": LARGE.num_heads,
+        "joint_attention_dim": LARGE.context_in_dim,
+        "pooled_projection_dim": LARGE.vec_in_dim,
+        "guidance_embeds": LARGE.guidance_embed,
+        "axes_dims_rope": list(LARGE.axes_dim),
+    }
+    (theirs.parent / "config.json").write_text(json.dumps(about), "utf-8")
+    sizes = [entry.size for entry in open_tensors(original).entries.values()]
+    print(f"float16, {sum(sizes) / 1e9:.2f} GB, largest tensor {max(sizes) / 1e6:.0f} MB")
+    print(f"{'case':<38} {'seconds':>8} {'x reading':>9} {'peak GB':>8} {'(peak - largest) / weights':>27}")
+    cases = (
+        ("reading the file once", READ, original),
+        ("miniflux, original file", OURS, original),
+        ("miniflux, diffusers' file", OURS, theirs),
+        ("diffusers, from_single_file", SINGLE, original),
+        ("diffusers, from_pretrained", FOLDER, theirs),
+    )
+    reading = 0.0
+    for name, code, path in cases:
+        peak, seconds = measured(code, path, "float16")
+        reading = reading or seconds
+        share = max(0.0, (peak - max(sizes)) / sum(sizes))
+        print(f"{name:<38} {seconds:8.2f} {seconds / reading:9.2f} {peak / 1e9:8.2f} {share:27.3f}", flush=True)
 
 
 if __name__ == "__main__":

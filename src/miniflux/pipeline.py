@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from miniflux.checkpoints.assembly import assemble
 from miniflux.checkpoints.origin import Origin, Stamp
 from miniflux.errors import InputError, MinifluxError
 from miniflux.lora.adapters import described, files_of
+from miniflux.memory.modes import Memory
 from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.flux1 import Flux1
 from miniflux.models.tiny_autoencoder import TinyDecoder
@@ -59,6 +61,7 @@ from miniflux.sampling import (
 from miniflux.sampling import solver as find_solver
 from miniflux.sampling.caches import Cache
 from miniflux.sampling.checks import whole
+from miniflux.sampling.denoising import model_calls
 from miniflux.sampling.guidance import Cfg, Scale
 from miniflux.sampling.latents import MAX_SEED, PATCH, PIXELS_PER_TOKEN
 from miniflux.text import Padding, Text
@@ -77,6 +80,7 @@ class Pipeline:
         origin: the files they were read from; None if they were not.
         results: pictures drawn before, or None.
         tiny: a tiny decoder for previews; None where there is none.
+        memory: where the weights are; None if all are simply there.
 
     Calls may come from several threads at once: nothing in here changes while it draws, except the caches of prompts
     and of results, which are locked.
@@ -91,10 +95,11 @@ class Pipeline:
         origin: Origin | None = None,
         tiny: TinyDecoder | None = None,
         results: ResultCache | None = None,
+        memory: Memory | None = None,
     ) -> None:
         self.variant = variant
         self.transformer, self.autoencoder, self.text, self.tiny = transformer, autoencoder, text, tiny
-        self.origin, self.results = origin, results
+        self.origin, self.results, self.memory = origin, results, memory
 
     @property
     def device(self) -> torch.device:
@@ -237,13 +242,15 @@ class Pipeline:
 
         # 4. Each picture on its own: text, noise from its seed, denoising, decoding - unless it was drawn before.
         begun: list[_Begun] = []
+        needs = plan.needs(width, height, said["t5_length"])
 
         def draw(i: int) -> Drawn:
-            if not begun:  # text comes from a cache of its own, and is not needed where all pictures were drawn before
-                begun.append(self._begin(prompts, plan, negative, t5_length, padding, image))
-            varied = None if variation is None else (variation[0] + i, variation[1])
-            watcher = Watcher(i, total, progress, callback, watch)
-            return self._draw(plan, begun[0], i // images, seed + i, varied, watcher, check_cache)
+            with nullcontext() if self.memory is None else self.memory.checked(needs):
+                if not begun:  # text has a cache of its own, and is not needed where all pictures were drawn before
+                    begun.append(self._begin(prompts, plan, negative, t5_length, padding, image))
+                varied = None if variation is None else (variation[0] + i, variation[1])
+                watcher = Watcher(i, total, progress, callback, watch)
+                return self._draw(plan, begun[0], i // images, seed + i, varied, watcher, check_cache)
 
         keys: list[str] = []
         pictures: list[Drawn] = []
@@ -276,6 +283,7 @@ class Pipeline:
             "dtype": str(self.dtype).removeprefix("torch."),
             "dtype_asked": None if origin is None else origin.dtype,
             "device": self.device.type,
+            "memory": "resident" if self.memory is None else self.memory.mode,
             "threads": torch.get_num_threads(),
             "loras": described(self),
         }
@@ -302,6 +310,8 @@ class Pipeline:
         texts = [words for group in groups for words in self._words(group, t5_length, padding)]
         guided = plan.guide is not None
         others = self._words([negative or "", ""], t5_length, padding) if guided else (None, None)
+        if self.memory is not None:
+            self.memory.free_text()
         return _Begun(texts, others[0], others[1], None if image is None else self._encode(image))
 
     def _draw(
@@ -346,8 +356,7 @@ class Pipeline:
     ) -> tuple[Moment, Bill]:
         """The last moment of one picture's run, and what it cost."""
         bill, (text, negative, empty) = Bill(), words
-        denoise(
-            self.transformer,
+        inputs = (
             pack(begin).to(self.device, self.dtype),
             image_ids(1, plan.rows, plan.columns).to(self.device),
             text.txt,
@@ -355,18 +364,27 @@ class Pipeline:
             text.vec,
             plan.levels,
             plan.guidance,
-            txt_mask=text.mask,
-            callback=watch,
-            method=plan.method,
-            rng=step_noise([seed]),
-            guide=plan.guide,
-            negative=negative,
-            empty=empty,
-            cache=plan.cache,
-            bill=bill,
-            resume=plan.resume,
-            stop=plan.stop,
         )
+        options: dict[str, Any] = {
+            "txt_mask": text.mask,
+            "method": plan.method,
+            "guide": plan.guide,
+            "negative": negative,
+            "empty": empty,
+            "resume": plan.resume,
+            "stop": plan.stop,
+        }
+        calls = partial(model_calls, self.transformer, *inputs, **options)
+        with nullcontext() if self.memory is None else self.memory.denoising(calls):
+            denoise(
+                self.transformer,
+                *inputs,
+                callback=watch,
+                rng=step_noise([seed]),
+                cache=plan.cache,
+                bill=bill,
+                **options,
+            )
         assert watch.moment is not None
         return watch.moment, bill
 
@@ -440,6 +458,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     memory: str = "auto",
+    modulation_ahead: bool = True,
     cache: ResultCache | str | Path | None = None,
 ) -> Pipeline:
     """Put a pipeline together from files.
@@ -454,8 +473,10 @@ def load(
         device: None for the best there is.
         dtype: float32, bfloat16 or float16 for transformer and text encoders; None to choose for the device. The
             autoencoder, published in float32, keeps that unless a dtype is given.
-        memory: where weights live while they work; `auto` and `resident` keep them on the device.
-
+        memory: where weights are while they work. resident: on the device; text-freed: the text encoders' are read for
+            every new prompt; offload: the blocks' wait in RAM, in the precision of the file; stream: in the file;
+            auto: the first of these that fits into what is free.
+        modulation_ahead: with blocks that come and go, compute the modulations of all steps before the first.
         cache: a folder for pictures, or a `ResultCache`: what was drawn before, of the same things, is not drawn again;
             `settings` say which. Hashes of all weights are computed for it, once per file.
 
@@ -465,4 +486,7 @@ def load(
         CheckpointError: a file does not hold what it should.
     """
     results = result_cache(cache)
-    return Pipeline(*assemble(name_or_path, weights=weights, device=device, dtype=dtype, memory=memory), results)
+    parts = assemble(
+        name_or_path, weights=weights, device=device, dtype=dtype, memory=memory, modulation_ahead=modulation_ahead
+    )
+    return Pipeline(*parts[:-1], results, parts.memory)

@@ -12,13 +12,14 @@ from PIL import Image
 from torch import Tensor
 
 from miniflux.errors import InputError
+from miniflux.memory.ledger import Run
 from miniflux.models.autoencoder import AutoencoderConfig
 from miniflux.sampling import CACHES, GUIDES, Moment, Schedule, Solver, custom_schedule
 from miniflux.sampling import cache as find_cache
 from miniflux.sampling import schedule as make_schedule
 from miniflux.sampling.caches import Cache
 from miniflux.sampling.checks import check_number, whole
-from miniflux.sampling.guidance import Cfg, Scale
+from miniflux.sampling.guidance import Cfg, Nag, Scale
 from miniflux.sampling.latents import PATCH, PIXELS_PER_TOKEN
 from miniflux.sampling.schedules import SPACINGS, dynamic_shift, flux1_mu, static_shift, unshifted
 from miniflux.variants import Variant
@@ -57,6 +58,12 @@ class Plan:
     def sides(self) -> tuple[int, int]:
         """Height and width in the pixels that `initial_noise` and `unpack` count in."""
         return self.rows * PIXELS_PER_TOKEN, self.columns * PIXELS_PER_TOKEN
+
+    def needs(self, width: int, height: int, text_tokens: int) -> Run:
+        """What the memory that a picture takes depends on."""
+        calls = self.method.model_calls(self.levels.falling)
+        texts = 2 if isinstance(self.guide, Nag) else 1
+        return Run(width=width, height=height, text_tokens=text_tokens, calls=calls, batch=texts)
 
     def described(self) -> dict[str, Any]:
         """As plain JSON: functions as their values at the noise levels."""

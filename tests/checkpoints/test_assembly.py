@@ -454,7 +454,7 @@ def test_parts_of_different_models(folder: Path) -> None:
         ({"name_or_path": "no/such/file.safetensors"}, "'no/such/file.safetensors' is neither a model"),
         ({"name_or_path": "x" * 5000}, "is neither a model"),
         ({"name_or_path": "a\0b"}, "is neither a model"),
-        ({"memory": "banana"}, "memory must be one of auto, resident, got 'banana'"),
+        ({"memory": "banana"}, "memory must be one of auto, resident, text-freed, offload, stream, got 'banana'"),
         ({"device": "banana"}, "device 'banana' cannot be used here"),
         ({"device": "meta"}, "device 'meta' holds no data"),
         ({"dtype": "banana"}, "dtype 'banana' is not one of float32, bfloat16, float16"),

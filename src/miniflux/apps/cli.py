@@ -174,6 +174,10 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--no-metadata", action="store_true", help="leave the settings out of the file")
     generate.add_argument("--device", metavar="NAME", help="cpu, cuda, mps ...; default the best there is")
     generate.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16; default what suits the device")
+    generate.add_argument(
+        "--memory", default="auto", metavar="MODE", help="where weights are: auto (what fits; the default), resident, "
+        "text-freed, offload (in RAM, block by block to the device) or stream (in the file)",
+    )  # fmt: skip
     _sampling_options(generate)
     generate.set_defaults(run=_generate)
 
@@ -296,7 +300,8 @@ def _generate(options: argparse.Namespace) -> None:
     output = checked_output(options.output)
     if options.weights is not None and not Path(options.weights).is_dir():
         raise InputError(f"--weights {options.weights}: no such folder")
-    pipe = load(options.model, weights=options.weights, device=options.device, dtype=options.dtype)
+    places = {"device": options.device, "dtype": options.dtype, "memory": options.memory}
+    pipe = load(options.model, weights=options.weights, **places)
     for path, scale in options.lora:
         from miniflux.lora import attach
 

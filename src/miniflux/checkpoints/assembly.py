@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import nn
@@ -19,12 +19,16 @@ from miniflux.checkpoints.finding import Files, find
 from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.inspection import describe, fits, flux1_config
 from miniflux.checkpoints.jsonfiles import json_file
-from miniflux.checkpoints.loading import compare, load_into
+from miniflux.checkpoints.loading import compare, load_into, take_packed_layers
 from miniflux.checkpoints.origin import Origin, stamped
 from miniflux.checkpoints.prefixes import network_of, open_part, parts_of
 from miniflux.checkpoints.sizes import checked, stated
 from miniflux.errors import CheckpointError, ConfigError, InputError
 from miniflux.memory.compute import choose_device, choose_dtype
+from miniflux.memory.ledger import Part, Run, resident_size
+from miniflux.memory.modes import Memory, check_mode, choose
+from miniflux.memory.modulation import Ahead
+from miniflux.memory.streaming import Streamed, offload, planned, stream
 from miniflux.models.autoencoder import Autoencoder, AutoencoderConfig
 from miniflux.models.clip import ClipTextConfig, ClipTextEncoder
 from miniflux.models.flux1 import Flux1, Flux1Config
@@ -52,7 +56,6 @@ SCHEDULER: dict[str, Any] = {
     "use_beta_sigmas": False,
 }
 NAMES: dict[type[nn.Module], str] = {Autoencoder: "autoencoder", ClipTextEncoder: "clip", T5Encoder: "t5"}  # of parts
-MEMORY_MODES = ("auto", "resident")
 Config = TypeVar("Config", ClipTextConfig, T5Config)
 
 
@@ -65,6 +68,7 @@ class Parts(NamedTuple):
     text: Text
     origin: Origin
     tiny: TinyDecoder | None = None
+    memory: Memory | None = None
 
 
 def assemble(
@@ -74,12 +78,12 @@ def assemble(
     device: str | torch.device | None,
     dtype: str | torch.dtype | None,
     memory: str,
+    modulation_ahead: bool,
 ) -> Parts:
     """The parts of a pipeline, loaded and on their device; arguments and errors as of `miniflux.load`."""
-    if memory not in MEMORY_MODES:
-        raise InputError(f"memory must be one of {', '.join(MEMORY_MODES)}, got {memory!r}")
+    check_mode(memory)
     place = choose_device(device)
-    started = time.monotonic()
+    started, process = time.monotonic(), resident_size()
 
     # 1. Which model, and where its files are.
     first = [Path(weights)] if isinstance(weights, (str, Path)) else []
@@ -106,22 +110,46 @@ def assemble(
     parameters = sum(math.prod(entry.shape) for entry in contents_of(source).entries.values())
     compute = choose_dtype(dtype, place, largest.dtype, parameters)
 
-    # 4. Build on the meta device, assign from the files.
-    parts = Parts(
+    # 4. Build on the meta device, compare with the files, and decide where the weights will be.
+    precise = torch.float32 if dtype is None else compute
+    built = {
+        "transformer": _built(Flux1, chosen.transformer, source, compute, chosen),
+        "autoencoder": _built(Autoencoder, chosen.autoencoder, files.autoencoder, precise),
+        "clip": _built(ClipTextEncoder, chosen.clip, files.clip, compute),
+        "t5": _built(T5Encoder, chosen.t5, files.t5, compute),
+    }
+    run = Run(width=chosen.size, height=chosen.size, text_tokens=chosen.t5_length, calls=chosen.steps)
+    parts = {name: part for name, (part, _) in built.items()}
+    mode, placed = choose(memory, parts, run, place, compute, process)
+
+    # 5. Assign from the files, or have the weights come and go.
+    streamed = {name: _filled(placed[name], held, place) for name, (_, held) in built.items()}
+    transformer, clip, t5 = streamed["transformer"], streamed["clip"], streamed["t5"]
+    kept = Memory(
+        mode,
+        placed,
+        place,
+        compute,
+        process,
+        transformer,
+        tuple(network for network in (clip, t5) if network is not None),
+        Ahead(transformer) if transformer is not None and modulation_ahead else None,
+    )
+    networks: dict[str, Any] = {name: part.plan.network for name, part in placed.items()}
+    assembled = Parts(
         chosen,
-        _network(Flux1, chosen.transformer, source, place, compute, chosen),
-        _network(
-            Autoencoder, chosen.autoencoder, files.autoencoder, place, torch.float32 if dtype is None else compute
-        ),
+        networks["transformer"],
+        networks["autoencoder"],
         Text(
-            _network(ClipTextEncoder, chosen.clip, files.clip, place, compute),
-            _network(T5Encoder, chosen.t5, files.t5, place, compute),
+            networks["clip"],
+            networks["t5"],
             load_clip_tokenizer(files.clip_tokenizer),
             load_t5_tokenizer(files.t5_tokenizer),
             chosen.t5_length,
         ),
         origin,
         _tiny(chosen, files.tiny, place),
+        kept,
     )
     log.info(
         "%s: %.1f million parameters in %s on %s, loaded in %.1f s",
@@ -131,14 +159,16 @@ def assemble(
         place,
         time.monotonic() - started,
     )
-    return parts
+    return assembled
 
 
 def _tiny(chosen: Variant, path: Path | None, device: torch.device) -> TinyDecoder | None:
     """The decoder for previews, in float32, if the variant has one and its file is here."""
     if path is None or chosen.tiny is None or chosen.tiny.z_channels != chosen.autoencoder.z_channels:
         return None
-    return _network(TinyDecoder, chosen.tiny, path, device, torch.float32)
+    part, source = _built(TinyDecoder, chosen.tiny, path, torch.float32)
+    _filled(part, source, device)
+    return cast(TinyDecoder, part.plan.network)
 
 
 def _check_widths(chosen: Variant, files: Files) -> None:
@@ -284,15 +314,15 @@ def _autoencoder_config(path: Path, default: AutoencoderConfig) -> AutoencoderCo
         raise CheckpointError(f"{path / 'config.json'}: not an AutoencoderKL: {error}") from error
 
 
-def _network(
+def _built(
     kind: type[nn.Module],
     config: Flux1Config | AutoencoderConfig | ClipTextConfig | T5Config | TinyDecoderConfig,
     source: Path | TensorSource,
-    device: torch.device,
     dtype: torch.dtype,
     chosen: Variant | None = None,
-) -> Any:
-    """One network on its device. `chosen` is named when its transformer turns out to be another one."""
+) -> tuple[Part, TensorSource]:
+    """One network on the meta device, in which its file fits. `chosen` is named when its transformer turns out to be
+    another one."""
     if isinstance(source, Path):
         source = open_part(source, kind)
     with torch.device("meta"):
@@ -302,5 +332,19 @@ def _network(
         expected = f"the transformer of {chosen.name}" if chosen else f"the {kind.__name__}"
         if network_of(source.entries) is not kind or (chosen and not fits(source, chosen.transformer)):
             raise CheckpointError(f"{source}: expected {expected}, found {describe(source)}\n{report}")
-    load_into(network, source, device=device, dtype=dtype)
-    return network.eval().requires_grad_(False)
+        raise CheckpointError(str(report))
+    take_packed_layers(network, source)
+    entries = source.entries.values()
+    largest = max(entry.size if entry.dtype != dtype else 0 for entry in entries)
+    return Part(planned(network, source, dtype), "resident", sum(entry.size for entry in entries), largest), source
+
+
+def _filled(part: Part, source: TensorSource, device: torch.device) -> Streamed | None:
+    """Give a network its weights, or see to it that they come and go."""
+    network = part.plan.network.eval()
+    network.requires_grad_(False)
+    if part.mode == "resident":
+        load_into(network, source, device=device, dtype=part.plan.dtype)
+        network.requires_grad_(False)
+        return None
+    return (stream if part.mode == "stream" else offload)(part.plan, source, device)

@@ -303,11 +303,7 @@ def load_into(
         if not is_finite(tensor):  # checked in its new dtype, because float16 may overflow
             report.bad.append(key)
         loaded[key] = tensor.to(device)
-    for name, layer in {**packed_layers(module), **plan.layers}.items():
-        for i, stored in enumerate(layer.stored):
-            parts = {part: loaded[f"{name}.{buffer}"] for part, buffer in layer.names(i).items()}
-            if not stored.format.sound(stored, parts):
-                report.bad.append(f"{name}.{layer.names(i)['weight']} (its {stored.format.label} scales)")
+    report.bad += unsound({**packed_layers(module), **plan.layers}, loaded)
     if report.bad:
         raise CheckpointError(str(report))
     for name, layer in plan.layers.items():
@@ -384,6 +380,22 @@ def _fill(source: TensorSource, origin: Origin, out: Tensor) -> None:
         out.copy_(moved)
     if origin.how == "swap halves":
         out.copy_(to_ours([out], origin.how, tuple(out.shape)))
+
+
+def unsound(layers: Mapping[str, QuantizedLinear], tensors: Mapping[str, Tensor]) -> list[str]:
+    """Which of these packed layers have scales that make no numbers.
+
+    Args:
+        layers: by name.
+        tensors: of the network that they are in, by key.
+    """
+    bad: list[str] = []
+    for name, layer in layers.items():
+        for i, stored in enumerate(layer.stored):
+            parts = {part: tensors[f"{name}.{buffer}"] for part, buffer in layer.names(i).items()}
+            if not stored.format.sound(stored, parts):
+                bad.append(f"{name}.{layer.names(i)['weight']} (its {stored.format.label} scales)")
+    return bad
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -157,13 +158,47 @@ def packed_layers(network: nn.Module) -> dict[str, QuantizedLinear]:
     return {name: module for name, module in network.named_modules() if isinstance(module, QuantizedLinear)}
 
 
+LENDER = "_lender"  # attribute of a layer that has its tensors only while it runs (`memory.streaming`)
+
+
+class Lender(Protocol):
+    """Who has the tensors of a layer."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer runs."""
+        ...
+
+    def borrowed(self) -> AbstractContextManager[None]:
+        """In here the layer has its tensors."""
+        ...
+
+
+def lender_of(layer: nn.Module) -> Lender | None:
+    """Who lends a layer its tensors; None if they are its own."""
+    return cast("Lender | None", layer.__dict__.get(LENDER))
+
+
+def tensor_of(layer: nn.Module, name: str) -> Tensor | None:
+    """A parameter of a layer, a copy of it if it is lent; None if there is none."""
+    lender = lender_of(layer)
+    with nullcontext() if lender is None else lender.borrowed():
+        tensor = getattr(layer, name, None)
+        if not isinstance(tensor, Tensor):
+            return None
+        return tensor if lender is None else tensor.clone()
+
+
 def dense_weight(layer: nn.Module) -> Tensor | None:
     """The weight of a layer in numbers: unpacked (float32) if it is packed; None if the layer has none."""
-    return (
-        layer.dense() if isinstance(layer, QuantizedLinear) else cast("Tensor | None", getattr(layer, "weight", None))
-    )
+    if not isinstance(layer, QuantizedLinear):
+        return tensor_of(layer, "weight")
+    with nullcontext() if (lender := lender_of(layer)) is None else lender.borrowed():
+        return layer.dense()
 
 
 def device_of(layer: nn.Module) -> torch.device:
-    """Where the weight of a layer is."""
+    """Where the weight of a layer is when it runs."""
+    if (lender := lender_of(layer)) is not None:
+        return lender.device
     return layer.device if isinstance(layer, QuantizedLinear) else cast(Tensor, layer.weight).device

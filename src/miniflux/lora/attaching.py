@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from miniflux.checkpoints.finding import BUNDLED
 from miniflux.checkpoints.origin import stamps
-from miniflux.checkpoints.quantized import QuantizedLinear, device_of
+from miniflux.checkpoints.quantized import QuantizedLinear, device_of, lender_of
 from miniflux.errors import LoraError
 from miniflux.lora.adapters import (
     ADAPTERS,
@@ -226,7 +226,9 @@ def _replace(network: nn.Module, adapter: Adapter, module: str, parameter: str, 
         old = nn.Parameter(torch.empty(owner.out_features, owner.in_features, device="meta"), requires_grad=False)
     else:
         old = owner.get_parameter(parameter)
-    new = nn.Parameter(tensor.to(old.device, old.dtype), requires_grad=False)
+    lender = lender_of(owner)
+    device = old.device if lender is None else lender.device
+    new = nn.Parameter(tensor.to(device, old.dtype), requires_grad=False)
     adapter.saved[module, parameter] = (old, new)
     _put(network, module, parameter, new)
     if module == WIDENED and isinstance(network, Flux1):

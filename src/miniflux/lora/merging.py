@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from miniflux.checkpoints.files import TensorSource, open_tensors
 from miniflux.checkpoints.formats.reading import GivenTensors, contents_of
 from miniflux.checkpoints.layouts import detect, hidden_size, origins, their_shape_fits, to_ours
-from miniflux.checkpoints.quantized import QuantizedLinear
+from miniflux.checkpoints.quantized import QuantizedLinear, lender_of
 from miniflux.errors import CheckpointError, LoraError
 from miniflux.lora.adapters import Adapter, Target, adapters_of, named, networks, originals_of, scale_of
 from miniflux.lora.attaching import apply_scale
@@ -142,6 +142,8 @@ def _chosen(target: Target, name: str | None, merged: bool = False) -> dict[nn.M
 
 def _check_mergeable(network: nn.Module, layer: str, adapter: str) -> None:
     module = network.get_submodule(layer)
+    if lender_of(module) is not None:
+        raise LoraError(f"{layer} is in memory only while it runs: a LoRA can be attached to it, not merged")
     if isinstance(module, QuantizedLinear):
         kinds = ", ".join(dict.fromkeys(stored.format.label for stored in module.stored))
         raise LoraError(f"{layer} is quantised ({kinds}): a LoRA can be attached to it, not merged")

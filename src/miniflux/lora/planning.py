@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from miniflux.checkpoints.layouts import hidden_size, stacked_rows
-from miniflux.checkpoints.quantized import QuantizedLinear, dense_weight
+from miniflux.checkpoints.quantized import QuantizedLinear, dense_weight, tensor_of
 from miniflux.errors import LoraError
 from miniflux.lora.adapters import adapters_of, originals_of
 from miniflux.lora.dialects import NORM_PARAMETER, Network, split
@@ -141,8 +141,8 @@ def _fit(plan: Plan, network: nn.Module, group: Group) -> str | None:
 
 def _fit_parameter(plan: Plan, network: nn.Module, module: nn.Module, group: Group) -> str | None:
     """A norm's scale that is replaced, or shifted by a difference."""
-    old = getattr(module, NORM_PARAMETER, None)
-    if not isinstance(old, Tensor) or group.form not in ("replace", "diff"):
+    old = tensor_of(module, NORM_PARAMETER)
+    if old is None or group.form not in ("replace", "diff"):
         return f"{group.module}: {group.form} tensors do not fit {group.place.target}"
     (tensor,) = group.tensors.values()
     if tensor.shape != old.shape:

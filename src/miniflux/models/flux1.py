@@ -212,6 +212,19 @@ class Flux1(nn.Module):
         self.single_blocks = nn.ModuleList(SingleStreamBlock(config) for _ in range(config.depth_single_blocks))
         self.final_layer = LastLayer(dim, config.out_channels)
 
+    def conditioning(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """The vector that all modulations see (B, hidden): time, guidance and pooled text; arguments as of `forward`.
+
+        Raises:
+            ConfigError: the model has a guidance input and guidance is None.
+        """
+        vec = self.time_in(timestep_embedding(timesteps, TIME_FEATURES).to(dtype))
+        if self.config.guidance_embed:
+            if guidance is None:
+                raise ConfigError("this model has a guidance input: guidance must be a tensor of shape (B,), got None")
+            vec = vec + self.guidance_in(timestep_embedding(guidance, TIME_FEATURES).to(dtype))
+        return vec + self.vector_in(y)
+
     def forward(
         self,
         img: Tensor,
@@ -247,13 +260,7 @@ class Flux1(nn.Module):
         Raises:
             ConfigError: the model has a guidance input and guidance is None.
         """
-        if self.config.guidance_embed and guidance is None:
-            raise ConfigError("this model has a guidance input: guidance must be a tensor of shape (B,), got None")
-
-        vec = self.time_in(timestep_embedding(timesteps, TIME_FEATURES).to(img.dtype))
-        if self.config.guidance_embed and guidance is not None:
-            vec = vec + self.guidance_in(timestep_embedding(guidance, TIME_FEATURES).to(img.dtype))
-        vec = vec + self.vector_in(y)
+        vec = self.conditioning(timesteps, y, guidance, img.dtype)
         img, txt = self.img_in(img), self.txt_in(txt)
         pe = rope_rotations(torch.cat((txt_ids, img_ids), dim=1), self.config.axes_dim, self.config.theta)
         mask = None

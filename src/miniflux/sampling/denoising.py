@@ -176,6 +176,49 @@ def denoise(
     return x
 
 
+@dataclass(frozen=True)
+class Call:
+    """What the conditioning vector of one call of the network is made of: the arguments of `Flux1.conditioning`."""
+
+    timesteps: Tensor
+    y: Tensor
+    guidance: Tensor | None
+    dtype: torch.dtype
+
+
+def model_calls(model: Flux1, img: Tensor, img_ids: Tensor, *inputs: Any, **options: Any) -> list[Call]:
+    """Every call that `denoise` with these arguments is going to make.
+
+    Solvers and guides are pure and choose noise levels without looking at the latents: so the run is rehearsed with one
+    token and a network that answers nothing but zeros.
+    """
+    rehearsal = _Rehearsal(model)
+    denoise(
+        rehearsal,  # pyright: ignore[reportArgumentType]
+        img[:, :1],
+        img_ids[:, :1],
+        *inputs,
+        rng=lambda step, x: torch.zeros_like(x),
+        **options,
+    )
+    return rehearsal.calls
+
+
+class _Rehearsal:
+    """Stands for the network: notes what it is told, and answers with zeros."""
+
+    def __init__(self, model: Flux1) -> None:
+        self.model, self.calls = model, list[Call]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def __call__(self, *inputs: Tensor, **options: Any) -> Tensor:
+        img, _, _, _, timesteps, y, guidance, _ = inputs
+        self.calls.append(Call(timesteps, y, guidance, img.dtype))
+        return img.new_zeros(*img.shape[:2], self.model.config.out_channels)
+
+
 def add_noise(x: Tensor, sigma: float, sigma_next: float, noise: Tensor) -> Tensor:
     """Latents at a noise level, raised to a higher one by standard normal noise; from 0, x is the picture itself."""
     if sigma_next == 1:

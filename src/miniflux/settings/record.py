@@ -17,8 +17,8 @@ TAKEN = (
 )
 """Settings that are fields of `Request`, under the same name and with the same meaning."""
 FACTS = (
-    *("version", "torch", "model", "model_path", "dtype", "dtype_asked", "device", "threads", "loras", "files"),
-    *("steps", "steps_asked", "sigmas", "guidance", "guide", "cache"),
+    *("version", "torch", "model", "model_path", "dtype", "dtype_asked", "device", "threads", "memory"),
+    *("loras", "files", "steps", "steps_asked", "sigmas", "guidance", "guide", "cache"),
     *("cached", "not_cached", "replaced", "resumed", "sheet"),
 )
 BILL = ("evaluated", "skipped", "latent_l2", "psnr")  # what a step cache did, beside its settings

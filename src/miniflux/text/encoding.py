@@ -127,7 +127,7 @@ class Text:
         if not self._said_clip_limit and len(self.clip_tokenizer.tokens(prompt)) > limit:
             self._said_clip_limit = True
             log.info("CLIP's summary vector sees the first %d tokens of the prompt; T5 sees all of it", limit)
-        device = self.t5.shared.weight.device
+        device = self.t5.encoder.final_layer_norm.weight.device  # in every memory mode
         count = min(count, length)
         mask = (torch.arange(length, device=device) < count)[None] if masked else None
         txt = self.t5(self.t5_tokenizer(prompt, length).to(device), mask)

@@ -1,0 +1,217 @@
+"""What a run is going to need: memory of the machine and of the device, phase by phase, before anything is loaded.
+
+Weights and the areas they are streamed through are counted exactly. What the networks compute on the way is counted as
+the tensors that live at once at the worst moment of a block; the libraries' own needs are measured constants.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from miniflux.memory.streaming import Plan
+from miniflux.models.autoencoder import AutoencoderConfig
+from miniflux.models.flux1 import Flux1Config
+from miniflux.models.t5 import T5Config
+
+WITHIN = 0.05  # how far the peak of a run may be from what was predicted ...
+SMALL = 256_000_000  # ... and bytes that nobody needs to explain, of libraries and of the allocator
+LIBRARIES = 60_000_000  # bytes that torch and the tokenizers take when they are first used
+
+
+@dataclass(frozen=True)
+class Line:
+    """One thing that takes memory: bytes of the machine's (RAM) and of the device's own (VRAM)."""
+
+    what: str
+    ram: int = 0
+    vram: int = 0
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What a run needs in each phase; the peak is that of the worst phase.
+
+    Attributes:
+        mode: where the weights are.
+        process: bytes that were taken before the pipeline was loaded.
+        phases: what is in memory during each.
+    """
+
+    mode: str
+    process: int
+    phases: Mapping[str, tuple[Line, ...]]
+
+    @property
+    def ram(self) -> int:
+        return max(sum(line.ram for line in lines) for lines in self.phases.values())
+
+    @property
+    def vram(self) -> int:
+        return max(sum(line.vram for line in lines) for lines in self.phases.values())
+
+    def differs(self, measured: int, predicted: int) -> bool:
+        """Whether a measured peak is further from the predicted one than the ledger promises."""
+        return abs(measured - predicted) > max(WITHIN * predicted, SMALL)
+
+    def __str__(self) -> str:
+        """A table in MB, with a sum for each phase."""
+        lines = [f"{'memory ' + self.mode + ', MB':<44} {'RAM':>8} {'VRAM':>8}"]
+        for phase, parts in self.phases.items():
+            lines += [f"  {line.what:<42} {line.ram / 1e6:8.0f} {line.vram / 1e6:8.0f}" for line in parts]
+            total = [sum(line.ram for line in parts) / 1e6, sum(line.vram for line in parts) / 1e6]
+            lines.append(f"{phase:<44} {total[0]:8.0f} {total[1]:8.0f}")
+        return "\n".join([*lines, f"{'peak':<44} {self.ram / 1e6:8.0f} {self.vram / 1e6:8.0f}"])
+
+
+@dataclass(frozen=True)
+class Part:
+    """One network of a pipeline.
+
+    Attributes:
+        plan: what of it stays and what comes and goes.
+        mode: `resident`, `offload` or `stream`.
+        stored: bytes of its files.
+        largest: bytes of their largest tensor, which is read into memory of its own where its dtype changes; else 0.
+    """
+
+    plan: Plan
+    mode: str
+    stored: int
+    largest: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What is asked of a run: sizes in tokens and pixels, calls of the network, texts at once."""
+
+    width: int
+    height: int
+    text_tokens: int
+    calls: int
+    batch: int = 1
+    ahead: bool = True
+
+
+def predict(
+    mode: str, parts: Mapping[str, Part], run: Run, device: torch.device, dtype: torch.dtype, process: int
+) -> Ledger:
+    """The ledger of a run.
+
+    Args:
+        mode: its name.
+        parts: the networks `transformer`, `t5`, `clip` and `autoencoder`.
+        dtype: what transformer and text encoders compute in.
+        process: bytes that the process took before the pipeline was loaded.
+    """
+    host = device.type == "cpu"
+
+    def on_device(what: str, size: float) -> Line:
+        return Line(what, ram=int(size)) if host else Line(what, vram=int(size))
+
+    def stays(name: str) -> list[Line]:
+        part = parts[name]
+        if part.mode == "resident":
+            return [on_device(f"{name}: weights", part.plan.total)]
+        waiting = [Line(f"{name}: weights that wait", ram=part.stored)] if part.mode == "offload" else []
+        return [*waiting, on_device(f"{name}: weights outside the blocks", part.plan.kept_size)]
+
+    def blocks(name: str, chains: slice = slice(None)) -> list[Line]:
+        part = parts[name]
+        if part.mode == "resident":
+            return []
+        areas = part.plan.areas[chains]
+        copied = 0 if host else sum(areas) // 2
+        return [
+            on_device(f"{name}: running blocks", sum(areas)),
+            Line(f"{name}: reading", ram=copied + (part.largest if part.mode == "stream" else 0)),
+        ]
+
+    config, itemsize = parts["transformer"].plan.network.config, dtype.itemsize
+    assert isinstance(config, Flux1Config)
+    t5, autoencoder = parts["t5"].plan.network.config, parts["autoencoder"].plan.network.config
+    assert isinstance(t5, T5Config) and isinstance(autoencoder, AutoencoderConfig)
+    common = [Line("the process", ram=process), Line("libraries at work", ram=LIBRARIES)]
+    for name in parts:
+        common += stays(name)
+    ahead = run.ahead and parts["transformer"].mode != "resident"
+    table = [on_device("modulation of all calls", run.calls * run.batch * modulation_size(config) * itemsize)]
+    table = table if ahead else []
+    unit = autoencoder.downscale * 2
+    image_tokens = -(-run.width // unit) * -(-run.height // unit)
+    pixels = image_tokens * unit**2
+    floats = next(iter(parts["autoencoder"].plan.kept)).empty.dtype.itemsize
+    return Ledger(
+        mode,
+        process,
+        {
+            "text": (
+                *common,
+                *blocks("clip"),
+                *blocks("t5"),
+                on_device("t5: activations", t5_activations(t5, run.text_tokens, itemsize)),
+            ),
+            "denoising": (
+                *common,
+                *blocks("transformer", slice(1) if ahead else slice(None)),
+                *table,
+                on_device(
+                    "transformer: activations",
+                    run.batch * flux1_activations(config, image_tokens + run.text_tokens, itemsize),
+                ),
+            ),
+            "decoding": (
+                *common,
+                *table,
+                on_device("autoencoder: activations", decoder_activations(autoencoder, pixels, floats)),
+            ),
+        },
+    )
+
+
+def modulation_size(config: Flux1Config) -> int:
+    """Numbers that all modulations of one call make."""
+    return config.hidden_size * (config.depth * 12 + config.depth_single_blocks * 3 + 2)
+
+
+def flux1_activations(config: Flux1Config, tokens: int, itemsize: int) -> int:
+    """Bytes at the worst moment of a single block: stream, linear1's output, q, k and v, attention, MLP, their join."""
+    hidden = config.hidden_size
+    return int(tokens * itemsize * hidden * (9 + 3 * config.mlp_ratio))
+
+
+def t5_activations(config: T5Config, tokens: int, itemsize: int) -> int:
+    """Bytes at the worst moment of a layer: three wide tensors of the MLP, the float32 stream, the bias of the scores.
+    In half precision, attention makes a float32 copy of the bias."""
+    bias = config.num_heads * tokens**2 * (itemsize if itemsize == 4 else itemsize + 4)
+    return tokens * (3 * config.d_ff * itemsize + 3 * config.d_model * 4) + bias
+
+
+def decoder_activations(config: AutoencoderConfig, pixels: int, itemsize: int) -> int:
+    """Bytes at the worst moment of decoding: the widest tensors of the largest size."""
+    widest = config.ch * config.ch_mult[min(1, len(config.ch_mult) - 1)]
+    return 4 * pixels * widest * itemsize
+
+
+def _status(field: str) -> int | None:
+    """Bytes that Linux states of this process; None elsewhere."""
+    if sys.platform != "linux":
+        return None
+    for line in Path("/proc/self/status").read_text("ascii", "replace").splitlines():
+        if line.startswith(f"{field}:"):
+            return 1024 * int(line.split()[1])
+    return None
+
+
+def resident_size() -> int:
+    """Bytes of memory that this process has now; 0 where that is not known."""
+    return _status("VmRSS") or 0
+
+
+def peak_size() -> int | None:
+    """The most bytes of memory that this process ever had; None where that is not known."""
+    return _status("VmHWM")

@@ -1,0 +1,168 @@
+"""Where the weights of a pipeline are while it works: the modes, the choice between them, and who keeps order."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from miniflux.errors import InputError
+from miniflux.memory.ledger import Ledger, Part, Run, peak_size, predict
+from miniflux.memory.modulation import Ahead
+from miniflux.memory.streaming import Streamed
+from miniflux.sampling.denoising import Call
+
+log = logging.getLogger(__name__)
+
+# Of each mode: where transformer and text encoders are. The autoencoder, small beside them, is always resident.
+# In the order in which `auto` tries them, the fastest first.
+MODES: dict[str, dict[str, str]] = {
+    "resident": {"transformer": "resident", "clip": "resident", "t5": "resident", "autoencoder": "resident"},
+    "text-freed": {"transformer": "resident", "clip": "stream", "t5": "stream", "autoencoder": "resident"},
+    "offload": {"transformer": "offload", "clip": "offload", "t5": "offload", "autoencoder": "resident"},
+    "stream": {"transformer": "stream", "clip": "stream", "t5": "stream", "autoencoder": "resident"},
+}
+NAMES = ("auto", *MODES)
+SPARED = 0.9  # the share of free memory that `auto` fills
+
+
+def check_mode(memory: str) -> None:
+    """
+    Raises:
+        InputError: no such mode; the message lists those there are.
+    """
+    if memory not in NAMES:
+        raise InputError(f"memory must be one of {', '.join(NAMES)}, got {memory!r}")
+
+
+def free_ram() -> int | None:
+    """Bytes that new work could have without swapping; None where that is not known (macOS, Windows)."""
+    if sys.platform != "linux":
+        return None
+    found = [
+        1024 * int(line.split()[1])
+        for line in Path("/proc/meminfo").read_text("ascii").splitlines()
+        if line.startswith("MemAvailable:")
+    ]
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        group = Path("/sys/fs/cgroup")
+        try:
+            found.append(int((group / limit).read_text("ascii")) - int((group / used).read_text("ascii")))
+        except (OSError, ValueError):  # no group, or no limit ("max")
+            continue
+    return min(found, default=None)
+
+
+def free_vram(device: torch.device) -> int | None:
+    """Bytes free on a CUDA device; None elsewhere."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
+def choose(
+    memory: str, parts: Mapping[str, Part], run: Run, device: torch.device, dtype: torch.dtype, process: int
+) -> tuple[str, dict[str, Part]]:
+    """The mode asked for, or for `auto` the fastest that fits into what is free, and the parts in that mode.
+
+    Args:
+        parts: the networks; their modes do not count.
+        run: a run as it is likely to come.
+    """
+    ram, vram = free_ram(), free_vram(device)
+    tried: list[str] = []
+    for mode in MODES if memory == "auto" else (memory,):
+        placed = {name: replace(part, mode=MODES[mode][name]) for name, part in parts.items()}
+        ledger = predict(mode, placed, run, device, dtype, process)
+        wanted = ledger.ram - ledger.process
+        fits = (ram is None or wanted <= SPARED * ram) and (vram is None or ledger.vram <= SPARED * vram)
+        needs = f"{mode} needs {wanted / 1e9:.1f} GB RAM" + (
+            "" if vram is None else f" and {ledger.vram / 1e9:.1f} VRAM"
+        )
+        if memory != "auto" or fits or mode == list(MODES)[-1]:
+            free = "unknown" if ram is None else f"{ram / 1e9:.1f} GB RAM"
+            free += "" if vram is None else f" and {vram / 1e9:.1f} GB VRAM"
+            why = "as asked" if memory != "auto" else "it fits" if fits else "nothing needs less"
+            log.info("memory %s: %s (free: %s%s)", mode, why, free, "".join(f"; {t}" for t in [*tried, needs]))
+            return mode, placed
+        tried.append(needs)
+    raise AssertionError("the last mode is always taken")
+
+
+@dataclass
+class Memory:
+    """What a pipeline knows of where its weights are.
+
+    Attributes:
+        mode: a name of `MODES`.
+        parts: the networks.
+        device, dtype: where and in what they compute.
+        process: bytes that the process took before.
+        transformer: the streamed transformer; None where it is resident.
+        text: the streamed text encoders.
+        ahead: the modulations that are computed before a run; None where they are computed as they come.
+    """
+
+    mode: str
+    parts: Mapping[str, Part]
+    device: torch.device
+    dtype: torch.dtype
+    process: int
+    transformer: Streamed | None = None
+    text: tuple[Streamed, ...] = ()
+    ahead: Ahead | None = None
+    _running: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def ledger(self, run: Run) -> Ledger:
+        """What a run is going to need."""
+        run = replace(run, ahead=self.ahead is not None)
+        return predict(self.mode, self.parts, run, self.device, self.dtype, self.process)
+
+    def free_text(self) -> None:
+        """Let go of what the text encoders hold: called after encoding."""
+        for network in self.text:
+            network.free()
+
+    @contextmanager
+    def denoising(self, calls: Callable[[], list[Call]]) -> Generator[None]:
+        """Around the run of one picture: modulations ahead of it, and memory for blocks let go behind it.
+
+        Args:
+            calls: the calls of the network that the run is going to make; asked only if that is of use.
+        """
+        if self.transformer is None:
+            yield
+            return
+        with self._lock:
+            self._running += 1
+        try:
+            if self.ahead is None:
+                yield
+            else:
+                with self.ahead.prepared(calls()):
+                    yield
+        finally:
+            with self._lock:
+                self._running -= 1
+                last = not self._running
+            if last:
+                self.transformer.free()
+
+    @contextmanager
+    def checked(self, run: Run) -> Generator[Ledger]:
+        """Around all the work on a picture: compares the peak with the ledger, where the process needed more memory
+        than ever before; else its peak is not known."""
+        ledger, before = self.ledger(run), peak_size()
+        yield ledger
+        after = peak_size()
+        log.debug("%s", ledger)
+        if before is not None and after is not None and after > before and ledger.differs(after, ledger.ram):
+            log.warning("peak memory %.2f GB, predicted %.2f GB:\n%s", after / 1e9, ledger.ram / 1e9, ledger)

@@ -1,0 +1,97 @@
+"""Modulation ahead of time: the shifts, scales and gates of all steps, computed before the first.
+
+A quarter of FLUX.1's weights make them, from a vector that depends on noise level, guidance and prompt alone. So every
+modulation linear is read once per run instead of once per step, and what it says is looked up.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from miniflux.memory.streaming import MODULATION, Streamed
+from miniflux.models.flux1 import Flux1
+from miniflux.sampling.denoising import Call
+
+log = logging.getLogger(__name__)
+
+Key = tuple[torch.dtype, torch.Size, bytes]
+Rows = dict[Key, Tensor]
+
+
+class Ahead:
+    """The table of one network.
+
+    What is kept is the output of each linear by itself, found by the bytes of its input: whoever changes the vector in
+    flight gets the right answer, from weights that are then read again. Changes that hang on a linear (a LoRA) are
+    computed beside it as ever.
+
+    Attributes:
+        misses: lookups of inputs that were not foreseen.
+    """
+
+    def __init__(self, streamed: Streamed) -> None:
+        assert isinstance(streamed.network, Flux1)
+        self.network, self.misses = streamed.network, 0
+        (self._chain,) = (c for c in streamed.chains if all(re.fullmatch(MODULATION, unit.name) for unit in c.units))
+        self._plain = {unit.name: unit.module.forward for unit in self._chain.units}
+        self._table: dict[str, Rows] = {unit.name: {} for unit in self._chain.units}
+        self._runs: list[set[Key]] = []
+        self._lock = threading.Lock()
+        for unit in self._chain.units:
+            unit.module.forward = partial(self._look_up, unit.name)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the table."""
+        return sum(t.numel() * t.element_size() for rows in self._table.values() for t in list(rows.values()))
+
+    @contextmanager
+    def prepared(self, calls: Sequence[Call]) -> Generator[None]:
+        """In here the modulations of these calls of the network are known. Rows that no run needs are dropped at the
+        next run's beginning, so that the next picture of a prompt finds its own."""
+        vecs = (self.network.conditioning(call.timesteps, call.y, call.guidance, call.dtype) for call in calls)
+        inputs = {_key(x): x for x in map(F.silu, vecs)}
+        try:
+            with self._lock:
+                self._runs.append(set(inputs))
+                needed = set[Key]().union(*self._runs)
+                self._table = {
+                    name: {key: row for key, row in rows.items() if key in needed} for name, rows in self._table.items()
+                }
+                if any(key not in rows for rows in self._table.values() for key in inputs):
+                    self._compute(inputs)
+            yield
+        finally:
+            with self._lock:
+                self._runs.remove(set(inputs))
+
+    def _compute(self, inputs: dict[Key, Tensor]) -> None:
+        """Fill the table, one linear after the other; each vector by itself, as the network would."""
+        for unit in self._chain.units:
+            rows = self._table[unit.name]
+            with self._chain.loaded(unit):
+                rows.update({key: self._plain[unit.name](x) for key, x in inputs.items() if key not in rows})
+        self._chain.free()
+
+    def _look_up(self, name: str, x: Tensor) -> Tensor:
+        """The output of a linear; a new tensor, because a LoRA adds to it in place."""
+        row = self._table[name].get(_key(x))
+        if row is not None:
+            return row.clone()
+        self.misses += 1
+        if self._runs and self.misses == 1:
+            log.warning("a conditioning vector was not foreseen: the weights of all modulations are read again for it")
+        return self._plain[name](x)
+
+
+def _key(x: Tensor) -> Key:
+    return x.dtype, x.shape, x.contiguous().view(torch.uint8).cpu().numpy().tobytes()
