@@ -83,7 +83,7 @@ def ours(text: str | bytes) -> bytes:
     return chunk(b"tEXt", b"miniflux\0" + (text.encode() if isinstance(text, str) else text))
 
 
-def bomb(size: int = 200_000_000) -> bytes:
+def bomb(size: int = 50_000_000) -> bytes:
     packer = zlib.compressobj(9)
     return b"".join(packer.compress(bytes(1_000_000)) for _ in range(size // 1_000_000)) + packer.flush()
 
