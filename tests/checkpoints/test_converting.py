@@ -104,7 +104,7 @@ def test_packed(layout: str, name: str, source: Path, tmp_path: Path) -> None:
     if layout == "original":
         got = network.get_submodule(worst.name.removesuffix(".weight")).dense().double()  # type: ignore[operator]
         want = state[worst.name].double()
-        assert math.isclose(worst.error, float((got - want).norm() / want.norm()), rel_tol=1e-9)
+        assert math.isclose(worst.error, float((got - want).norm() / want.norm()), rel_tol=1e-5)
     assert f"{worst.error:.2e}  {worst.name}" in made.report(1)
     assert made.bytes_after < made.bytes_before
 

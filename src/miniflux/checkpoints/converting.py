@@ -288,12 +288,19 @@ def _write(network: Targets, work: Unfinished, home: Home, done: _Count) -> None
     for ours, group in _groups(network):
         missing = [(home[id(network), item.key], item.key) not in work.done for item in group]
         if any(missing):
-            for item, numbers, wanted in zip(group, _tensors(network, ours, group[0].was), missing, strict=True):
-                if not is_finite(numbers):
-                    raise CheckpointError(f"{network.source}: {ours} is not finite (NaN or infinite)")
-                if wanted:
-                    work.write(home[id(network), item.key], item.key, _encoded(item, numbers))
+            _write_group(network, ours, group, missing, work, home)
         done.add(len(group))
+
+
+def _write_group(
+    network: Targets, ours: str, group: list[Target], missing: list[bool], work: Unfinished, home: Home
+) -> None:
+    """A function of its own, so that a tensor is let go of before the next is read."""
+    for item, numbers, wanted in zip(group, _tensors(network, ours, group[0].was), missing, strict=True):
+        if not is_finite(numbers):
+            raise CheckpointError(f"{network.source}: {ours} is not finite (NaN or infinite)")
+        if wanted:
+            work.write(home[id(network), item.key], item.key, _encoded(item, numbers))
 
 
 def _encoded(item: Target, numbers: Tensor) -> dict[str, Any]:
@@ -329,10 +336,7 @@ def _read_back(
         work.discard()
         raise OutputError(f"{result.path}: was not read back as it was written: {report}")
     for ours, group in _groups(network):
-        for item, numbers in zip(group, _tensors(network, ours, group[0].was), strict=True):
-            name = home[id(network), item.key]
-            same = all(work.checksum(name, key) == value for key, value in work.done[name, item.key].items())
-            error = difference(view, item.key.removeprefix(prefix), item, numbers) if same else None
+        for item, error in _errors(network, ours, group, view, prefix, work, home):
             if error is None or (item.lossless and error):
                 work.discard()
                 raise OutputError(f"{result.path}: {item.key} was not read back as it was written")
@@ -340,6 +344,18 @@ def _read_back(
             if error:
                 result.layers.append(Layer(item.key, item.label, error))
         done.add(len(group))
+
+
+def _errors(
+    network: Targets, ours: str, group: list[Target], view: TensorSource, prefix: str, work: Unfinished, home: Home
+) -> list[tuple[Target, float | None]]:
+    """How far each part of a tensor is from what it was; None if its bytes are not those that were written."""
+    found: list[tuple[Target, float | None]] = []
+    for item, numbers in zip(group, _tensors(network, ours, group[0].was), strict=True):
+        name = home[id(network), item.key]
+        same = all(work.checksum(name, key) == value for key, value in work.done[name, item.key].items())
+        found.append((item, difference(view, item.key.removeprefix(prefix), item, numbers) if same else None))
+    return found
 
 
 def _extra(path: Path, content: Path | dict[str, Any]) -> None:

@@ -167,15 +167,18 @@ class TensorFile:
             raw = raw.clone()
         return raw.view(entry.dtype).view(entry.shape)
 
-    def read(self, key: str, out: Tensor) -> None:
-        """Copy the tensor into `out`: contiguous, of the same dtype and number of elements."""
+    def read(self, key: str, out: Tensor, first: int = 0) -> None:
+        """Copy the tensor, or as much of it as `out` holds from element `first` on, into `out`: contiguous, of the same
+        dtype."""
         entry = self.entries[key]
+        size = out.numel() * out.itemsize
+        assert first * out.itemsize + size <= entry.size, f"{key} has no so many elements"
         buffer: Any = out.view(-1).view(torch.uint8).numpy()  # a buffer, but not to type checkers before 3.12
         try:
             with self.path.open("rb", buffering=0) as file:
-                file.seek(entry.start)
+                file.seek(entry.start + first * out.itemsize)
                 done = 0
-                while done < entry.size:
+                while done < size:
                     count = file.readinto(memoryview(buffer)[done:])
                     if not count:
                         raise CheckpointError(f"{self.path}: cut off while {shown(key)} was being read")
@@ -280,9 +283,9 @@ class TensorSource(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.entries)
 
-    def read(self, key: str, out: Tensor) -> None:
-        """Copy a tensor into `out` (same dtype, contiguous)."""
-        self._home[key].read(key, out)
+    def read(self, key: str, out: Tensor, first: int = 0) -> None:
+        """Copy a tensor, or a run of its elements from `first` on, into `out` (same dtype, contiguous)."""
+        self._home[key].read(key, out, first)
 
     def __str__(self) -> str:
         names = ", ".join(str(file.path) for file in self.files[:3])

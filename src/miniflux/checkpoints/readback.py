@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from miniflux.checkpoints.files import TensorSource
+from miniflux.checkpoints.files import Entry, TensorSource
 from miniflux.checkpoints.formats.base import CHUNK, WEIGHT, Stored
 from miniflux.checkpoints.formats.fourbit import ABSMAX, FourBit
 from miniflux.checkpoints.formats.nvfp4 import Nvfp4
@@ -52,15 +52,21 @@ def difference(source: TensorSource, key: str, item: Target, numbers: Tensor) ->
         entry = source.entries[key]
         if (entry.dtype, entry.shape) != (item.encoding, item.shape):
             return None
-        whole = torch.empty(entry.shape, dtype=entry.dtype)
-        source.read(key, whole)
-        pieces = (whole.reshape(-1) if not whole.ndim else whole[some] for some in rows(item.shape))
+        pieces = (_run(source, key, entry, some) for some in rows(item.shape))
     error = size = 0.0
     for some, piece in zip(rows(item.shape), pieces, strict=True):
-        before, after = (numbers[some] if numbers.ndim else numbers.reshape(-1)).double(), piece.double()
-        error += float((after - before).square().sum())
-        size += float(before.square().sum())
+        before = (numbers[some] if numbers.ndim else numbers.reshape(-1)).float()
+        error += float((piece.float() - before).square_().sum(dtype=torch.float64))
+        size += float(before.square().sum(dtype=torch.float64))
     return math.sqrt(error / size) if size else math.sqrt(error)
+
+
+def _run(source: TensorSource, key: str, entry: Entry, some: slice) -> Tensor:
+    """Some rows of a tensor that is not packed."""
+    row = math.prod(entry.shape[1:])
+    out = torch.empty((some.stop - some.start, *entry.shape[1:]), dtype=entry.dtype)
+    source.read(key, out, some.start * row)
+    return out
 
 
 def unpacked(stored: Stored, parts: Mapping[str, Tensor], some: slice) -> Tensor:

@@ -26,7 +26,7 @@ from miniflux.errors import MissingExtraError, OutputError
 
 JOURNAL = "journal.jsonl"
 ALIGNMENT = 32  # bytes, of tensors in GGUF files (its default)
-BLOCK = 1 << 24  # bytes that are read at once for a checksum
+BLOCK = 1 << 20  # bytes that are read at once for a checksum
 GGUF_FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 

@@ -63,8 +63,8 @@ class GivenTensors(TensorSource):
     def __getitem__(self, key: str) -> Tensor:
         return self.tensors[key]
 
-    def read(self, key: str, out: Tensor) -> None:
-        out.copy_(self.tensors[key].view_as(out))
+    def read(self, key: str, out: Tensor, first: int = 0) -> None:
+        out.view(-1).copy_(self.tensors[key].reshape(-1)[first : first + out.numel()])
 
     def __str__(self) -> str:
         return "the given tensors"
