@@ -1,4 +1,4 @@
-"""How much memory converting takes: the peak of a fresh process against the largest tensor. Linux only: it reads /proc.
+"""How much memory converting takes: the peak of a process against the largest tensor. Linux only: it reads /proc.
 
 Writes a FLUX.1 transformer of 0.6 GB with random weights (hidden size 2048), then converts it into each format.
 """
@@ -41,12 +41,17 @@ CASES = {
 }
 CONVERT = """
 import sys, torch
-from miniflux.checkpoints import convert
+from benchmarks.converting import CONFIG
+from dataclasses import replace
+from miniflux.checkpoints import convert, save
+from miniflux.models.flux1 import Flux1
 torch.set_num_threads(1)
+source, target, layout, format = sys.argv[1:]
+save(Flux1(replace(CONFIG, hidden_size=256, num_heads=2, depth_single_blocks=1)).bfloat16(), source + ".tiny.safetensors")
+convert(source + ".tiny.safetensors", target, layout=layout or None, format=format or None)  # what torch loads late
 def status(name):
     return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
 before = status("VmRSS")
-source, target, layout, format = sys.argv[1:]
 convert(source, target, layout=layout or None, format=format or None)
 print(status("VmHWM") - before)
 """
@@ -72,6 +77,7 @@ def main() -> None:
                 check=True,
                 capture_output=True,
                 text=True,
+                cwd=Path(__file__).parent.parent,
             )
             taken = time.monotonic() - started
             target.unlink()
