@@ -47,8 +47,9 @@ from miniflux.checkpoints import convert, save
 from miniflux.models.flux1 import Flux1
 torch.set_num_threads(1)
 source, target, layout, format = sys.argv[1:]
-save(Flux1(replace(CONFIG, hidden_size=256, num_heads=2, depth_single_blocks=1)).bfloat16(), source + ".tiny.safetensors")
-convert(source + ".tiny.safetensors", target, layout=layout or None, format=format or None)  # what torch loads late
+tiny = source + ".tiny.safetensors"
+save(Flux1(replace(CONFIG, hidden_size=256, num_heads=2, depth_single_blocks=1)).bfloat16(), tiny)
+convert(tiny, target, layout=layout or None, format=format or None)  # what torch loads late
 def status(name):
     return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
 before = status("VmRSS")
