@@ -179,9 +179,9 @@ class Selection(TensorSource):
     def __len__(self) -> int:
         return len(self.entries)
 
-    def read(self, key: str, out: Tensor) -> None:
-        """Copy a tensor into `out` (same dtype, contiguous)."""
-        self.whole.read(self.names[key], out)
+    def read(self, key: str, out: Tensor, first: int = 0) -> None:
+        """Copy a tensor, or a run of its elements from `first` on, into `out` (same dtype, contiguous)."""
+        self.whole.read(self.names[key], out, first)
 
     def __str__(self) -> str:
         return self.title
