@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -176,8 +177,8 @@ class Tab:
         return bytes(data)
 
     def console(self) -> list[str]:
-        """Errors and warnings of the browser since it was last asked."""
-        return [line["message"] for line in self.driver.get_log("browser") if line["level"] in ("SEVERE", "WARNING")]
+        """Errors in the browser's console since it was last asked."""
+        return [line["message"] for line in self.driver.get_log("browser") if line["level"] == "SEVERE"]
 
     def requests(self) -> list[str]:
         """Addresses that were asked for since this was last asked."""
@@ -209,17 +210,19 @@ def stranger(page: Page) -> Iterator[Tab]:
 
 
 @pytest.fixture
-def slow(page: Page) -> Iterator[None]:
-    """Every step takes a tenth of a second, so that there is a middle to act in."""
-    draw = page.site.queue.draw
+def gate(page: Page) -> Iterator[threading.Event]:
+    """While it is closed, runs stay after their first step, until they are cancelled; opened at the end."""
+    draw, event = page.site.queue.draw, threading.Event()
 
-    def slowly(request: Any, step: Any) -> Any:
+    def held(request: Any, step: Any) -> Any:
         def told(*arguments: Any) -> None:
-            time.sleep(0.1)
             step(*arguments)
+            while not event.wait(0.02):
+                step(*arguments)
 
         return draw(request, told)
 
-    page.site.queue.draw = slowly
-    yield
+    page.site.queue.draw = held
+    yield event
+    event.set()
     page.site.queue.draw = draw

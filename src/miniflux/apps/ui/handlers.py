@@ -14,9 +14,9 @@ import gradio as gr
 
 from miniflux.apps.ui import form
 from miniflux.apps.ui.layout import HELP, MOST, Controls
-from miniflux.apps.ui.routes import session_of
+from miniflux.apps.ui.routes import COOKIE, valid
 from miniflux.apps.ui.site import Shelf, Site
-from miniflux.errors import MinifluxError
+from miniflux.errors import InputError, MinifluxError
 from miniflux.sampling.latents import MAX_SEED
 from miniflux.service import Axis, Grid, Job, batch, parse_prompts
 from miniflux.settings import Request, read_picture
@@ -94,7 +94,9 @@ class Handlers:
         self.site, self.c = site, controls
 
     def _who(self, web: gr.Request) -> tuple[str, Shelf]:
-        session = session_of(web.cookies)
+        session = valid(web.cookies.get(COOKIE))
+        if session is None:
+            raise InputError("this browser keeps no cookie, by which the page would know what is yours")
         return session, self.site.shelf(session)
 
     def values(self, given: Given) -> dict[str, Any]:

@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 MAX_SHELVES = 1000  # browser sessions remembered at once, beside their history, which is on the disk
 MAX_LORAS = 32  # files that one session may drop
+MAX_UNTOLD = 8  # jobs of a session that are over, kept to say so
 CACHE_BYTES = 2**30  # of pictures kept to answer repeated requests
 MAX_LORA_BYTES = 4 * 2**30
 BUNDLED = "realism"
@@ -161,6 +162,8 @@ class Site:
     def _on_shelf(self, session: str, job: Job) -> Job:
         shelf = self.shelf(session)
         with shelf.lock:
+            for old in [job for job in shelf.jobs if job.over][:-MAX_UNTOLD]:  # nobody asks: the page was closed
+                shelf.jobs.remove(old)
             shelf.jobs.append(job)
         return job
 

@@ -1,0 +1,323 @@
+"""What people do on the page, done in a browser."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from selenium.webdriver.common.keys import Keys
+
+from miniflux.apps.ui.launch import Page
+from miniflux.replay import replay
+from miniflux.result import Result
+from miniflux.service import Job
+from miniflux.settings import read_picture
+from tests.apps.ui.conftest import Tab
+
+pytestmark = pytest.mark.browser
+
+
+def pixels(tab: Tab, id: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(tab.fetch(f"studio/picture/{id}.png"))).convert("RGB"))
+
+
+def test_draws_the_picture_that_the_library_draws(tab: Tab, page: Page) -> None:
+    """Lock, seed, steps; the facts beside the picture are its own; another strength of the LoRA is another picture."""
+    tab.fill("seed", 7)
+    (id,) = tab.draw()
+    details = tab.details()
+    assert (details["seed"], details["steps"], details["model"]) == ("7", "2", "nano-dev")
+    request = next(e.request for sessions in page.site.history._sessions.values() for e in sessions if e.id == id)
+    with page.site.models.use(request) as pipe:
+        drawn = pipe.generate(**request.arguments()).images[0]
+    assert np.array_equal(pixels(tab, id), np.asarray(drawn))
+
+    tab.type_into(".mf-lora input[type=range]", "0.5")
+    (other,) = tab.draw()
+    assert tab.details()["LoRA realism"] == "strength 0.5"
+    assert not np.array_equal(pixels(tab, id), pixels(tab, other))
+    tab.type_into(".mf-lora input[type=range]", "1")
+
+
+def test_repeated_request_is_answered_from_the_cache(tab: Tab) -> None:
+    tab.fill("seed", 17).draw()
+    (id,) = tab.draw()
+    tab.until(lambda: "cache" in tab.message.lower(), "the word cache")
+    assert tab.all(f"[data-id='{id}'] .mf-badge")
+    tab.fill("seed", 18).draw()
+    assert "cache" not in tab.message.lower()
+
+
+def test_cancel_in_the_middle_leaves_everything_usable(tab: Tab, gate: threading.Event) -> None:
+    before = tab.pictures
+    tab.fill("steps", 60).fill("seed", 11).press("#mf-draw")
+    tab.until(lambda: any("step 1 of 60" in job for job in tab.jobs), "the first step")
+    tab.until(lambda: tab.js("return document.querySelector('.mf-image').src.startsWith('data:')"), "a preview")
+    tab.press(".mf-cancel")
+    tab.until(lambda: not tab.jobs and "Stopped" in tab.message, "the end")
+    assert tab.pictures == before
+    gate.set()
+    assert len(tab.fill("steps", 2).draw()) == 1
+
+
+def test_three_requests_of_two_people_are_served_in_order(
+    tab: Tab, stranger: Tab, page: Page, gate: threading.Event
+) -> None:
+    """Places and estimates are shown, neither sees the other's, and what the line cannot take is refused politely."""
+    finished: list[int] = []
+    deliver = page.site.queue.deliver
+    assert deliver is not None
+
+    def noted(job: Job, which: int, result: Result) -> None:
+        finished.append(job.requests[which].seed)
+        deliver(job, which, result)
+
+    page.site.queue.deliver = noted
+    before = tab.pictures
+    tab.fill("seed", 101).press("#mf-draw").until(lambda: any("step 1 of 2" in job for job in tab.jobs), "the first")
+    stranger.fill("steps", 2).press("#mf-lock input").fill("seed", 102).press("#mf-draw")
+    stranger.until(lambda: any("place 1 in line" in job for job in stranger.jobs), "a place in line")
+    assert "s left" in stranger.jobs[0]
+    assert len(stranger.jobs) == 1 and stranger.pictures == []
+    tab.fill("seed", 103).press("#mf-draw")
+    tab.until(lambda: any("place 2 in line" in job and "s left" in job for job in tab.jobs), "the third")
+    tab.fill("seed", 104).press("#mf-draw").until(lambda: len(tab.jobs) == 3, "the fourth")
+    tab.fill("seed", 105).press("#mf-draw").until(lambda: "the queue is full" in tab.message, "a polite no")
+    tab.js("document.querySelectorAll('.mf-cancel')[2].click()")
+    tab.until(lambda: len(tab.jobs) == 2, "the fourth to be gone")
+    gate.set()
+    tab.until(lambda: not tab.jobs and len(tab.pictures) == len(before) + 2, "the end")
+    stranger.until(lambda: len(stranger.pictures) == 1, "the other's picture")
+    page.site.queue.deliver = deliver
+    assert finished == [101, 102, 103]
+    assert not set(tab.pictures) & set(stranger.pictures)
+    assert stranger.fetch(f"studio/picture/{tab.pictures[0]}.png")[:4] != b"\x89PNG"
+
+
+def test_reload_keeps_the_history_and_use_settings_fills_the_controls(tab: Tab) -> None:
+    tab.fill("prompt", "a small cyan cross on a red background").fill("seed", 2**64 - 3).fill("steps", 3)
+    (id,) = tab.draw()
+    before = tab.pictures
+    tab.open().until(lambda: tab.pictures == before, "the history")
+    assert tab.value("seed") == "0"
+    tab.press(f"[data-id='{id}'] .mf-tile").press("#mf-use")
+    tab.until(lambda: "settings" in tab.message, "the settings")
+    assert tab.value("prompt") == "a small cyan cross on a red background"
+    assert (tab.value("seed"), tab.value("steps")) == (str(2**64 - 3), "3")
+    (again,) = tab.draw()
+    assert np.array_equal(pixels(tab, id), pixels(tab, again))
+    (other,) = tab.draw("#mf-again")
+    assert not np.array_equal(pixels(tab, id), pixels(tab, other))
+    assert tab.details()["prompt"] == "a small cyan cross on a red background"
+
+
+def test_batch(tab: Tab, tmp_path: Path) -> None:
+    """From the text box, which a dropped file fills."""
+    (tmp_path / "words.txt").write_text(
+        "a red circle on a blue background\n\na green ring on a black background\n", "utf-8"
+    )
+    if not tab.js("return document.querySelector('#mf-prompts')?.offsetParent"):
+        tab.press("#mf-batch button")
+    tab.drop(tmp_path / "words.txt")
+    assert "2 prompts" in tab.message
+    tab.one("#mf-prompts textarea")
+    made = tab.draw("#mf-draw-all", more=2)
+    assert tab.details()["prompt"] == "a green ring on a black background"
+    assert len(made) == 2
+
+
+def test_grid_is_one_labelled_picture_that_replays(tab: Tab, tmp_path: Path) -> None:
+    tab.press("#mf-grid button")
+    tab.one("#mf-x_values textarea, #mf-x_values input")
+    tab.fill("x_values", "1-3").choose("y", "solver").fill("y_values", "euler, heun")
+    (id,) = tab.draw("#mf-draw-grid")
+    path = tmp_path / "grid.png"
+    path.write_bytes(tab.fetch(f"studio/picture/{id}.png"))
+    reading = read_picture(path)
+    assert [(r.seed, r.solver) for r in reading.requests] == [(s, m) for m in ("euler", "heun") for s in (1, 2, 3)]
+    width, height = Image.open(path).size
+    assert width > 3 * 128 and height > 2 * 128
+    assert replay(path).same
+
+
+def test_download_then_replay_gives_the_same_pixels(tab: Tab, tmp_path: Path) -> None:
+    """And dropped on the page it fills the controls; without settings nothing can be read from it."""
+    tab.fill("prompt", "a white heart on a black background").fill("seed", 5)
+    tab.draw()
+    path, bare = tmp_path / "picture.png", tmp_path / "bare.png"
+    path.write_bytes(tab.fetch(tab.one("#mf-download").get_attribute("href")))
+    bare.write_bytes(tab.fetch(tab.one("#mf-bare").get_attribute("href")))
+    assert replay(path).same
+    assert np.array_equal(np.asarray(Image.open(path)), np.asarray(Image.open(bare)))
+    assert read_picture(bare).origin == "none"
+    tab.fill("prompt", "something else").fill("seed", 9)
+    tab.drop(path)
+    assert tab.value("prompt") == "a white heart on a black background"
+    assert tab.value("seed") == "5"
+    tab.drop(bare)
+    assert "no settings" in tab.message
+    assert tab.value("seed") == "5"
+
+
+def test_settings_of_other_programs_say_what_was_not_understood(tab: Tab, tmp_path: Path) -> None:
+    info = PngInfo()
+    info.add_text(
+        "parameters", "a blue star\nNegative prompt: fog\nSteps: 3, Sampler: Euler, Seed: 77, Size: 128x128, Wibble: 3"
+    )
+    Image.new("RGB", (8, 8)).save(tmp_path / "theirs.png", pnginfo=info)
+    tab.drop(tmp_path / "theirs.png")
+    assert "A1111" in tab.message and "Wibble" in tab.message
+    assert (tab.value("prompt"), tab.value("seed")) == ("a blue star", "77")
+
+
+def test_broken_lora_is_refused_and_changes_nothing(tab: Tab, tmp_path: Path) -> None:
+    broken, pretender = tmp_path / "broken.safetensors", tmp_path / "pretender.safetensors"
+    broken.write_bytes(struct.pack("<Q", 2**60) + b"{}")
+    header = json.dumps({"lora_unet_what.lora_up.weight": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}})
+    pretender.write_bytes(struct.pack("<Q", len(header)) + header.encode() + bytes(16))
+    rows = tab.js("return document.querySelector('.mf-loras').innerHTML")
+    before = tab.pictures
+    for file in (broken, pretender):
+        tab.drop(file)
+        assert file.name in tab.message
+        assert str(tmp_path) not in tab.message and "uploads" not in tab.message
+        assert tab.js("return document.querySelector('.mf-loras').innerHTML") == rows
+    assert tab.pictures == before
+    assert len(tab.draw()) == 1
+
+
+def test_dropped_lora_gives_its_receipt_and_works_beside_the_other(tab: Tab, page: Page, tmp_path: Path) -> None:
+    copy = tmp_path / "second one.safetensors"
+    source = Path(page.site.models.lora("realism").source)
+    copy.write_bytes(source.read_bytes() + b"")
+    tab.drop(copy)
+    assert "8 of 8 modules" in tab.message
+    tab.until(lambda: len(tab.all(".mf-lora")) == 2, "a second row")
+    tab.type_into("[data-id=realism][type=range]", "1")
+    tab.draw()
+    details = tab.details()
+    assert [value for name, value in details.items() if name.startswith("LoRA")] == ["strength 1.0", "strength 1.0"]
+
+
+def test_model_without_guidance_says_why_it_is_grey(tab: Tab) -> None:
+    tab.choose("model", "nano-schnell")
+    tab.until(lambda: tab.js("return document.querySelector('#mf-guidance input').disabled"), "grey guidance")
+    assert "no input for it" in tab.js("return document.querySelector('#mf-guidance').innerText")
+    tab.until(lambda: tab.value("steps") == "4", "its steps")
+    tab.draw()
+    assert tab.details()["model"] == "nano-schnell"
+    tab.choose("model", "nano-dev").until(lambda: tab.value("steps") == "20", "the first model again")
+
+
+HOSTILE = (
+    '<img src=x onerror="window.hacked=1"><script>window.hacked=1</script> {{value}} ${window.hacked=1} '
+    "\N{GRINNING FACE} \x07\u202e "
+)
+
+
+def test_hostile_prompt_is_text(tab: Tab) -> None:
+    """Markup, templates, emoji, control characters, and a hundred thousand letters."""
+    prompt = HOSTILE + "x" * (100_000 - len(HOSTILE))
+    tab.fill("prompt", prompt)
+    (id,) = tab.draw()
+    shown = tab.details()["prompt"]
+    assert shown.replace("\r", "") == prompt
+    assert tab.js("return document.querySelector('.mf-caption').textContent").startswith(HOSTILE)
+    assert not tab.js("return window.hacked")
+    assert not tab.all("#mf-stage img[src=x], #mf-stage script")
+    assert id in tab.pictures
+
+
+def test_keyboard_alone(tab: Tab) -> None:
+    """Ctrl+Enter draws; everything can be reached; the focus is seen."""
+    before = len(tab.pictures)
+    tab.js("document.querySelector('#mf-prompt textarea').focus()")
+    field = tab.driver.switch_to.active_element
+    field.send_keys(Keys.CONTROL, Keys.ENTER)
+    tab.until(lambda: len(tab.pictures) == before + 1 and not tab.jobs, "the picture")
+    seen: list[str] = []
+    tab.js("document.querySelector('.mf-theme').focus()")
+    for _ in range(60):
+        tab.driver.switch_to.active_element.send_keys(Keys.TAB)
+        seen.append(
+            tab.js(
+                "const e = document.activeElement, s = getComputedStyle(e); const box = e.closest('[id^=mf-]'); "
+                "return (box ? box.id : e.tagName) + ' ' + (s.outlineStyle !== 'none' || s.boxShadow !== 'none')"
+            )
+        )
+    reached = {one.split()[0] for one in seen}
+    assert {"mf-prompt", "mf-draw", "mf-model", "mf-steps", "mf-seed", "mf-die", "mf-use", "mf-download"} <= reached
+    assert not [one for one in seen if one.endswith("false") and not one.startswith(("BODY", "HTML"))]
+
+
+CONTRAST = """
+const parse = (text) => { const n = text.match(/[\\d.]+/g).map(Number); return [n[0], n[1], n[2], n[3] ?? 1]; };
+const light = ([r, g, b]) => {
+  const part = (x) => ((x /= 255) <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
+  return 0.2126 * part(r) + 0.7152 * part(g) + 0.0722 * part(b);
+};
+const over = (top, under) => [0, 1, 2].map((i) => top[i] * top[3] + under[i] * (1 - top[3])).concat(1);
+const found = [];
+const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_ELEMENT);
+while (texts.nextNode()) {
+  const element = texts.currentNode, style = getComputedStyle(element), box = element.getBoundingClientRect();
+  const own = [...element.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim());
+  const field = element.matches("textarea, input:not([type=range], [type=checkbox], [type=file])") && element.value;
+  const words = own || field;
+  if (!words || !box.width || !box.height || style.visibility === "hidden" || +style.opacity === 0) continue;
+  if (element.closest(".hide, script, style, [aria-hidden=true], :disabled")) continue;  // exempt: what is inactive
+  const layers = [];
+  let opacity = 1;
+  for (let up = element; up; up = up.parentElement) {
+    const ground = getComputedStyle(up);
+    opacity *= +ground.opacity;
+    layers.push(parse(ground.backgroundColor));
+    if (layers.at(-1)[3] === 1) break;
+  }
+  let ground = [255, 255, 255, 1];
+  for (const layer of layers.reverse()) ground = over(layer, ground);
+  const ink = parse(style.color);
+  ink[3] *= opacity;
+  const [a, b] = [light(over(ink, ground)), light(ground)].sort((x, y) => y - x);
+  const large = parseFloat(style.fontSize) >= 24 || (parseFloat(style.fontSize) >= 18.66 && style.fontWeight >= 700);
+  const ratio = (a + 0.05) / (b + 0.05);
+  const name = `${element.tagName}.${element.className} ${(element.value || element.textContent).slice(0, 40)}`;
+  found.push([ratio, large ? 3 : 4.5, `${ratio.toFixed(2)} ${name}`]);
+}
+return found;
+"""
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390], ids=["wide", "narrow"])
+def test_look(tab: Tab, width: int, dark: bool) -> None:
+    """At both widths, in both themes: nothing to scroll sideways, contrast AA (WCAG 1.4.3), buttons big enough."""
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+    tab.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    if tab.js("return document.body.classList.contains('dark')") != dark:
+        tab.press(".mf-theme")
+    tab.js("document.querySelectorAll('.mf-details').forEach((one) => one.open = true)")
+    try:
+        assert tab.js("return document.documentElement.scrollWidth") <= width
+        tab.until(lambda: not tab.js("return document.getAnimations().length"), "colours that have changed")
+        told = tab.js(CONTRAST)
+        assert len(told) > 50
+        assert not [text for ratio, least, text in told if ratio < least]
+        heights = tab.js("return [...document.querySelectorAll('.mf-button')].map((one) => one.offsetHeight)")
+        assert min(height for height in heights if height) >= 24
+    finally:
+        tab.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_nothing_goes_outside_and_the_console_is_silent(tab: Tab, page: Page) -> None:
+    """Of all that the tests above did, since the browser began."""
+    outside = [url for url in tab.requests() if not url.startswith((page.url, "data:", "blob:", "about:", "chrome"))]
+    assert not outside
+    assert tab.console() == []
