@@ -122,7 +122,7 @@ def in_this_process() -> None:
                 previews: list[float] = []
                 for moment in moments:
                     begin = time.perf_counter()
-                    as_url(pipe.preview(moment, size, size))
+                    as_url(pipe.preview(moment, size, size, "table"))  # as `Models.draw` does
                     previews.append(time.perf_counter() - begin)
                 step, preview = median(steps), median(previews)
                 share = f"{100 * preview / step:.1f} % of a step of {1000 * step:.1f} ms"

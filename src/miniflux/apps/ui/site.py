@@ -14,6 +14,7 @@ from pathlib import Path
 
 from miniflux.cache import ResultCache
 from miniflux.errors import InputError, MinifluxError
+from miniflux.lora.attaching import BUNDLED_LORAS
 from miniflux.result import Result
 from miniflux.service import Grid, History, Job, Listed, Models, Queue
 from miniflux.settings import Request
@@ -81,7 +82,7 @@ class Site:
         if first not in self.listed:
             raise InputError(f"--model {first}: not on this machine; there are {', '.join(self.listed)}")
         self.first = first
-        self.bundled = {BUNDLED: self._lora(BUNDLED, "Realism", BUNDLED, Path(self.models.lora(BUNDLED).source))}
+        self.bundled = {BUNDLED: self._lora(BUNDLED, "Realism", BUNDLED, BUNDLED_LORAS / f"{BUNDLED}.safetensors")}
         self._shelves: OrderedDict[str, Shelf] = OrderedDict()
         self._lock = threading.Lock()
 
