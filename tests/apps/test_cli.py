@@ -52,6 +52,17 @@ def test_every_option_reaches_the_picture(tmp_path: Path) -> None:
     assert {key: said[key] for key in expected} == expected
 
 
+def test_weights_may_stay_in_the_file(tmp_path: Path) -> None:
+    """The same picture, and the settings say where the weights were."""
+    pictures: list[Image.Image] = []
+    for memory in ("resident", "stream"):
+        path = tmp_path / f"{memory}.png"
+        assert run("generate", "a star", *QUICK, "--memory", memory, "-o", str(path)) == 0
+        pictures.append(Image.open(path))
+        assert json.loads(pictures[-1].text["miniflux"])["memory"] == memory  # type: ignore[attr-defined]
+    assert pictures[0].tobytes() == pictures[1].tobytes()
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -71,6 +82,7 @@ def test_every_option_reaches_the_picture(tmp_path: Path) -> None:
         ("--model nano-schnell --guidance 3", "3.0"),
         ("--device quantum", "quantum"),
         ("--dtype int3", "int3"),
+        ("--memory swap", "auto, resident, text-freed, offload, stream, got 'swap'"),
         ("--padding odd", "odd"),
         ("--t5-length 0", "got 0"),
         ("--weights /no/such/folder", "/no/such/folder"),

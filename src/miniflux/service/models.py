@@ -71,7 +71,7 @@ class _Loaded:
         self.change = threading.Condition()
         networks = (pipe.transformer, pipe.autoencoder, pipe.text.clip, pipe.text.t5)
         tensors = chain.from_iterable(chain(network.parameters(), network.buffers()) for network in networks)
-        self.bytes = sum(tensor.nbytes for tensor in tensors)
+        self.bytes = sum(tensor.nbytes for tensor in tensors if not tensor.is_meta)  # those of streamed blocks are
 
 
 class Models:
