@@ -268,7 +268,7 @@ BAD_SCALES = [float("nan"), float("inf"), "1", True, None, {"double_blocks": flo
               lambda _: float("nan")]  # fmt: skip
 
 
-@pytest.mark.parametrize("scale", BAD_SCALES, ids=str)
+@pytest.mark.parametrize("scale", BAD_SCALES, ids=lambda scale: "function" if callable(scale) else str(scale))
 def test_bad_scales_are_refused(scale: Any, network: Flux1, base: Callable[[], bool]) -> None:
     """When attaching, the network stays plain; later, the old scale stays."""
     with pytest.raises(InputError, match="scale|begins with"):

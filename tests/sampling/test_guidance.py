@@ -105,7 +105,7 @@ NEUTRAL = [
 
 
 @pytest.mark.parametrize("method", ["euler", "heun"])
-@pytest.mark.parametrize("setting", NEUTRAL, ids=str)
+@pytest.mark.parametrize("setting", NEUTRAL, ids=[f"{i} {type(s).__name__}" for i, s in enumerate(NEUTRAL)])
 def test_neutral_is_plain(model: Flux1, plain: Tensor, setting: Cfg, method: str) -> None:
     """Bit for bit, in no more calls, and without any other text."""
     expected = plain if method == "euler" else run(model, INPUTS, LEVELS, method=method)
