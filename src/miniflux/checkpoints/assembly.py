@@ -19,6 +19,7 @@ from miniflux.checkpoints.finding import Files, find
 from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.inspection import describe, fits, flux1_config
 from miniflux.checkpoints.jsonfiles import json_file
+from miniflux.checkpoints.layouts import origins
 from miniflux.checkpoints.loading import compare, load_into, take_packed_layers
 from miniflux.checkpoints.origin import Origin, stamped
 from miniflux.checkpoints.prefixes import network_of, open_part, parts_of
@@ -334,9 +335,12 @@ def _built(
             raise CheckpointError(f"{source}: expected {expected}, found {describe(source)}\n{report}")
         raise CheckpointError(str(report))
     take_packed_layers(network, source)
-    entries = source.entries.values()
-    largest = max(entry.size if entry.dtype != dtype else 0 for entry in entries)
-    return Part(planned(network, source, dtype), "resident", sum(entry.size for entry in entries), largest), source
+    plan, table = planned(network, source, dtype), origins(network, report.layout)
+    # A module alone in its chain, such as a table of tokens, is read before there is memory for the others.
+    blocks = [unit for chain in plan.chains if len(chain) > 1 for unit in chain]
+    read = [source.entries[name] for unit in blocks for piece in unit.pieces for name in table[piece.key].keys]
+    largest = max((entry.size for entry in read if entry.dtype != dtype), default=0)
+    return Part(plan, "resident", sum(entry.size for entry in source.entries.values()), largest), source
 
 
 def _filled(part: Part, source: TensorSource, device: torch.device) -> Streamed | None:

@@ -76,7 +76,7 @@ class Part:
         plan: what of it stays and what comes and goes.
         mode: `resident`, `offload` or `stream`.
         stored: bytes of its files.
-        largest: bytes of their largest tensor, which is read into memory of its own where its dtype changes; else 0.
+        largest: bytes of the largest tensor of a block that is read into memory of its own, because its dtype changes.
     """
 
     plan: Plan
