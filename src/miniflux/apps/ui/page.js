@@ -91,7 +91,7 @@ window.miniflux ??= (() => {
     watch("value", () => {
       say(props.value);
       ask();
-      if (document.body.dataset.ready) return;
+      if (!props.value || document.body.dataset.ready) return;
       document.body.dataset.ready = "yes";
       if (early) document.querySelector("#mf-draw")?.click();
     });
