@@ -1,8 +1,8 @@
 """What the bundled realism LoRA does to pictures: is the light there, and is the scene still the one asked for?
 
 Every prompt is drawn twice from one seed, plain and with the LoRA. Where the objects are is read from the plain one.
-Shading is measured as the spread of brightness inside the bodies (the rims left out) and on the background; a picture
-counts as lit if both are above what flat pictures show.
+Shading is measured as the spread of brightness inside the bodies (the rims left out) and on the background; of a pair,
+the one with more of both is taken for the lit one, if it has at least a few levels more.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import miniflux
 from miniflux.nano import scenes
 from miniflux.nano.recipe.adherence import judge
 
-BODY, GROUND = 4.0, 4.0  # spread of brightness, in levels of 255, that no flat picture reaches
+MORE = 6.0  # levels of 255, of both spreads together, that tell the lit picture of a pair
 FOREGROUND = 40.0  # distance in RGB from the background
 
 
@@ -66,7 +66,7 @@ def main() -> None:
             inside, outside = regions(flat)
             bodies.append(spread(image, inside))
             grounds.append(spread(image, outside))
-            lit += bodies[-1] > BODY and grounds[-1] > GROUND
+            lit += bodies[-1] + grounds[-1] - spread(flat, inside) - spread(flat, outside) >= MORE
         verdicts = [judge(image, scene) for image, scene in zip(images, made, strict=True)]
         shares = [100 * sum(getattr(v, what) for v in verdicts) / len(made) for what in ("all", "colour", "shape")]
         place = 100 * sum(v.position for v in verdicts) / len(made)

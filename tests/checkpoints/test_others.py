@@ -259,7 +259,7 @@ def test_data_are_read_if_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     write_tensors(path, tensors, {})
     count: list[str] = []
     original = TensorFile.read
-    monkeypatch.setattr(TensorFile, "read", lambda file, key, out: (count.append(key), original(file, key, out))[1])
+    monkeypatch.setattr(TensorFile, "read", lambda file, key, *rest: (count.append(key), original(file, key, *rest))[1])
     before = told(path, data=False)[0].problems
     assert not count
     problems = [problem for problem in told(path, data=True)[0].problems if problem not in before]

@@ -10,6 +10,7 @@ from typing import Any
 from miniflux.errors import SettingsError
 
 MAX_BYTES = 2 * 2**20  # two prompts of the longest allowed length, every character written as \u0000, fit
+MAX_MARKS = 300_000  # brackets and commas, each of which may cost an object; two of the longest prompts of commas fit
 MAX_DEPTH = 32  # of brackets within brackets
 MAX_NUMBER = 1e300  # beyond it, whole numbers are too large for a float
 MAX_PROMPT = 2**17  # characters; T5 reads 512 tokens of them
@@ -27,6 +28,8 @@ def parsed(what: str, text: str | bytes, lenient: bool = False) -> Any:
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     if len(data) > MAX_BYTES:
         raise SettingsError(f"{what}: {len(data)} bytes of JSON; at most {MAX_BYTES} are read")
+    if sum(map(data.count, (b"[", b"{", b","))) > MAX_MARKS:
+        raise SettingsError(f"{what}: JSON of more than {MAX_MARKS} items, which is not read")
     try:
         value = json.loads(data, object_pairs_hook=_unique, parse_constant=_null if lenient else _no_number)
         _check_depth(value)
