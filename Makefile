@@ -20,7 +20,7 @@ TESTING := $(VENV)/.miniflux-test-installed
 DEVELOPING := $(VENV)/.miniflux-dev-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev demo ui test check lint format types cov nano bench clean
+.PHONY: help venv dev demo ui test check lint format types browser cov nano bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -74,6 +74,9 @@ format: $(TESTING)  ## ruff: sort imports, mend what can be mended, format
 
 types: $(TESTING)  ## pyright, strict on src
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+browser: $(TESTING)  ## drive the page in headless Chromium; needs chromium and chromedriver
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -m browser tests/apps/ui $(ARGS)
 
 cov: $(TESTING)  ## run the tests and measure which lines of src they reach
 	$(PYTEST) --cov --cov-report=term $(ARGS)
