@@ -19,7 +19,7 @@ from miniflux.checkpoints.finding import Files, find
 from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.inspection import describe, fits, flux1_config
 from miniflux.checkpoints.jsonfiles import json_file
-from miniflux.checkpoints.layouts import origins
+from miniflux.checkpoints.layouts import detect, origins
 from miniflux.checkpoints.loading import compare, load_into, take_packed_layers
 from miniflux.checkpoints.origin import Origin, stamped
 from miniflux.checkpoints.prefixes import network_of, open_part, parts_of
@@ -335,7 +335,7 @@ def _built(
             raise CheckpointError(f"{source}: expected {expected}, found {describe(source)}\n{report}")
         raise CheckpointError(str(report))
     take_packed_layers(network, source)
-    plan, table = planned(network, source, dtype), origins(network, report.layout)
+    plan, table = planned(network, source, dtype), origins(network, detect(network, source.entries))
     # A module alone in its chain, such as a table of tokens, is read before there is memory for the others.
     blocks = [unit for chain in plan.chains if len(chain) > 1 for unit in chain]
     read = [source.entries[name] for unit in blocks for piece in unit.pieces for name in table[piece.key].keys]
