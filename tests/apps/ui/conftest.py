@@ -67,7 +67,7 @@ class Tab:
         return self.ready()
 
     def ready(self) -> Tab:
-        self.until(lambda: self.all("body[data-ready] .mf-lora") and self.all("#mf-draw"), "the page")
+        self.until(lambda: self.all(".mf-figure") and self.all("#mf-draw") and self.all(".mf-lora"), "the page")
         return self
 
     def all(self, selector: str) -> list[WebElement]:

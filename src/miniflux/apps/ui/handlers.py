@@ -67,7 +67,7 @@ def connect(site: Site, c: Controls) -> None:
     on(c.stage.again, handlers.again, None, [c.stage])
     on(c.stage.cancel, handlers.cancel, None, [c.stage])
     on(c.stage.remove, handlers.remove, None, [c.stage])
-    on(functools.partial(gr.on, None), handlers.arrive, form_in, [c.loras, c.stage])
+    on(functools.partial(gr.on, None), handlers.arrive, form_in, [c.loras])
 
 
 def _telling(handler: Callable[..., Given], c: Controls) -> Callable[..., Given]:
@@ -222,8 +222,7 @@ class Handlers:
 
     def arrive(self, given: Given, web: gr.Request) -> Given:
         _, shelf = self._who(web)
-        rows = form.rows(shelf, given[self.c.model], given=given[self.c.loras])
-        return {self.c.loras: rows, self.c.stage: said("info", "")}  # by which the page knows that it is connected
+        return {self.c.loras: form.rows(shelf, given[self.c.model], given=given[self.c.loras])}
 
     # Files
 

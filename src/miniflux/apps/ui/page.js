@@ -10,7 +10,6 @@ window.miniflux ??= (() => {
   const state = {jobs: [], entries: [], mark: "", chosen: null, newest: null};
   const parts = {};
   let timer = null, asking = false, again = false;
-  let early = false; // whether somebody pressed Draw before Gradio listened
 
   /** An element with attributes and children; strings become text. */
   function make(tag, attributes = {}, ...children) {
@@ -88,13 +87,7 @@ window.miniflux ??= (() => {
       view.message,
       make("figure", {class: "mf-figure"}, view.image, view.empty, view.bar), view.jobs, view.about,
     );
-    watch("value", () => {
-      say(props.value);
-      ask();
-      if (!props.value || document.body.dataset.ready) return;
-      document.body.dataset.ready = "yes";
-      if (early) document.querySelector("#mf-draw")?.click();
-    });
+    watch("value", () => { say(props.value); ask(); });
     say(props.value);
     drawStage();
     ask();
@@ -283,12 +276,6 @@ window.miniflux ??= (() => {
       input.files = event.dataTransfer.files;
       input.dispatchEvent(new Event("change", {bubbles: true}));
     });
-    addEventListener("click", (event) => {
-      if (!document.body.dataset.ready && event.target.closest?.("#mf-draw")) {
-        early = true;
-        event.stopPropagation();
-      }
-    }, true);
     addEventListener("keydown", (event) => {
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
         event.preventDefault();
