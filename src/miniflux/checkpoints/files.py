@@ -292,6 +292,29 @@ class TensorSource(Mapping[str, Tensor]):
         return names + (f" and {len(self.files) - 3} more" if len(self.files) > 3 else "")
 
 
+class Selection(TensorSource):
+    """Some of the tensors of a source, under names of their own.
+
+    Args:
+        names: own name -> name there.
+        title: what it is called; None for the name of the whole.
+    """
+
+    def __init__(self, whole: TensorSource, names: Mapping[str, str], title: str | None = None) -> None:
+        self.whole, self.names, self.title = whole, dict(names), title or str(whole)
+        self.files, self.metadata = whole.files, dict(whole.metadata)
+        self.entries = {own: whole.entries[name] for own, name in self.names.items()}
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.whole[self.names[key]]
+
+    def read(self, key: str, out: Tensor, first: int = 0) -> None:
+        self.whole.read(self.names[key], out, first)
+
+    def __str__(self) -> str:
+        return self.title
+
+
 def shard_paths(index: Path) -> list[Path]:
     """The files that an index (`*.safetensors.index.json`) names, which lie beside it.
 

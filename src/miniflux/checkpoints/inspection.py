@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from miniflux.checkpoints.files import INDEX_SUFFIX, Entry, TensorSource, open_tensors
+from miniflux.checkpoints.files import INDEX_SUFFIX, Entry, Selection, TensorSource, open_tensors
 from miniflux.checkpoints.formats.reading import contents_of, format_of, formats_in
 from miniflux.checkpoints.loading import LoadReport, bare, compare, is_finite
-from miniflux.checkpoints.others import Found, Selection, others_in
+from miniflux.checkpoints.others import Found, others_in
 from miniflux.checkpoints.prefixes import network_of, parts_of
 from miniflux.errors import CheckpointError, ConfigError, LoraError
 from miniflux.models.autoencoder import Autoencoder
@@ -129,7 +129,7 @@ def _parts(source: TensorSource, data: bool) -> list[Part]:
     rest = dict.fromkeys(source.entries)
     for found in sorted(others_in(contents_of(source).entries), key=lambda found: -len(found.prefix)):
         keys = [key for key in rest if key.startswith(found.prefix)]
-        title = f"{source} ({found.prefix}*)" if found.prefix else ""
+        title = f"{source} ({found.prefix}*)" if found.prefix else None
         chosen = Selection(source, {key[len(found.prefix) :]: key for key in keys}, title)
         parts.append(_part(chosen, found, data))
         for key in keys:

@@ -6,12 +6,10 @@ have keys of FLUX.1 too, so they are looked for first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from miniflux.checkpoints.files import Entry, TensorSource
+from miniflux.checkpoints.files import Entry
 from miniflux.variants import FLUX2_SIZES, LANGUAGE_MODELS, REDUX_SIZES, SIGLIP_SIZES
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -156,32 +154,3 @@ def _matrix(shapes: Shapes, name: str) -> tuple[int, int]:
 
 def _count(shapes: Shapes, prefix: str) -> int:
     return len({key[len(prefix) :].partition(".")[0] for key in shapes if key.startswith(prefix)})
-
-
-class Selection(TensorSource):
-    """Some of the tensors of a source, under names of their own.
-
-    Args:
-        names: own name -> name there.
-    """
-
-    def __init__(self, whole: TensorSource, names: Mapping[str, str], title: str = "") -> None:
-        self.whole, self.names, self.title = whole, dict(names), title or str(whole)
-        self.files, self.metadata = whole.files, whole.metadata
-        self.entries = {own: whole.entries[name] for own, name in self.names.items()}
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self.whole[self.names[key]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def read(self, key: str, out: Tensor, first: int = 0) -> None:
-        """Copy a tensor, or a run of its elements from `first` on, into `out` (same dtype, contiguous)."""
-        self.whole.read(self.names[key], out, first)
-
-    def __str__(self) -> str:
-        return self.title

@@ -8,14 +8,14 @@ the prefixes is understood, and a network without one is the case of the empty p
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from miniflux.checkpoints.files import TensorSource, open_tensors
+from miniflux.checkpoints.files import Selection, TensorSource, open_tensors
 from miniflux.checkpoints.jsonfiles import json_of
 from miniflux.errors import CheckpointError
 from miniflux.models.autoencoder import Autoencoder
@@ -104,40 +104,20 @@ def divide(keys: Collection[str]) -> Division:
     return division
 
 
-class PartSource(TensorSource):
+class PartSource(Selection):
     """The tensors of one network in a file of several, under their own names.
 
     Attributes:
-        whole: the source that holds them.
-        prefix: what stands before each name there.
+        prefix: what stands before each name in the whole.
         strays, redundant: see `Division`; they concern everybody who reads the file.
     """
 
     def __init__(self, whole: TensorSource, kind: type[nn.Module], division: Division) -> None:
-        self.whole, self.prefix = whole, division.prefixes[kind]
+        self.prefix = division.prefixes[kind]
+        super().__init__(whole, division.keys[kind], f"{whole} ({self.prefix}*)")
         self.strays, self.redundant = division.strays, division.redundant
-        self.names = division.keys[kind]
-        self.files = whole.files
-        self.entries = {key: whole.entries[name] for key, name in self.names.items()}
-        self.metadata = dict(whole.metadata)
         if QUANTISATION in self.metadata:
             self.metadata[QUANTISATION] = _without_prefix(self.metadata[QUANTISATION], self.prefix)
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self.whole[self.names[key]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def read(self, key: str, out: Tensor, first: int = 0) -> None:
-        """Copy a tensor, or a run of its elements from `first` on, into `out` (same dtype, contiguous)."""
-        self.whole.read(self.names[key], out, first)
-
-    def __str__(self) -> str:
-        return f"{self.whole} ({self.prefix}*)"
 
 
 def _without_prefix(text: str, prefix: str) -> str:
