@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from miniflux.errors import InputError
 from miniflux.models.flux1 import Flux1
 from miniflux.models.layers import attention, rope_rotations
-from miniflux.sampling import GUIDES, Bill, Words, guide
+from miniflux.sampling import GUIDES, Bill, Words, add_noise, custom_schedule, from_strength, guide
 from miniflux.sampling.guidance import Apg, Cfg, CfgZero, Nag, PerpNeg, SkipLayer
 from tests.sampling.test_denoising import Field, run
 from tests.tiny import FLUX1, flux1_inputs, randn, randomise
@@ -80,6 +80,32 @@ def counted(model: nn.Module) -> Iterator[list[dict[str, Any]]]:
         yield calls
     finally:
         handle.remove()
+
+
+# Runs that begin in the middle.
+
+PARTIAL = {
+    **{f"{name}-late": replace(guide, window=(0.5, 1.0)) for name, guide in ACTIVE.items() if "skip" not in name},
+    **{f"{name}-early": replace(guide, window=(0.0, 0.5)) for name, guide in ACTIVE.items()},
+    "apg-momentum": Apg(scale=3.0, momentum=0.8),
+    "skip-layer-window": SkipLayer(scale=1.0, skip_window=(0.25, 0.75)),
+}
+
+
+@pytest.mark.parametrize("method", ["heun", "dpmpp-3m", "unipc-3"])
+@pytest.mark.parametrize("name", PARTIAL)
+def test_continuous_in_the_strength(model: Flux1, name: str, method: str) -> None:
+    """A tenth of the way from side to side of where a step more begins, about a tenth of the change: no jump."""
+    whole, source = custom_schedule([1.0, 0.7, 0.4, 0.25, 0.1, 0.0]), torch.zeros_like(INPUTS["img"])
+
+    def drawn(strength: float) -> Tensor:
+        part = from_strength(whole, strength)
+        begun = INPUTS | {"img": add_noise(source, 0.0, part[0], INPUTS["img"])}
+        return run(model, begun, part, method=method, guide=PARTIAL[name], **TEXTS)
+
+    for boundary in (0.4, 0.6):
+        wide, near = ((drawn(boundary - e) - drawn(boundary + e)).abs().max() for e in (1e-5, 1e-6))
+        assert near < wide / 5, boundary
 
 
 # Neutral settings.

@@ -161,13 +161,15 @@ def denoise(
                 replace(state, past=(), kept=(), twin=None, share=1.0),
             )
             continue
-        step = state.step
-        v, memory = tell(x, sigma, step, steps, memory)
+        place, share = schedule.skipped + state.step, state.share if state.step == 0 else 1.0
+        v, memory = tell(x, sigma, place, schedule.skipped + steps, memory)
         picture = data(x, v, sigma)
         x, state = advance(method, x, v, sigma, sigma_next, state, rng)
         while state.ask is not None:
-            v, memory = tell(x, state.ask, step, steps, memory)
+            v, memory = tell(x, state.ask, place, schedule.skipped + steps, memory)
             x, state = advance(method, x, v, sigma, sigma_next, state, rng)
+        if memory is not None and share < 1:  # of a shortened first step as much is remembered as was left of it
+            memory = share * memory
         if callback is not None:
             replacement = callback(Moment(state.step, steps, sigma_next, x, picture, state, memory))
             x = x if replacement is None else replacement.to(x)
@@ -246,7 +248,8 @@ def _check(
 ) -> None:
     """Everything that can be known before the network is called."""
     levels = schedule.falling[:-1]
-    wanted = {name for i, sigma in enumerate(levels) for name in guide.wants(sigma, i, schedule.steps)}
+    places = range(schedule.skipped, schedule.skipped + schedule.steps)
+    wanted = {name for i, sigma in zip(places, levels, strict=True) for name in guide.wants(sigma, i, places.stop)}
     for name in sorted({"negative" if name == "attended" else name for name in wanted} - {"skipped"}):
         _needed(name, words)
     if "attended" in wanted:

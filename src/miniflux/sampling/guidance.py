@@ -50,7 +50,8 @@ class Cfg:
 
     Attributes:
         scale: 1 is neutral; also a function of the noise level.
-        window: the share of the steps it works in: from int(start * steps) up to, not including, int(stop * steps).
+        window: the share of the steps it works in: from int(start * steps) up to, not including, int(stop * steps). Of
+            a run that begins in the middle (`from_strength`), the steps of the whole schedule are counted.
         rescale: how far the result is brought back to the spread of the positive one, 0 to 1 (arXiv 2305.08891, 3.4).
 
     Raises:

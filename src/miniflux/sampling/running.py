@@ -36,8 +36,9 @@ def advance(
     one draws less noise and remembers less. So of a first step of which a `share` is left:
 
     - its fresh noise is a turn from the noise that is there to the noise that the whole step would leave, by the share;
-    - in the steps that remember it, the result is the mean of two: with that memory, weight share, and without it. Both
-      are made of one prediction, so this costs no call of the network;
+    - in the steps that remember it, the result is the mean of two: with that memory, weight share^2, and without it.
+      Both are made of one prediction, so this costs no call of the network. Squared, because slopes over a step of no
+      width grow as 1 / share where a guide begins or ends;
     - if the whole step begins at 1, what is remembered is told as from there, since lambda falls to -inf on the way.
 
     Whole steps are those of `method.step`, bit for bit.
@@ -47,10 +48,11 @@ def advance(
         return x_next, after
     if state.twin is not None:
         other, twin = method.step(x, v, sigma, sigma_next, state.twin, rng)
-        x_next = torch.lerp(other, x_next, state.share)
+        weight = state.share**2
+        x_next = torch.lerp(other, x_next, weight)
         if len(twin.past) < len(after.past):
             return x_next, replace(after, twin=twin)
-        kept = tuple(torch.lerp(a, b, state.share) for a, b in zip(twin.kept, after.kept, strict=True))
+        kept = tuple(torch.lerp(a, b, weight) for a, b in zip(twin.kept, after.kept, strict=True))
         return x_next, replace(after, twin=None, share=1.0, kept=kept)
     if method.noisy and sigma_next > 0:
         picture = data(x, v, sigma)
