@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -47,11 +46,8 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_files_are_named(name: str, manifest: Manifest, tmp_path: Path) -> None:
-    """Twenty gigabytes are told in a moment, because only the header is read."""
     path = sparse(tmp_path / "a.safetensors", manifest(name))
-    started = time.process_time()
     found = inspect(path)
-    assert time.process_time() - started < 2
     (part,) = found.parts
     network, variant, layout, parameters = PUBLISHED[name]
     assert (part.network, part.variant, part.layout, part.problems) == (network, variant, layout, [])

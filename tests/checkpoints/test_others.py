@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from miniflux.models.flux1 import Flux1
 from miniflux.models.t5 import T5Encoder
 from tests.checkpoints.raw import sparse
 from tests.checkpoints.test_inspection import PUBLISHED
+from tests.hanging import no_hang
 from tests.lora.made import FLUX1_DIALECTS, FLUX2_DIALECTS
 from tests.tiny import AUTOENCODER, CLIP, FLUX1, T5, randomise
 
@@ -110,15 +110,11 @@ def test_the_control_lora_is_no_transformer(manifest: Manifest, tmp_path: Path) 
 
 @pytest.mark.usefixtures("headers_only")
 @pytest.mark.parametrize("name", ["bfl-flux1-dev", "diffusers-flux1-dev"])
-def test_a_file_of_24_gb_is_told_in_a_moment(name: str, manifest: Manifest, tmp_path: Path) -> None:
+def test_a_file_of_24_gb_is_told_from_its_header(name: str, manifest: Manifest, tmp_path: Path) -> None:
     path = sparse(tmp_path / "a.safetensors", manifest(name))
     assert path.stat().st_size > 23_800_000_000
-    times: list[float] = []
-    for _ in range(3):
-        started = time.process_time()
+    with no_hang():
         assert inspect(path).parts[0].problems == []
-        times.append(time.process_time() - started)
-    assert min(times) < 0.5  # 0.1 where this was written
 
 
 def test_networks_without_first_weights() -> None:

@@ -1,4 +1,4 @@
-"""Settings in the files of pictures: other people's readers find them, and hostile ones are refused by name, fast."""
+"""Settings in the files of pictures: other people's readers find them, and hostile ones are refused by name."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import io
 import json
 import random
 import struct
-import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from miniflux.errors import MinifluxError, OutputError, SettingsError
 from miniflux.result import save_picture
 from miniflux.settings import read_picture
 from miniflux.settings.pictures import texts_of
+from tests.hanging import no_hang
 
 PICTURE = Image.effect_noise((32, 32), 80).convert("RGB")
 RECORD: dict[str, Any] = {"prompt": "a star", "seed": 3, "model": "nano-dev"}
@@ -171,14 +171,12 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_pictures_are_refused_by_name_and_fast(tmp_path: Path, name: str) -> None:
+def test_hostile_pictures_are_refused_by_name(tmp_path: Path, name: str) -> None:
     make, message = HOSTILE[name]
     path = tmp_path / "x.png"
     path.write_bytes(make())
-    start = time.process_time()
-    with pytest.raises(SettingsError, match=message) as caught:
+    with no_hang(), pytest.raises(SettingsError, match=message) as caught:
         read_picture(path)
-    assert time.process_time() - start < 1
     assert str(path) in str(caught.value) and len(str(caught.value)) < 1000
 
 

@@ -8,10 +8,12 @@ fit no block as rows of 256. Files of stable-diffusion.cpp have no `general.arch
 from __future__ import annotations
 
 import math
+import struct
 import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from miniflux.checkpoints.files import READERS, Entry, TensorFile
@@ -30,7 +32,10 @@ PLAIN = {
     "I8": torch.int8,
 }
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
-LONGEST_ARRAY = 1 << 20  # entries of an array in the header; vocabularies have some 100,000, image models none
+# What headers may hold. Everything in them becomes several Python objects, so a few megabytes would become gigabytes.
+MAX_ITEMS = 5_000  # tensors, and fields of metadata; all four networks in one file have 1,500
+MAX_TEXT = 16_000_000  # bytes of texts, with their lengths; the vocabularies of language models have 8 MB at most
+MAX_ARRAY = 64  # values of an array that is looked at, such as a shape; longer ones, such as vocabularies, are left out
 
 
 class GgufFile(TensorFile):
@@ -45,12 +50,12 @@ class GgufFile(TensorFile):
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            open_regular(path).close()
+            with open_regular(path) as file:
+                self._check_begin(file.read(24))
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-        reader = _open(path)
+        reader, fields = _open(path)
         self.size = int(reader.data.nbytes)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
         self.metadata = {name: str(value) for name, value in fields.items() if not isinstance(value, list)}
         shapes = {
             name.removeprefix(ORIGINAL_SHAPE): tuple(value)
@@ -70,6 +75,19 @@ class GgufFile(TensorFile):
                 int(member): name.removeprefix("MOSTLY_") for name, member in gguf.LlamaFileType.__members__.items()
             }
             self.metadata["general.file_type"] = names.get(int(kind), kind)
+
+    def _check_begin(self, begin: bytes) -> None:
+        """Refuse what the package would read at length, or wrongly."""
+        if len(begin) < 24 or not begin.startswith(b"GGUF"):
+            raise CheckpointError(f"{self.path}: not a GGUF file, or cut off: it begins with {begin[:4]!r}")
+        version, tensors, fields = struct.unpack("<IQQ", begin[4:])
+        if version & 0xFFFF == 0:
+            raise CheckpointError(f"{self.path}: its numbers are big-endian, which are not read")
+        for count, what in ((tensors, "tensors"), (fields, "fields")):
+            if count > MAX_ITEMS:
+                raise CheckpointError(
+                    f"{self.path}: its header claims {count:,} {what}; more than {MAX_ITEMS:,} are not read"
+                )
 
     def _entry_of(self, tensor: Any, original: tuple[int, ...] | None) -> Entry:
         name, kind = tensor.name, tensor.tensor_type.name
@@ -104,38 +122,69 @@ class GgufFile(TensorFile):
             end, last = entry.start + entry.size, key
 
 
-def _open(path: Path) -> Any:
-    """The package's reader, made to stop where a file is cut off or claims absurd arrays."""
+def _open(path: Path) -> tuple[Any, dict[str, Any]]:
+    """The package's reader, made to stop where a file is cut off or would take too much memory; and its metadata."""
     try:
         import gguf
     except ImportError as error:
         raise MissingExtraError(f"{path}: GGUF files are read with the extra: pip install 'miniflux[gguf]'") from error
 
     class Reader(gguf.GGUFReader):
+        text = 0  # bytes so far
+
         def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
-            found = super()._get(offset, dtype, count, override_order)
-            if len(found) != int(count):
-                raise ValueError(f"{int(count)} values are announced at byte {offset}, {len(found)} are there")
-            return found
+            there = max(0, len(self.data) - int(offset)) // np.dtype(dtype).itemsize
+            if int(count) > there:
+                raise ValueError(f"{int(count)} values are announced at byte {offset}, {there} are there")
+            return super()._get(offset, dtype, count, override_order)
+
+        def _get_str(self, offset: int) -> Any:
+            self._add_text(8 + int(self._get(offset, "uint64")[0]))
+            return super()._get_str(offset)
+
+        def _add_text(self, size: int) -> None:
+            self.text += size
+            if self.text > MAX_TEXT:
+                raise ValueError(f"{self.text} bytes of texts in the header; more than {MAX_TEXT:,} are not read")
 
         def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
-            if raw_type == gguf.GGUFValueType.ARRAY:
-                length = int(self._get(orig_offs + 4, "uint64")[0])
-                if length > LONGEST_ARRAY:
-                    raise ValueError(f"an array of {length} values in the header")
-            return super()._get_field_parts(orig_offs, raw_type)
+            if raw_type != gguf.GGUFValueType.ARRAY:
+                return super()._get_field_parts(orig_offs, raw_type)
+            kind = gguf.GGUFValueType(int(self._get(orig_offs, "uint32")[0]))
+            length = int(self._get(orig_offs + 4, "uint64")[0])
+            if kind == gguf.GGUFValueType.ARRAY:
+                raise ValueError("an array of ARRAY in the header")
+            if length <= MAX_ARRAY:
+                return super()._get_field_parts(orig_offs, raw_type)
+            found = [gguf.GGUFValueType.ARRAY, kind]
+            if kind == gguf.GGUFValueType.STRING:
+                return 12 + self._size_of_texts(orig_offs + 12, length), [], [], found
+            size = length * np.dtype(self.gguf_scalar_to_np[kind]).itemsize
+            self._get(orig_offs + 12, "uint8", size)  # is it there?
+            return 12 + size, [], [], found
+
+        def _size_of_texts(self, start: int, length: int) -> int:
+            self._add_text(8 * length)
+            content, end, unpack = memoryview(self.data), start, struct.Struct("<Q").unpack_from
+            for _ in range(length):
+                if end + 8 > len(content):
+                    raise ValueError(f"an array of {length} texts in the header, which are not there")
+                end += 8 + unpack(content, end)[0]
+            self._add_text(end - start - 8 * length)
+            return end - start
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # numpy warns of overflow in absurd shapes; the sizes are checked below
-            return Reader(path)
+            reader = Reader(path)
+            return reader, {name: field.contents() for name, field in reader.fields.items()}
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
     except MemoryError as error:
         raise CheckpointError(f"{path}: not a GGUF file, or cut off: its header asks for too much memory") from error
     except (ValueError, KeyError, IndexError, TypeError, OverflowError, ArithmeticError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{path}: not a GGUF file, or cut off: {reason:.200}") from error
+        reason = "".join(c if c.isprintable() else "?" for c in f"{type(error).__name__}: {error}"[:200])
+        raise CheckpointError(f"{path}: not a GGUF file, or cut off: {reason}") from error
 
 
 READERS[".gguf"] = GgufFile

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -180,9 +179,7 @@ def test_full_size(manifest: Callable[[str], dict[str, list[int]]], tmp_path: Pa
         model = Flux1(VARIANTS["flux1-dev"].transformer)
     report = compare(model, open_tensors(path))
     assert report.problems == {} and report.packed == {"fp8 scaled": matrices}
-    start = time.process_time()
     contents = contents_of(open_tensors(path))
-    assert time.process_time() - start < 0.5
     assert sum(math.prod(e.shape) for e in contents.entries.values()) == sum(p.numel() for p in model.parameters())
 
 
