@@ -10,25 +10,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from loading import LARGE
 
 from miniflux.checkpoints import open_tensors, save
-from miniflux.models.flux1 import Flux1, Flux1Config
+from miniflux.models.flux1 import Flux1
 
-CONFIG = Flux1Config(
-    in_channels=64,
-    out_channels=64,
-    vec_in_dim=768,
-    context_in_dim=4096,
-    hidden_size=2048,
-    num_heads=16,
-    depth=1,
-    depth_single_blocks=2,
-    axes_dim=(16, 56, 56),
-    guidance_embed=True,
-)
+CONFIG = replace(LARGE, depth=1, depth_single_blocks=2)
 CASES = {
     "diffusers": ("", ".safetensors"),
     "float32": ("float32", ".safetensors"),
@@ -41,7 +32,7 @@ CASES = {
 }
 CONVERT = """
 import sys, torch
-from benchmarks.converting import CONFIG
+from converting import CONFIG
 from dataclasses import replace
 from miniflux.checkpoints import convert, save
 from miniflux.models.flux1 import Flux1
@@ -78,7 +69,7 @@ def main() -> None:
                 check=True,
                 capture_output=True,
                 text=True,
-                cwd=Path(__file__).parent.parent,
+                cwd=Path(__file__).parent,
             )
             taken = time.monotonic() - started
             target.unlink()
