@@ -165,7 +165,8 @@ def _open(path: Path) -> tuple[Any, dict[str, Any]]:
 
         def _size_of_texts(self, start: int, length: int) -> int:
             self._add_text(8 * length)
-            content, end, unpack = memoryview(self.data), start, struct.Struct("<Q").unpack_from
+            data: Any = self.data  # a buffer, but not to type checkers before 3.12
+            content, end, unpack = memoryview(data), start, struct.Struct("<Q").unpack_from
             for _ in range(length):
                 if end + 8 > len(content):
                     raise ValueError(f"an array of {length} texts in the header, which are not there")
