@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.clip import ClipTextEncoder
 from miniflux.models.flux1 import Flux1
 from miniflux.models.t5 import T5Encoder
+from tests.checkpoints.formats.made import WRITERS
 from tests.tiny import AUTOENCODER, CLIP, FLUX1, T5, randomise
 
 CONFIG = replace(FLUX1, hidden_size=64, num_heads=4, depth=1, depth_single_blocks=1)
@@ -156,6 +158,78 @@ def test_from_packed_to_floats_and_to_packed(name: str, source: Path, tmp_path: 
     weight = plain.get_parameter("single_blocks.0.linear2.weight")
     again = loaded(tmp_path / "c.safetensors").get_submodule("single_blocks.0.linear2")
     assert torch.equal(again.dense(), FORMATS["int8"].unpack(FORMATS["int8"].pack(weight)))  # type: ignore[operator]
+
+
+# Of the stacked weights (q, k, v; linear1) the scales of the whole differ, so that they cannot be put together.
+WHOLE = ("fp8_scaled_old", "fp8_scaled", "fp8_scaled_e5m2", "nvfp4", "nvfp4_comfy")
+WIDE = randomise(Flux1(replace(CONFIG, hidden_size=256, num_heads=4, axes_dim=(16, 24, 24)))).to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_without_a_format_packed_weights_stay(name: str, tmp_path: Path) -> None:
+    """Into every layout and back: the same numbers, bit by bit, in the same format."""
+    if name in BLOCKS:
+        pytest.importorskip("gguf")
+    end = ending(name)
+    save(WIDE, tmp_path / "source.safetensors")
+    convert(tmp_path / "source.safetensors", tmp_path / f"original{end}", format=name)
+    expected, content = loaded(tmp_path / f"original{end}", WIDE), (tmp_path / f"original{end}").read_bytes()
+    for before, after in (("original", "diffusers"), ("diffusers", "original"), ("original", ALL_IN_ONE)):
+        made = convert(tmp_path / f"{before}{end}", tmp_path / f"new-{after}{end}", layout=after)
+        assert not made.layers and "every number is the same" in str(made)
+        shutil.move(tmp_path / f"new-{after}{end}", tmp_path / f"{after}{end}")
+        found = loaded(tmp_path / f"{after}{end}", WIDE)
+        for key, module in expected.named_modules():
+            if isinstance(module, QuantizedLinear):
+                other = found.get_submodule(key)
+                assert isinstance(other, QuantizedLinear) and {how.format for how in other.stored} == {FORMATS[name]}
+                assert torch.equal(other.dense(), module.dense())
+    assert (tmp_path / f"original{end}").read_bytes() == content
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_packed_weights_that_cannot_stay(name: str, tmp_path: Path) -> None:
+    """q, k and v that were packed apart have scales of their own, for which one weight of all three has no place."""
+    save(WIDE, tmp_path / "a.safetensors")
+    convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", layout="diffusers", format=name)
+    with pytest.raises(InputError, match=r"double_blocks.0.img_attn.qkv.weight cannot stay .* differ in .*, int8, nf4"):
+        convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", layout="original")
+    assert not list(tmp_path.glob("c*"))
+    assert not convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors").layers
+
+
+def test_kept_as_other_programs_store_it(tmp_path: Path) -> None:
+    """nf4 with nested statistics; scales in half precision; the last modulation, whose halves change places."""
+    from safetensors.torch import save_file
+
+    names = ("double_blocks.0.img_attn.qkv", "final_layer.adaLN_modulation.1")
+    for kind in ("nested", "int8"):
+        state = {key: tensor.clone() for key, tensor in WIDE.state_dict().items()}
+        for name in names:
+            weight = state.pop(f"{name}.weight")
+            parts = WRITERS["nf4, nested"][0](weight.float())[0] if kind == "nested" else FORMATS["int8"].pack(weight)
+            if kind == "int8":
+                parts["weight_scale"] = parts["weight_scale"].half()
+            state |= {f"{name}.{part}": tensor.clone() for part, tensor in parts.items()}
+        save_file(state, tmp_path / "a.safetensors")
+        made = convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", layout="diffusers")
+        before, after = (loaded(tmp_path / f"{file}.safetensors", WIDE) for file in "ab")
+        assert not made.layers
+        for name in names:
+            old, new = before.get_submodule(name), after.get_submodule(name)
+            assert isinstance(old, QuantizedLinear) and isinstance(new, QuantizedLinear)
+            assert torch.equal(old.dense(), new.dense())
+        (tmp_path / "b.safetensors").unlink()
+
+
+def test_a_gguf_file_becomes_a_folder(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    save(WIDE, tmp_path / "a.safetensors")
+    convert(tmp_path / "a.safetensors", tmp_path / "a.gguf", format="Q4_K")
+    made = convert(tmp_path / "a.gguf", tmp_path / "folder", layout="diffusers")
+    assert not made.layers and (tmp_path / "folder" / "diffusion_pytorch_model.gguf").is_file()
+    with pytest.raises(InputError, match=r"GGUF Q4_K is not in .safetensors files; say .*: float32, .*, nf4"):
+        convert(tmp_path / "a.gguf", tmp_path / "b.safetensors")
 
 
 def test_without_a_format_every_dtype_stays(tmp_path: Path) -> None:
@@ -426,8 +500,8 @@ def test_sources_that_cannot_be_converted(source: Path, everything: Path, tmp_pa
             convert(broken, out, format=name)
         assert not out.exists() and not list(tmp_path.glob("*.part"))
     convert(source, tmp_path / "packed.safetensors", format="nf4")
-    with pytest.raises(InputError, match="its weights are packed: say which format"):
-        convert(tmp_path / "packed.safetensors", out, layout="diffusers")
+    with pytest.raises(InputError, match="is not in .gguf files; say which format it is to be in: .*bfloat16, Q4_0"):
+        convert(tmp_path / "packed.safetensors", tmp_path / "a.gguf")
     with pytest.raises(InputError, match="4 networks in one file need the layout all-in-one"):
         convert(everything, out, layout="original")
     with pytest.raises(CheckpointError, match="no such file"):

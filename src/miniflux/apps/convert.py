@@ -28,7 +28,9 @@ def add(commands: Any) -> None:
     convert.add_argument(
         "--layout", metavar="NAME", help="original, diffusers or all-in-one; default: that of the source"
     )
-    convert.add_argument("--format", metavar="NAME", help="how weights are stored; default: as they are")
+    convert.add_argument(
+        "--format", metavar="NAME", help="how weights are stored; default: as they are, packed ones too"
+    )
     convert.add_argument(
         "--picture", action="store_true", help="draw with both and tell how far apart the pictures are (PSNR)"
     )

@@ -21,6 +21,7 @@ from miniflux.checkpoints.formats.ggml import Ggml
 from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.layouts import ALL_IN_ONE, DIFFUSERS, ORIGINAL, hidden_size, layouts_of, to_theirs
 from miniflux.checkpoints.loading import compare, fetch, is_finite
+from miniflux.checkpoints.moving import moved
 from miniflux.checkpoints.outputs import Input, Output, extras, inputs, names_file, outputs
 from miniflux.checkpoints.prefixes import PartSource, part_of
 from miniflux.checkpoints.readback import difference, rows
@@ -123,12 +124,13 @@ def convert(
         source: a file, an index, a folder with shards, or a model folder in diffusers' layout.
         target: ends in `.safetensors` or `.gguf`; a name without ending becomes a folder.
         layout: `original`, `diffusers`, `all-in-one` or another layout of the network; None keeps it.
-        format: a name of `targets.writable`; None leaves every tensor in its dtype. Packed weights can only be packed
-            anew, or unpacked.
+        format: a name of `targets.writable`; None leaves every tensor as it is stored, packed weights included: their
+            rows are taken apart or put together as the layout wants it, without a change of any number.
         shard_bytes: where a network in a folder is split into several files.
 
     Raises:
-        InputError: an unknown name, a combination that cannot be written, or a target that is the source.
+        InputError: an unknown name, a combination that cannot be written, a target that is the source, or no format
+            and packed weights that cannot stay as they are; the message lists formats that can be written instead.
         CheckpointError: the source cannot be read, or holds tensors that no network needs, misses some, or numbers
             that are not finite or leave the range of float16.
         OutputError: the target cannot be written, or was not read back as it was written.
@@ -137,7 +139,7 @@ def convert(
     # 1. Which networks, and what becomes of them.
     target, found = Path(target), inputs(source)
     encoding = None if format is None else find_format(format)
-    gguf = _is_gguf(target, encoding)
+    gguf = _is_gguf(target, encoding, found)
     networks = [_targets(part, layout, encoding, gguf, together=len(found) > 1) for part in found]
     result = Conversion(target, sum(entry.size for part in found for entry in part.source.entries.values()))
     for part, network in zip(found, networks, strict=True):
@@ -175,11 +177,12 @@ def convert(
     return result
 
 
-def _is_gguf(target: Path, encoding: Encoding | None) -> bool:
+def _is_gguf(target: Path, encoding: Encoding | None, found: list[Input]) -> bool:
     """Which kind of file is asked for, by the ending of its name; of folders, by the format."""
     block = isinstance(encoding, Ggml)
     if not names_file(target):
-        return block
+        kept = [stored.format for part in found for stored in contents_of(part.source).stored.values()]
+        return block or (encoding is None and any(isinstance(form, Ggml) for form in kept))
     gguf = target.suffix == ".gguf"
     if gguf and isinstance(encoding, Format) and not block:
         raise InputError(f"{target}: {encoding.name} is written to .safetensors files")
@@ -193,8 +196,6 @@ def _targets(part: Input, layout: str | None, encoding: Encoding | None, gguf: b
     report = compare(part.network, part.source)
     if report.problems:
         raise CheckpointError(str(report))
-    if encoding is None and any(not how.is_cast for how in contents_of(part.source).stored.values()):
-        raise InputError(f"{part.source}: its weights are packed: say which format they are to be in")
     if layout is None:
         after = ALL_IN_ONE if report.layout == ALL_IN_ONE or (together and part.folder is None) else report.layout
     elif layout == DIFFUSERS and DIFFUSERS not in layouts_of(part.network):
@@ -238,10 +239,11 @@ def _frame(file: Output, encoding: Encoding | None, gguf: bool, found: list[Inpu
     blocks = {item.key: item.encoding.name for _, item in file.items if isinstance(item.encoding, Ggml)}
     kind = next(iter({type(network.network) for network, _ in file.items}))
     most = Counter(item.encoding for _, item in file.items if len(item.shape) > 1).most_common(1)[0][0]
-    if isinstance(encoding, Ggml):
-        name = f"MOSTLY_{encoding.name}" + ("_S" if encoding.name in ("Q4_K", "Q5_K") else "")
+    called = encoding if isinstance(encoding, Ggml) else most
+    if isinstance(called, Ggml):
+        name = f"MOSTLY_{called.name}" + ("_S" if called.name in ("Q3_K", "Q4_K", "Q5_K") else "")
     else:
-        name = FILE_TYPES.get(most, "ALL_F32") if isinstance(most, torch.dtype) else "ALL_F32"
+        name = FILE_TYPES.get(called, "ALL_F32") if isinstance(called, torch.dtype) else "ALL_F32"
     return gguf_frame(file.name, kinds, blocks, metadata, (ARCHITECTURES.get(kind, "flux"), name))
 
 
@@ -300,13 +302,13 @@ def _write_group(
         if not is_finite(numbers):
             raise CheckpointError(f"{network.source}: {ours} is not finite (NaN or infinite)")
         if wanted:
-            work.write(home[id(network), item.key], item.key, _encoded(item, numbers))
+            work.write(home[id(network), item.key], item.key, _encoded(network.source, item, numbers))
 
 
-def _encoded(item: Target, numbers: Tensor) -> dict[str, Any]:
+def _encoded(source: TensorSource, item: Target, numbers: Tensor) -> dict[str, Any]:
     """The parts of a tensor of the new file, each in pieces."""
     if isinstance(item.encoding, Format):
-        parts = item.encoding.pack(numbers)
+        parts = moved(source, item.runs) if item.runs else item.encoding.pack(numbers)
         return {f"{item.layer}.{name}": [part] for name, part in parts.items()}
     return {item.key: _cast(item, item.encoding, numbers)}
 

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from miniflux.checkpoints.files import Entry, TensorSource, open_tensors
 from miniflux.checkpoints.formats.base import FLOATS, Kind, Stored
-from miniflux.checkpoints.formats.reading import SIDES, Contents, GivenTensors, contents_of
+from miniflux.checkpoints.formats.reading import SIDES, Contents, GivenTensors, contents_of, parts_of
 from miniflux.checkpoints.formats.scaled import METADATA, PLAIN
 from miniflux.checkpoints.layouts import (
     ALL_IN_ONE,
@@ -368,8 +368,7 @@ def _fill(source: TensorSource, origin: Origin, out: Tensor) -> None:
     (key,) = origin.keys
     stored = contents_of(source).of(key) if origin.how != "packed" else None
     if stored is not None:
-        layer = key.removesuffix(".weight")
-        stored.unpack({part: source[f"{layer}.{part}"] for part in stored.parts}, out.view(stored.shape))
+        stored.unpack(parts_of(source, key.removesuffix(".weight"), stored), out.view(stored.shape))
     elif isinstance(source, GivenTensors):
         out.copy_(source[key].view(out.shape))
     elif source.entries[key].dtype == out.dtype and out.device.type == "cpu":

@@ -13,7 +13,7 @@ from miniflux.checkpoints.files import Entry, TensorSource
 from miniflux.checkpoints.formats.base import CHUNK, WEIGHT, Stored
 from miniflux.checkpoints.formats.fourbit import ABSMAX, FourBit
 from miniflux.checkpoints.formats.nvfp4 import Nvfp4
-from miniflux.checkpoints.formats.reading import contents_of
+from miniflux.checkpoints.formats.reading import contents_of, parts_of
 from miniflux.checkpoints.targets import Target
 
 ROWS = 64  # that are taken at a time come in multiples of this, so that no block of four-bit numbers is cut
@@ -43,10 +43,7 @@ def difference(source: TensorSource, key: str, item: Target, numbers: Tensor) ->
         return None
     if packed:
         assert stored is not None
-        layer, parts = key.removesuffix(WEIGHT), dict[str, Tensor]()
-        for name, (dtype, shape) in stored.parts.items():
-            parts[name] = torch.empty(shape, dtype=dtype)
-            source.read(layer + name, parts[name])
+        parts = parts_of(source, key.removesuffix("." + WEIGHT), stored)
         pieces = (unpacked(stored, parts, some) for some in rows(item.shape))
     else:
         entry = source.entries[key]

@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
 
 import torch
 from torch import nn
@@ -24,10 +23,11 @@ from torch import nn
 from miniflux.checkpoints.files import TensorSource
 from miniflux.checkpoints.formats import FORMATS, Format
 from miniflux.checkpoints.formats.base import WEIGHT, Kind
-from miniflux.checkpoints.formats.ggml import BLOCKS, Ggml
+from miniflux.checkpoints.formats.ggml import Ggml
 from miniflux.checkpoints.formats.ggml_packing import PACKERS
 from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.layouts import Origin, hidden_size, origins, to_theirs
+from miniflux.checkpoints.moving import Run, kinds_of, obstacle, runs_of, shared_out
 from miniflux.errors import InputError
 from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.clip import ClipTextEncoder
@@ -68,6 +68,7 @@ class Target:
         encoding: how they are stored.
         parts: what is written, by full name: dtype and shape of each.
         was: the dtype in the old file; None where it was packed.
+        runs: rows of packed weights of the old file, which it is made of as they are.
     """
 
     key: str
@@ -76,6 +77,7 @@ class Target:
     encoding: Encoding
     parts: dict[str, Kind]
     was: torch.dtype | None
+    runs: tuple[Run, ...] = ()
 
     @property
     def layer(self) -> str:
@@ -91,6 +93,8 @@ class Target:
     @property
     def lossless(self) -> bool:
         """Whether every number of the old file can be said."""
+        if self.runs:
+            return True
         return self.was is not None and isinstance(self.encoding, torch.dtype) and holds(self.encoding, self.was)
 
 
@@ -151,8 +155,11 @@ def targets(
     Args:
         network: on the meta device, of the sizes in the file.
         layouts: that of the source, and that of the result.
-        encoding: for numbers of all tensors, or for the weights that are packed; None leaves everything in its dtype.
+        encoding: for numbers of all tensors, or for the weights that are packed; None leaves all as it is stored.
         gguf: whether it is written to a GGUF file.
+
+    Raises:
+        InputError: there is no encoding, and a packed weight cannot stay as it is.
     """
     before, after = (origins(network, layout) for layout in layouts)
     shapes = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
@@ -162,6 +169,13 @@ def targets(
         origin, was = after[ours], _dtype_of(source, before[ours])
         parts = to_theirs(tensor, origin.how, len(origin.keys), hidden_size(network))
         packed = ours in linears and ours.startswith(PACKED[type(network)])
+        runs = runs_of(source, before[ours]) if encoding is None else None
+        if runs is not None:
+            for key, some in zip(origin.keys, shared_out(runs, origin, [len(part) for part in parts]), strict=True):
+                made.tensors.append(_kept(source, key, ours, some, gguf))
+            continue
+        if encoding is None and was is None:
+            raise _not_kept(source, origin.keys[0], "only some of its rows are packed", gguf)
         for key, part in zip(origin.keys, parts, strict=True):
             shape = tuple(part.shape)
             chosen = _chosen(encoding, packed, shape, was, gguf)
@@ -171,6 +185,25 @@ def targets(
                 made.kept[key] = f"{instead}: {encoding.label} needs {needs}"
             made.tensors.append(Target(key, ours, shape, chosen, _parts(key, shape, chosen), was))
     return made
+
+
+def _kept(source: TensorSource, key: str, ours: str, runs: list[Run], gguf: bool) -> Target:
+    """A packed weight that stays as it is."""
+    form = runs[0].stored.format
+    if isinstance(form, Ggml) != gguf:
+        raise _not_kept(source, key, f"{form.label} is not in {'.gguf' if gguf else '.safetensors'} files", gguf)
+    if reason := obstacle(source, runs):
+        raise _not_kept(source, key, f"{reason} ({form.label})", gguf)
+    shape = (sum(run.rows for run in runs), runs[0].stored.shape[1])
+    return Target(key, ours, shape, form, _parts(key, shape, form), None, tuple(runs))
+
+
+def _not_kept(source: TensorSource, key: str, reason: str, gguf: bool) -> InputError:
+    fitting = [name for name in writable() if name in FLOATS or isinstance(FORMATS[name], Ggml) == gguf]
+    return InputError(
+        f"{source}: the new {key} cannot stay packed as it is: {reason}; say which format it is to be in: "
+        f"{', '.join(fitting)}"
+    )
 
 
 def _dtype_of(source: TensorSource, origin: Origin) -> torch.dtype | None:
@@ -200,17 +233,7 @@ def _parts(key: str, shape: tuple[int, ...], encoding: Encoding) -> dict[str, Ki
     if isinstance(encoding, torch.dtype):
         return {key: (encoding, shape)}
     layer = key.removesuffix("." + WEIGHT)
-    return {f"{layer}.{part}": kind for part, kind in _kinds(encoding, shape).items()}
-
-
-@cache
-def _kinds(form: Format, shape: tuple[int, ...]) -> dict[str, Kind]:
-    """dtype and shape of the parts of a packed weight, whatever its numbers."""
-    if isinstance(form, Ggml):
-        block = BLOCKS[form.name]
-        return {WEIGHT: (torch.uint8, (shape[0], shape[1] // block.numbers * block.bytes))}
-    zeros = torch.zeros(shape, dtype=torch.bfloat16)
-    return {name: (part.dtype, tuple(part.shape)) for name, part in form.pack(zeros).items()}
+    return {f"{layer}.{part}": kind for part, kind in kinds_of(encoding, shape).items()}
 
 
 def size_of(parts: Sequence[Kind]) -> int:

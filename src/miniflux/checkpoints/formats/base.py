@@ -61,12 +61,14 @@ class Format(ABC):
         label: what people call it.
         multiple: rows must be a multiple of this long.
         whole: the number of weights must be a multiple of this.
+        shared: parts that all rows have in common; what the others hold is in the order of the rows.
     """
 
     name: str
     label: str
     multiple: int = 1
     whole: int = 1
+    shared: tuple[str, ...] = ()
 
     @abstractmethod
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
@@ -95,6 +97,14 @@ class Format(ABC):
     def holds(self, shape: tuple[int, ...]) -> bool:
         """Whether a weight of this shape can be packed."""
         return len(shape) == 2 and 0 not in shape and shape[1] % self.multiple == shape[0] * shape[1] % self.whole == 0
+
+    def plain(self, stored: Stored, parts: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The parts as `pack` makes them, of files that store them in another way."""
+        return parts
+
+    def constants(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        """The parts that are the same for all weights of a shape."""
+        return {}
 
     def header(self, layers: Iterable[str]) -> dict[str, str]:
         """Metadata of a file in which these layers are packed."""

@@ -42,6 +42,7 @@ class FourBit(Format):
     """W = quant_map[code] * absmax[block]."""
 
     whole = BLOCK
+    shared = (MAP,)
 
     def __init__(self, name: str) -> None:
         self.name, self.label, self.state = name, f"bitsandbytes {name}", STATE + name
@@ -61,13 +62,11 @@ class FourBit(Format):
             pairs = order[torch.bucketize(scaled, bounds)].to(torch.uint8).reshape(-1, 2)
             absmax[piece] = top
             codes[piece.start * BLOCK // 2 : piece.stop * BLOCK // 2] = pairs[:, :1] << 4 | pairs[:, 1:]
-        state = {"quant_type": self.name, "blocksize": BLOCK, "dtype": "float32", "shape": list(weight.shape)}
-        return {
-            WEIGHT: codes,
-            ABSMAX: absmax,
-            MAP: table,
-            self.state: torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8),
-        }
+        return {WEIGHT: codes, ABSMAX: absmax, MAP: table, **self.constants(tuple(weight.shape))}
+
+    def constants(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        state = {"quant_type": self.name, "blocksize": BLOCK, "dtype": "float32", "shape": list(shape)}
+        return {self.state: torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)}
 
     def read(self, kinds: Mapping[str, Kind], get: Get) -> Stored:
         packed = need(kinds, WEIGHT, torch.uint8)
@@ -101,13 +100,17 @@ class FourBit(Format):
                 raise misshapen(name, found, f"[{size}]")
         return Stored(self, shape, {name: kinds[name] for name in parts}, facts, (self.state,))
 
-    def fill(self, stored: Stored, parts: Mapping[str, Tensor], out: Tensor) -> None:
-        codes, flat, size = parts[WEIGHT].reshape(-1), out.view(-1), stored.facts["block"]
+    def plain(self, stored: Stored, parts: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Without nested statistics: the scales themselves."""
         absmax = parts[ABSMAX].reshape(-1)
         if "nested" in stored.facts:
             nested = parts[NESTED].float().reshape(-1).repeat_interleave(stored.facts["nested"])[: len(absmax)]
             absmax = parts[NESTED_MAP].float().reshape(-1)[absmax.int()] * nested + stored.facts["offset"]
-        absmax = absmax.float()
+        return {WEIGHT: parts[WEIGHT], ABSMAX: absmax.float(), MAP: parts[MAP]}
+
+    def fill(self, stored: Stored, parts: Mapping[str, Tensor], out: Tensor) -> None:
+        codes, flat, size = parts[WEIGHT].reshape(-1), out.view(-1), stored.facts["block"]
+        absmax = self.plain(stored, parts)[ABSMAX]
         # Both numbers of a byte at once: 256 pairs.
         table, byte = parts[MAP].float().reshape(-1), torch.arange(256, device=codes.device)
         pairs = torch.stack((table[byte >> 4], table[byte & 15]), dim=1)

@@ -28,6 +28,7 @@ class Nvfp4(Format):
     """Either layout; `comfy`: high half first and tiled scales."""
 
     multiple = BLOCK
+    shared = (GLOBAL,)
 
     def __init__(self, name: str, label: str, comfy: bool) -> None:
         self.name, self.label, self.comfy = name, label, comfy

@@ -78,6 +78,16 @@ def contents_of(source: TensorSource) -> Contents:
     return known["_contents"]
 
 
+def parts_of(source: TensorSource, layer: str, stored: Stored) -> dict[str, Tensor]:
+    """The parts of a packed weight; those in files in memory of their own, which mapped pages do not add to."""
+    if isinstance(source, GivenTensors):
+        return {name: source[f"{layer}.{name}"] for name in stored.parts}
+    parts = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in stored.parts.items()}
+    for name, part in parts.items():
+        source.read(f"{layer}.{name}", part)
+    return parts
+
+
 def formats_in(source: TensorSource) -> dict[str, int]:
     """How many tensors are stored in each format: packed weights by the format's label, others, and those that are a
     mere cast, by their dtype."""

@@ -44,6 +44,7 @@ class Scaled(Format):
             scale,
             comfy,
         )
+        self.shared = (scale,) if scaling == "tensor" else ()
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
         weight, top = self.checked(weight), largest(self.dtype)

@@ -1,0 +1,140 @@
+"""Packed weights from one layout into another as they are: rows are taken apart, put together or in another order, but
+no number changes.
+
+Parts that hold something of every row (codes, scales of rows or blocks) are cut and stacked like the rows. Parts of the
+whole weight (its one scale, a table: `Format.shared`) must be equal in what is to be stacked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from miniflux.checkpoints.files import TensorSource
+from miniflux.checkpoints.formats import Format
+from miniflux.checkpoints.formats.base import WEIGHT, Kind, Stored
+from miniflux.checkpoints.formats.ggml import BLOCKS, Ggml
+from miniflux.checkpoints.formats.reading import contents_of, parts_of
+from miniflux.checkpoints.layouts import Origin
+
+
+@dataclass(frozen=True)
+class Run:
+    """Some rows of a packed weight.
+
+    Attributes:
+        layer: whose weight it is, in the file.
+        stored: how.
+        start, stop: the rows.
+    """
+
+    layer: str
+    stored: Stored
+    start: int
+    stop: int
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+
+def runs_of(source: TensorSource, origin: Origin) -> list[Run] | None:
+    """The rows of one of the network's weights, in its order; None unless all are packed, and by more than a cast."""
+    stored = [contents_of(source).of(key) for key in origin.keys]
+    runs: list[Run] = []
+    for key, how in zip(origin.keys, stored, strict=True):
+        if how is None or how.is_cast:
+            return None
+        runs.append(Run(key.removesuffix("." + WEIGHT), how, 0, how.shape[0]))
+    return _swapped(runs) if origin.how == "swap halves" else runs
+
+
+def shared_out(runs: Sequence[Run], origin: Origin, heights: Sequence[int]) -> list[list[Run]]:
+    """These rows as the tensors of another layout, which have so many rows each."""
+    made: list[list[Run]] = []
+    for stop, height in zip(accumulate(heights), heights, strict=True):
+        made.append(_between(runs, stop - height, stop))
+    return [_swapped(some) for some in made] if origin.how == "swap halves" else made
+
+
+def _between(runs: Sequence[Run], start: int, stop: int) -> list[Run]:
+    found: list[Run] = []
+    first = 0
+    for run in runs:
+        low, high = max(start - first, 0), min(stop - first, run.rows)
+        if low < high:
+            found.append(Run(run.layer, run.stored, run.start + low, run.start + high))
+        first += run.rows
+    return found
+
+
+def _swapped(runs: Sequence[Run]) -> list[Run]:
+    total = sum(run.rows for run in runs)
+    return _between(runs, total // 2, total) + _between(runs, 0, total // 2)
+
+
+@cache
+def kinds_of(form: Format, shape: tuple[int, ...]) -> dict[str, Kind]:
+    """dtype and shape of the parts of a packed weight as `pack` makes them, whatever its numbers."""
+    if isinstance(form, Ggml):
+        block = BLOCKS[form.name]
+        return {WEIGHT: (torch.uint8, (shape[0], shape[1] // block.numbers * block.bytes))}
+    zeros = torch.zeros(shape, dtype=torch.bfloat16)
+    return {name: (part.dtype, tuple(part.shape)) for name, part in form.pack(zeros).items()}
+
+
+def obstacle(source: TensorSource, runs: Sequence[Run]) -> str:
+    """Why these rows cannot be one packed weight; empty if they can."""
+    form, width = runs[0].stored.format, runs[0].stored.shape[1]
+    if any(run.stored.format is not form for run in runs):
+        return "its rows are stored in several formats"
+    total = sum(run.rows for run in runs)
+    heights = {n for run in runs for n in (total, run.stored.shape[0], run.start, run.rows) if n}
+    if not all(form.holds((height, width)) for height in heights):
+        return "a block would be cut in two"
+    for name in _moving(form, (total, width)):
+        size = {height: math.prod(kinds_of(form, (height, width))[name][1]) for height in heights}
+        if any(math.prod(run.stored.parts[name][1]) != size[run.stored.shape[0]] for run in runs):
+            return f"its {name} has another size than the one that is written"
+        if name not in form.shared and len({size[height] / height for height in heights}) > 1:
+            return f"its {name} would be cut within a block"
+        if name in form.shared and not all(
+            torch.equal(_part(source, runs[0], name), _part(source, run, name)) for run in runs
+        ):
+            return f"the weights that it is to be made of differ in their {name}"
+    return ""
+
+
+def moved(source: TensorSource, runs: Sequence[Run]) -> dict[str, Tensor]:
+    """The parts of the weight that these rows make, if there is no obstacle."""
+    form, shape = runs[0].stored.format, (sum(run.rows for run in runs), runs[0].stored.shape[1])
+    made = form.constants(shape)
+    for name in _moving(form, shape):
+        dtype, size = kinds_of(form, shape)[name]
+        if name in form.shared:
+            part = _part(source, runs[0], name)
+        else:
+            part = torch.cat([_cut(_part(source, run, name), run) for run in runs])
+        made[name] = part.to(dtype).view(size)
+    return made
+
+
+def _cut(part: Tensor, run: Run) -> Tensor:
+    height = run.stored.shape[0]
+    return part[run.start * len(part) // height : run.stop * len(part) // height]
+
+
+def _part(source: TensorSource, run: Run, name: str) -> Tensor:
+    """A part of the whole weight, flat, as `pack` makes it."""
+    return run.stored.format.plain(run.stored, parts_of(source, run.layer, run.stored))[name].reshape(-1)
+
+
+def _moving(form: Format, shape: tuple[int, int]) -> list[str]:
+    """The parts that are not the same for all weights of this shape."""
+    return [name for name in kinds_of(form, shape) if name not in form.constants(shape)]
