@@ -176,4 +176,4 @@ def lora(
 
 def relative(found: Tensor, expected: Tensor) -> float:
     """|found - expected| / |expected| in float64."""
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
+    return float((found.double() - expected.double()).detach().norm() / expected.detach().double().norm())

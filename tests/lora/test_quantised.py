@@ -11,8 +11,8 @@ from torch import Tensor
 from miniflux.checkpoints import from_layout, load_into
 from miniflux.checkpoints.formats.base import Stored
 from miniflux.checkpoints.quantized import packed_layers
-from miniflux.errors import CheckpointError, LoraError
-from miniflux.lora import attach, detach, extract, merge, merge_files, unmerge
+from miniflux.errors import CheckpointError
+from miniflux.lora import attach, detach, extract, merge, unmerge
 from miniflux.models.flux1 import Flux1
 from miniflux.training.lora import TrainableLora
 from tests.checkpoints.formats.made import SMALL, WIDE, WRITERS, empty, network, write_file, write_gguf
@@ -55,8 +55,6 @@ def test_attach_and_detach(name: str, layout: str, tmp_path: Path, monkeypatch: 
     assert torch.equal(out(packed), out(plain)) and not torch.equal(out(packed), before)
     assert [m.norm for m in receipt.modules] == [m.norm for m in expected.modules]
     assert [m.relative for m in receipt.modules] == [m.relative for m in expected.modules]
-    with pytest.raises(LoraError, match=f"{QKV} is quantised .*attached to it, not merged"):
-        merge(packed)
     detach(packed, "lora")
     assert torch.equal(out(packed), before)
     raw = {key: tensor.view(-1).view(torch.uint8) for key, tensor in packed.state_dict().items()}
@@ -80,13 +78,10 @@ def test_dialects(name: str, dialect: str, reference: Path, tmp_path: Path) -> N
     assert torch.equal(out(packed), before)
 
 
-def test_files_are_not_merged_but_compared(tmp_path: Path) -> None:
-    """A LoRA does not go into a packed file; what a packed file differs in can be taken out as one."""
+def test_packed_files_are_compared(tmp_path: Path) -> None:
+    """What a packed file differs in can be taken out as a LoRA."""
     model = network(SMALL)
     write_file(tmp_path / "a.safetensors", model, "nf4", "original")
-    with pytest.raises(LoraError, match="quantised .bitsandbytes nf4.*attached to it, not merged"):
-        merge_files(tmp_path / "a.safetensors", [(lora(model, QKV), 1.0)], tmp_path / "b.safetensors")
-    assert not (tmp_path / "b.safetensors").exists()
     dense = write_file(tmp_path / "c.safetensors", model, "fp8 e4m3", "original")
     found = extract(tmp_path / "a.safetensors", tmp_path / "c.safetensors", tmp_path / "d.safetensors", rank=2)
     loaded = empty(SMALL)
@@ -94,19 +89,6 @@ def test_files_are_not_merged_but_compared(tmp_path: Path) -> None:
     difference = dense[f"{QKV}.weight"] - packed_layers(loaded)[QKV].dense()
     norm = next(change.norm for change in found if change.target == QKV)
     assert norm == pytest.approx(float(difference.norm()), rel=1e-5)
-
-
-def test_a_plain_cast_is_merged_as_before(tmp_path: Path) -> None:
-    """Float8 without scales holds the weights themselves."""
-    model = network(SMALL)
-    dense = write_file(tmp_path / "a.safetensors", model, "fp8 e4m3", "original")
-    tensors = lora(model, QKV)
-    merge_files(tmp_path / "a.safetensors", [(tensors, 1.0)], tmp_path / "b.safetensors")
-    loaded = empty(SMALL)
-    load_into(loaded, tmp_path / "b.safetensors")
-    delta = tensors[f"{QKV}.lora_up.weight"] @ tensors[f"{QKV}.lora_down.weight"] * 2 / 3
-    expected = (dense[f"{QKV}.weight"] + delta).to(torch.float8_e4m3fn).float()
-    assert torch.equal(packed_layers(loaded)[QKV].dense(), expected)
 
 
 def test_originals_are_not_taken_from_a_packed_file(tmp_path: Path) -> None:

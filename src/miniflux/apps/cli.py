@@ -211,7 +211,10 @@ def parser() -> argparse.ArgumentParser:
     merge = actions.add_parser("merge", help="write a checkpoint with LoRAs merged in")
     merge.add_argument("base", metavar="BASE", help="a transformer's file, or folder with shards")
     merge.add_argument("--lora", action="append", type=_lora, required=True, metavar="PATH[:SCALE]")
-    merge.add_argument("-o", "--output", required=True, metavar="FILE", help="ends in .safetensors")
+    merge.add_argument(
+        "--pack", action="store_true", help="packed weights stay packed; most of a LoRA is then rounded off"
+    )
+    merge.add_argument("-o", "--output", required=True, metavar="FILE", help="ends in .safetensors, or .gguf as BASE")
     merge.set_defaults(run=_lora_merge)
 
     extract = actions.add_parser("extract", help="the difference of two checkpoints as a LoRA")
@@ -422,8 +425,9 @@ def _lora_convert(options: argparse.Namespace) -> None:
 def _lora_merge(options: argparse.Namespace) -> None:
     from miniflux.lora import merge_files
 
-    receipts = merge_files(options.base, options.lora, options.output)
-    print(f"{options.output}: {sum(receipt.applied for receipt in receipts)} changes merged")
+    receipts = merge_files(options.base, options.lora, options.output, pack=options.pack)
+    applied, size = sum(receipt.applied for receipt in receipts), os.path.getsize(options.output)
+    print(f"{options.output}: {applied} changes merged, {size:,} bytes")
 
 
 def _lora_extract(options: argparse.Namespace) -> None:

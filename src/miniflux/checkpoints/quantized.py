@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, cast
 
@@ -11,7 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miniflux.checkpoints.formats.base import Stored
+from miniflux.checkpoints.formats.base import WEIGHT, Stored
+from miniflux.checkpoints.formats.scaled import PLAIN
+
+Stack = tuple[Stored, Mapping[str, Tensor]]
+"""A stack of rows of a weight: how it is stored, and its parts by suffix."""
 
 _PER_THREAD = threading.local()
 
@@ -60,19 +64,29 @@ class QuantizedLinear(nn.Module):
         """On the meta device. `stored`: the file's name of every layer that makes up this one, and how it is stored."""
         super().__init__()
         self.in_features, self.out_features, self.swapped = in_features, out_features, swapped
-        self.layers, self.stored = list(stored), list(stored.values())
-        self.origins: dict[str, str] = {}
+        self.layers = list(stored)
         self._names: list[dict[str, str]] = []  # of each stack: suffix of the part -> buffer
-        for i, (layer, how) in enumerate(stored.items()):
-            names = {part: part.replace(".", "_") + (f"_{i}" if len(stored) > 1 else "") for part in how.parts}
-            for part, (dtype, shape) in how.parts.items():
-                self.register_buffer(names[part], torch.empty(shape, dtype=dtype, device="meta"))
-                self.origins[names[part]] = f"{layer}.{part}"
-            self._names.append(names)
-        self.packed_features = self.stored[0].shape[1]  # a control LoRA may give the layer more inputs than it has
+        with torch.device("meta"):
+            parts = [
+                {part: torch.empty(shape, dtype=d) for part, (d, shape) in how.parts.items()} for how in stored.values()
+            ]
+        self.hold(list(zip(stored.values(), parts, strict=True)))
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(out_features, device="meta"), requires_grad=False) if bias else None
         )
+
+    def hold(self, stacks: Sequence[Stack]) -> None:
+        """Put another weight in the place of this one: as many stacks of as many rows, each stored in its own way."""
+        for name in (name for names in self._names for name in names.values()):
+            del self._buffers[name]
+        self.stored, self.origins, self._names = [stored for stored, _ in stacks], dict[str, str](), []
+        for i, (layer, (stored, parts)) in enumerate(zip(self.layers, stacks, strict=True)):
+            names = {part: part.replace(".", "_") + (f"_{i}" if len(stacks) > 1 else "") for part in stored.parts}
+            for part, name in names.items():
+                self.register_buffer(name, parts[part])
+                self.origins[name] = f"{layer}.{part}"
+            self._names.append(names)
+        self.packed_features = self.stored[0].shape[1]  # a control LoRA may give the layer more inputs than it has
 
     @property
     def device(self) -> torch.device:
@@ -87,16 +101,24 @@ class QuantizedLinear(nn.Module):
         """The tensors of one stack of rows, by their suffixes."""
         return {part: cast(Tensor, self._buffers[name]) for part, name in self._names[stack].items()}
 
-    def dense(self, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
-        """The weight, unpacked: (out_features, in_features) as in the file, in `dtype` or in `out`."""
-        shape = (self.out_features, self.packed_features)
+    def stacks(self) -> list[Stack]:
+        """The weight as it is stored, from the first row on."""
+        return [(stored, self.parts(i)) for i, stored in enumerate(self.stored)]
+
+    def dense(
+        self, dtype: torch.dtype = torch.float32, out: Tensor | None = None, stacks: Sequence[Stack] | None = None
+    ) -> Tensor:
+        """The weight, unpacked: (out_features, in_features) as in the file, in `dtype` or in `out`; or what it would be
+        if the layer held other `stacks`."""
+        stacks = self.stacks() if stacks is None else stacks
+        shape = (self.out_features, stacks[0][0].shape[1])
         out = torch.empty(shape, dtype=dtype, device=self.device) if out is None else out
         if out.is_meta:
             return out
         start = 0
         with torch.no_grad():
-            for i, stored in enumerate(self.stored):
-                stored.unpack(self.parts(i), out[start : start + stored.shape[0]])
+            for stored, parts in stacks:
+                stored.unpack(parts, out[start : start + stored.shape[0]])
                 start += stored.shape[0]
             if self.swapped:
                 first, second = (half.clone() for half in out.chunk(2))
@@ -112,6 +134,10 @@ class QuantizedLinear(nn.Module):
         return F.linear(x, self._weight(x), None if self.bias is None else self.bias.to(x.dtype))
 
     def _weight(self, x: Tensor) -> Tensor:
+        if self.stored[0].format is PLAIN and len(self.stored) == 1 and not self.swapped:  # a LoRA is merged into it
+            weight = self.parts(0)[WEIGHT]
+            if weight.dtype == x.dtype:
+                return weight
         shape = (self.out_features, self.packed_features)
         return self.dense(out=scratch(shape, x.dtype, x.device))
 

@@ -103,6 +103,24 @@ def gguf_frame(
     return Frame(name, head, places, dict(kinds), end)
 
 
+def write_frame(path: Path, frame: Frame, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write a file in one go.
+
+    Args:
+        tensors: every one of the frame's, in any order; each is let go of before the next is asked for.
+    """
+    with path.open("wb") as file:
+        file.write(frame.head)
+        file.truncate(frame.size)
+        left = set(frame.kinds)
+        for key, tensor in tensors:
+            assert (tensor.dtype, tuple(tensor.shape)) == frame.kinds[key], f"{key} is not what was announced"
+            file.seek(frame.places[key])
+            file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+            left.remove(key)
+        assert not left, f"{sorted(left)[0]} was announced and not written"
+
+
 def _gguf_head(writer: Any) -> bytes:
     """What the package writes before the data, up to where they begin. It writes to files of its own alone."""
     with tempfile.TemporaryDirectory() as folder:

@@ -9,7 +9,9 @@ from typing import Any, Protocol, cast
 
 from torch import nn
 
+from miniflux.checkpoints.formats.base import Stored
 from miniflux.checkpoints.origin import Stamp
+from miniflux.checkpoints.quantized import Stack
 from miniflux.errors import InputError, LoraError
 from miniflux.lora.dialects import Network
 from miniflux.lora.layer import Change
@@ -31,7 +33,18 @@ Scale = float | Mapping[str, float] | Callable[[str], float]
 """One number for all; or numbers by the beginning of a module's name, 1 for the rest; or a function of the name."""
 
 ADAPTERS = "_lora_adapters"  # attribute of a network: name -> Adapter
-ORIGINALS = "_lora_originals"  # attribute of a network: (layer, parameter) -> the original, or None if not kept
+ORIGINALS = "_lora_originals"  # attribute of a network: (layer, parameter) -> the original
+
+
+@dataclass(frozen=True)
+class Lost:
+    """An original that was not kept: how it was stored, if it was packed."""
+
+    stored: tuple[Stored, ...] = ()
+
+
+Value = nn.Parameter | list[Stack]
+"""A weight or bias: a parameter, or what a packed layer holds."""
 
 
 @dataclass
@@ -45,6 +58,7 @@ class Adapter:
         scale: as given.
         schedule: a function of the noise level that multiplies the scale, or None.
         merged: whether the changes are in the weights now.
+        pack: whether packed layers were to be packed again then.
         files: those it was read from; none if it was given as tensors.
     """
 
@@ -56,6 +70,7 @@ class Adapter:
     scale: Scale = 1.0
     schedule: Callable[[float], float] | None = None
     merged: bool = False
+    pack: bool = False
     files: tuple[Stamp, ...] = ()
 
     @property
@@ -88,9 +103,9 @@ def adapters_of(network: nn.Module) -> dict[str, Adapter]:
     return cast("dict[str, Adapter]", network.__dict__.setdefault(ADAPTERS, {}))
 
 
-def originals_of(network: nn.Module) -> dict[tuple[str, str], nn.Parameter | None]:
-    """The parameters that merging has replaced, as they were."""
-    return cast("dict[tuple[str, str], nn.Parameter | None]", network.__dict__.setdefault(ORIGINALS, {}))
+def originals_of(network: nn.Module) -> dict[tuple[str, str], Value | Lost]:
+    """The weights and biases that merging has replaced, as they were."""
+    return cast("dict[tuple[str, str], Value | Lost]", network.__dict__.setdefault(ORIGINALS, {}))
 
 
 def attached(target: Target) -> dict[str, Scale]:

@@ -115,6 +115,8 @@ def detach(target: Target, name: str) -> None:
     if any(adapter.merged for _, adapter in found):
         raise LoraError(f"LoRA {name!r} is merged into the weights: unmerge it before detaching")
     for network, adapter in found:
+        _check_width(network, adapter)
+    for network, adapter in found:
         for layer in adapter.layers:
             remove_changes(network.get_submodule(layer), adapter.name)
         for (module, parameter), (old, _) in adapter.saved.items():
@@ -175,6 +177,22 @@ def apply_scale(network: nn.Module, adapter: Adapter, times: float = 1.0) -> Non
     for (module, parameter), (old, new) in adapter.saved.items():
         if module != WIDENED:  # the zero columns of a widened input change nothing
             _put(network, module, parameter, new if on else old)
+
+
+def _check_width(network: nn.Module, adapter: Adapter) -> None:
+    """Refuse to narrow an input that others depend on.
+
+    Raises:
+        LoraError: another adapter reads the inputs that this one has added, or is merged into their weight.
+    """
+    old, _ = adapter.saved.get((WIDENED, "weight"), (None, None))
+    for other in adapters_of(network).values():
+        on_it = [change for layer, change in other.changes if layer == WIDENED and change.on_weight]
+        if old is None or other is adapter or not on_it:
+            continue
+        if other.merged or any(change.inputs is None or change.inputs > old.shape[1] for change in on_it):
+            done = "is merged into it: unmerge it first" if other.merged else "reads its new inputs: detach it first"
+            raise LoraError(f"LoRA {adapter.name!r} has widened {WIDENED}, and {other.name!r} {done}")
 
 
 # One per network with a schedule: while its scales are those of one call, another thread's call has to wait.

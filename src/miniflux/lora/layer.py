@@ -59,6 +59,11 @@ class Change(nn.Module):
         control LoRA has widened has more than an ordinary one knows."""
         return None
 
+    @property
+    def on_weight(self) -> bool:
+        """Whether it changes more than the bias."""
+        return True
+
     def forward(self, x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
         """factor * dW x for inputs (..., in), without scale and bias: (..., rows). `base`: W x of the layer's rows."""
         raise NotImplementedError
@@ -198,6 +203,11 @@ class Kronecker(Change):
         inner = self.w2_b if self.w2_b is not None else self.w1_b
         return 0 if inner is None else inner.shape[0]
 
+    @property
+    def inputs(self) -> int:
+        first, second = (self.w1 if self.w1_b is None else self.w1_b), (self.w2 if self.w2_b is None else self.w2_b)
+        return first.shape[1] * second.shape[1]
+
     def halves(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """w1 and w2, multiplied out."""
         w1, w2 = self.w1.to(dtype), self.w2.to(dtype)
@@ -236,6 +246,14 @@ class Dense(Change):
         self.register_buffer("difference", difference, persistent=False)
         if difference is not None:
             self.scale = self.scale.to(difference.device)
+
+    @property
+    def on_weight(self) -> bool:
+        return self.difference is not None
+
+    @property
+    def inputs(self) -> int | None:
+        return None if self.difference is None else self.difference.shape[1]
 
     def forward(self, x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
         if self.difference is None:

@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miniflux.checkpoints.layouts import hidden_size, stacked_rows
 from miniflux.checkpoints.quantized import QuantizedLinear, dense_weight, tensor_of
 from miniflux.errors import LoraError
-from miniflux.lora.adapters import adapters_of, originals_of
+from miniflux.lora.adapters import Lost, adapters_of, originals_of
 from miniflux.lora.dialects import NORM_PARAMETER, Network, split
 from miniflux.lora.files import Group, LoraFile, halves_swapped, shape_of, squeezed
-from miniflux.lora.layer import Change, Dense, Hadamard, Kronecker, LowRank, Magnitude
+from miniflux.lora.layer import Change, Dense, Hadamard, Kronecker, LowRank, Magnitude, changes_of
 from miniflux.lora.models import fitting_models
 from miniflux.lora.receipt import ModuleReceipt, Receipt
 
@@ -98,9 +99,10 @@ def _fit(plan: Plan, network: nn.Module, group: Group) -> str | None:
         tensors = swapped(tensors)
     expected = (rows[1] - rows[0], width)
     shape = shape_of(tensors) or expected
-    widened = place.target == WIDENED and group.form == "LoRA" and shape[0] == expected[0] and shape[1] > width
+    plain = group.form == "LoRA" and "magnitude" not in tensors
+    widened = place.target == WIDENED and plain and shape[0] == expected[0] and shape[1] > width
     known = (adapter.config.in_channels for adapter in adapters_of(network).values() if adapter.config is not None)
-    narrow = place.target == WIDENED and group.form == "LoRA" and shape in [(expected[0], n) for n in known]
+    narrow = place.target == WIDENED and plain and shape in [(expected[0], n) for n in known]
     if shape != expected and not widened and not narrow:
         return f"{group.module}: its change is {shape[0]}x{shape[1]}, {place.target} wants {expected[0]}x{expected[1]}"
     bias = tensors.get("bias")
@@ -115,18 +117,26 @@ def _fit(plan: Plan, network: nn.Module, group: Group) -> str | None:
                 f"{group.module}: its DoRA magnitude has the shape {list(magnitude.shape)}, expected "
                 f"[{expected[0]}, 1] or [1, {width}]"
             )
-        merged = (place.target, "weight") in originals_of(network)
         kept = originals_of(network).get((place.target, "weight"))
-        if merged and kept is None:
+        if isinstance(kept, Lost):
             return f"{group.module}: DoRA needs the weight of {place.target}, into which another LoRA is merged"
-        weight = cast(Tensor, dense_weight(module)) if kept is None else kept
+        if isinstance(kept, list):
+            weight = cast(QuantizedLinear, module).dense(stacks=kept)
+        else:
+            weight = cast(Tensor, dense_weight(module)) if kept is None else kept
         if not weight.dtype.is_floating_point:
             return f"{group.module}: DoRA needs the numbers of the weight, which is quantised ({weight.dtype})"
         base = weight[rows[0] : rows[1]].detach().float()
+        if width > base.shape[1]:  # a packed weight that a control LoRA has widened
+            base = F.pad(base, (0, width - base.shape[1]))
         if base.is_meta and not change.scale.is_meta:  # a model without numbers: its norms are not known
             base = torch.zeros(base.shape)
         change = Magnitude(change, magnitude, base)
     if widened:
+        if (WIDENED, "weight") in originals_of(network):
+            return f"{group.module}: would widen {WIDENED}, into which another LoRA is merged: unmerge it first"
+        if any(isinstance(other, Magnitude) for changes in changes_of(module).values() for other in changes):
+            return f"{group.module}: would widen {WIDENED}, whose norms another LoRA (DoRA) depends on: detach it first"
         if isinstance(module, QuantizedLinear):  # which is told the new width, and needs no zeros
             wider = torch.empty(out, shape[1], device="meta")
         else:

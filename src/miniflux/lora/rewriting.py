@@ -7,23 +7,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from miniflux.checkpoints.files import TensorSource, open_tensors, stream_tensors
+from miniflux.checkpoints.files import TensorSource, open_tensors
 from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.inspection import flux1_config
-from miniflux.checkpoints.layouts import hidden_size, origins, to_theirs
-from miniflux.checkpoints.loading import LoadReport, compare, fetch
+from miniflux.checkpoints.loading import LoadReport, compare, take_packed_layers
 from miniflux.checkpoints.saving import checkpoint_path, write_beside
-from miniflux.errors import CheckpointError, InputError, LoraError
+from miniflux.checkpoints.unfinished import write_frame
+from miniflux.errors import CheckpointError, InputError, LoraError, OutputError
 from miniflux.lora.adapters import Scale, check_scale, scale_of
 from miniflux.lora.attaching import resolved
 from miniflux.lora.dialects import NORM_PARAMETER
 from miniflux.lora.encoding import Contents, encode, write
 from miniflux.lora.files import read
-from miniflux.lora.layer import Change, Dense, LowRank
-from miniflux.lora.merging import merged_bias, merged_weight
+from miniflux.lora.layer import Dense, LowRank
+from miniflux.lora.mergedfile import MergedFile, Weights
 from miniflux.lora.models import stand_ins
+from miniflux.lora.packing import report
 from miniflux.lora.planning import WIDENED, planned
 from miniflux.lora.receipt import Receipt
 from miniflux.models.flux1 import Flux1
@@ -54,29 +55,41 @@ _HEADS = ("single_blocks.0.norm.query_norm.scale", "single_transformer_blocks.0.
 
 
 def merge_files(
-    base: str | Path, loras: Sequence[tuple[str | Path | Mapping[str, Tensor], Scale]], path: str | Path
+    base: str | Path,
+    loras: Sequence[tuple[str | Path | Mapping[str, Tensor], Scale]],
+    path: str | Path,
+    *,
+    pack: bool = False,
 ) -> list[Receipt]:
     """Write a checkpoint with LoRAs merged in, in the base's own layout and dtypes, one tensor in memory at a time.
+
+    Packed weights that change become float16, whose rounding is eight times as fine as that of bfloat16; those that do
+    not keep their bytes.
 
     Args:
         base: a transformer: a file, an index or folder of shards.
         loras: what `attach` takes, each with its scale.
-        path: ends in `.safetensors`.
+        path: ends in `.safetensors`; in `.gguf` if the base does and holds packed blocks.
+        pack: pack such weights again, in the format that they were in: what is smaller than its rounding is lost, see
+            `merge`. Better is to merge into the wide file that the base was made of, and to `convert` the result.
 
     Raises:
         CheckpointError: the base cannot be read or is no transformer.
-        LoraError: a LoRA does not fit; or it changes text encoders, which the base does not hold.
+        LoraError: a LoRA does not fit; or it changes text encoders, which the base does not hold; or a weight is to be
+            packed again in a format that is not written here; or the sum is beyond the range of its dtype.
         OutputError: the path cannot be written.
     """
-    path = checkpoint_path(path)
+    path = Path(path)
+    if path.suffix != ".gguf":
+        checkpoint_path(path)
     source = open_tensors(base)
-    network, report = network_of_file(source)
-    scaled = {how.format.label for how in contents_of(source).stored.values() if not how.is_cast}
-    if scaled:
-        raise LoraError(
-            f"{source} is quantised ({', '.join(sorted(scaled))}): a LoRA can be attached to it, not merged"
-        )
-    weights = _Weights(network, source, report.layout)
+    blocks = any(entry.block for entry in source.entries.values())
+    if blocks != (path.suffix == ".gguf"):
+        ending = ".gguf" if blocks else ".safetensors"
+        raise OutputError(f"{path}: what is merged into {source} is written to a file that ends in {ending}")
+    network, found = network_of_file(source)
+    weights = Weights(network, source, found.layout)
+    take_packed_layers(network, source)  # on the meta device, until they are filled
     files = [read(resolved(lora)) for lora, _ in loras]
     for group in (group for file in files for group in file.groups):
         if "magnitude" in group.tensors:  # DoRA looks at the weight that it changes
@@ -96,61 +109,12 @@ def merge_files(
                 continue
             if f"{module}.{parameter}" in weights.replaced:
                 raise LoraError(f"{plan.file.source}: {module} is replaced by another of the LoRAs already")
-            weights.replace(f"{module}.{parameter}", tensor)
-    write_beside(path, lambda beside: stream_tensors(beside, weights.kinds, weights.tensor, source.metadata))
+            weights.replaced[f"{module}.{parameter}"] = tensor
+    merged = MergedFile(weights, pack)
+    frame = merged.frame(path.name, gguf=blocks)
+    write_beside(path, lambda beside: write_frame(beside, frame, merged.tensors()))
+    report(merged.roundings)
     return [plan.receipt(file.source, {"transformer": network}) for plan, file in zip(plans, files, strict=True)]
-
-
-class _Weights:
-    """The tensors of a base checkpoint by their own keys, changed when they are asked for."""
-
-    def __init__(self, network: Flux1, source: TensorSource, layout: str) -> None:
-        self.network, self.source, self.hidden = network, source, hidden_size(network)
-        self.shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
-        self.plan = origins(network, layout)
-        self.home = {theirs: ours for ours, origin in self.plan.items() for theirs in origin.keys}
-        self.kinds = {key: (entry.dtype, entry.shape) for key, entry in source.entries.items()}
-        self.changes: dict[str, list[tuple[Change, float]]] = {}
-        self.replaced: dict[str, Tensor] = {}
-        self.last: tuple[str, list[Tensor]] = ("", [])
-
-    def ours(self, key: str) -> Tensor:
-        """One of the network's tensors, as the base has it."""
-        return fetch(self.source, self.plan[key], self.shapes[key])
-
-    def fill(self, key: str) -> None:
-        """Give the network one of its tensors, if it has one of this name."""
-        if key in self.plan:
-            module, _, parameter = key.rpartition(".")
-            value = nn.Parameter(self.ours(key), requires_grad=False)
-            self.network.get_submodule(module).register_parameter(parameter, value)
-
-    def replace(self, key: str, tensor: Tensor) -> None:
-        """Put another tensor in the place of one of the network's: a norm, or a wider input with the old one in it."""
-        (theirs,) = self.plan[key].keys
-        dtype, shape = self.kinds[theirs]
-        if tuple(tensor.shape) != shape:
-            wider = torch.zeros(tensor.shape, dtype=dtype)
-            wider[:, : shape[1]] = self.source[theirs]
-            tensor = wider
-        self.kinds[theirs] = (dtype, tuple(tensor.shape))
-        self.replaced[key] = tensor.to(dtype)
-
-    def tensor(self, theirs: str) -> Tensor:
-        """The tensor of one of the file's keys."""
-        ours = self.home.get(theirs, "")
-        layer, _, parameter = ours.rpartition(".")
-        if ours not in self.replaced and layer not in self.changes:
-            return self.source[theirs]
-        origin = self.plan[ours]
-        if self.last[0] != ours:
-            value = self.replaced[ours] if ours in self.replaced else self.ours(ours)
-            if layer in self.changes:
-                combine = merged_weight if parameter == "weight" else merged_bias
-                value = combine(value, self.changes[layer])
-            value = value.to(self.kinds[theirs][0])  # plain float8 was widened
-            self.last = (ours, to_theirs(value, origin.how, len(origin.keys), self.hidden))
-        return self.last[1][origin.keys.index(theirs)]
 
 
 def inspect(path_or_tensors: str | Path | Mapping[str, Tensor], model: str | None = None) -> Receipt:
@@ -235,7 +199,7 @@ def extract(
         raise InputError(f"rank must be a whole number of at least 1, got {rank!r}")
     sources = [open_tensors(file) for file in (base, tuned)]
     (before, report), (after, other) = (network_of_file(source) for source in sources)
-    old, new = _Weights(before, sources[0], report.layout), _Weights(after, sources[1], other.layout)
+    old, new = Weights(before, sources[0], report.layout), Weights(after, sources[1], other.layout)
     differing = sorted(
         key
         for key in {*old.shapes, *new.shapes}
