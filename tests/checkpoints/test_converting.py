@@ -100,7 +100,7 @@ def test_packed(layout: str, name: str, source: Path, tmp_path: Path) -> None:
         assert torch.equal(parameter.float(), state[key].float()), key
     # The report: the error of each layer that was packed, the worst first.
     errors = [layer.error for layer in made.layers]
-    assert errors == sorted(errors, reverse=True) and errors[-1] > 0 and errors[0] < 0.15
+    assert errors == sorted(errors, reverse=True) and errors[-1] > 0 and errors[0] < (0.35 if name == "Q2_K" else 0.2)
     assert len(made.layers) == sum(len(m.stored) for m in network.modules() if isinstance(m, QuantizedLinear))
     worst = made.layers[0]
     if layout == "original":
@@ -161,11 +161,11 @@ def test_from_packed_to_floats_and_to_packed(name: str, source: Path, tmp_path: 
 
 
 # Of the stacked weights (q, k, v; linear1) the scales of the whole differ, so that they cannot be put together.
-WHOLE = ("fp8_scaled_old", "fp8_scaled", "fp8_scaled_e5m2", "nvfp4", "nvfp4_comfy")
+WHOLE = ("fp8_scaled_old", "fp8_scaled", "nvfp4", "nvfp4_comfy")
 WIDE = randomise(Flux1(replace(CONFIG, hidden_size=256, num_heads=4, axes_dim=(16, 24, 24)))).to(torch.bfloat16)
 
 
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("name", [*WHOLE, "fp8_rows", "int8", "nf4", "Q8_0", "Q3_K"])
 def test_without_a_format_packed_weights_stay(name: str, tmp_path: Path) -> None:
     """Into every layout and back: the same numbers, bit by bit, in the same format."""
     if name in BLOCKS:
@@ -449,7 +449,7 @@ def test_what_is_read_back_must_be_what_was_written(
             {"format": "banana"},
             "unknown format 'banana'; written are float32, float16, bfloat16, fp8",
         ),
-        ("a.safetensors", {"format": "Q6_K"}, "unknown format 'Q6_K'"),
+        ("a.safetensors", {"format": "Q8_K"}, "unknown format 'Q8_K'"),
         ("a.safetensors", {"layout": "banana"}, "no layout 'banana'; known: original, diffusers, all-in-one"),
         ("a.safetensors", {"format": "Q8_0"}, "Q8_0 is written to .gguf files"),
         ("a.gguf", {"format": "nf4"}, "nf4 is written to .safetensors files"),

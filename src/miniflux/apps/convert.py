@@ -20,7 +20,8 @@ def add(commands: Any) -> None:
         "format, or both. One tensor is in memory at a time; an interrupted run goes on where it stopped; the result "
         "is read back and compared, and the error of every layer is told.",
         epilog="Formats: float32, float16, bfloat16; fp8 (scaled, as ComfyUI has it), fp8_e4m3, fp8_e5m2, fp8_rows, "
-        "int8, nf4, fp4, nvfp4 to .safetensors; Q8_0, Q5_1, Q5_0, Q4_1, Q4_0, Q5_K, Q4_K to .gguf (miniflux[gguf]). "
+        "int8, nf4, fp4, nvfp4 to .safetensors; Q8_0, Q6_K, Q5_K, Q5_1, Q5_0, Q4_K, Q4_1, Q4_0, IQ4_NL, IQ4_XS, Q3_K, "
+        "Q2_K to .gguf (miniflux[gguf]). "
         "Of a transformer and of text encoders the linears of the blocks are packed; everything else keeps its dtype.",
     )
     convert.add_argument("source", metavar="IN", help="a file, a folder with shards, or a model folder")

@@ -24,7 +24,6 @@ from miniflux.checkpoints.files import TensorSource
 from miniflux.checkpoints.formats import FORMATS, Format
 from miniflux.checkpoints.formats.base import WEIGHT, Kind
 from miniflux.checkpoints.formats.ggml import Ggml
-from miniflux.checkpoints.formats.ggml_packing import PACKERS
 from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.layouts import Origin, hidden_size, origins, to_theirs
 from miniflux.checkpoints.moving import Run, kinds_of, obstacle, runs_of, shared_out
@@ -51,7 +50,7 @@ ALIASES = {
     "bf16": "bfloat16",
 }
 # What llama.cpp's quantiser takes for matrices whose rows are no multiple of 256 (`llama-quant.cpp`).
-FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1"}
+FALLBACK = {"Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0", **dict.fromkeys(("IQ4_XS", "Q3_K", "Q2_K"), "IQ4_NL")}
 
 Encoding = Format | torch.dtype
 """How a tensor is stored: packed, or as numbers of a dtype."""
@@ -124,7 +123,7 @@ class Targets:
 
 def writable() -> list[str]:
     """Names of all formats that `convert` writes."""
-    return [*FLOATS, *(name for name, form in FORMATS.items() if not isinstance(form, Ggml) or name in PACKERS)]
+    return [*FLOATS, *FORMATS]
 
 
 def find_format(name: str) -> Encoding:

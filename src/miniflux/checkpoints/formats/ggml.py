@@ -14,16 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from miniflux.checkpoints.formats import ggml_packing
 from miniflux.checkpoints.formats.base import WEIGHT, Format, Get, Kind, Stored, misshapen, need, pieces
-from miniflux.errors import CheckpointError
+from miniflux.checkpoints.formats.ggml_packing import IQ4_VALUES, PACKERS
 
 Unpack = Callable[[Tensor], Tensor]
 """Blocks of bytes (n, bytes a block) -> numbers (n, numbers a block), float32."""
 
 SUPER = 256  # numbers in a block of the K types
-# What four bits stand for in IQ4_NL and IQ4_XS (`kvalues_iq4nl`).
-IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
 def half(blocks: Tensor, start: int) -> Tensor:
@@ -39,12 +36,6 @@ def bits(bytes_: Tensor, width: int, run: int) -> Tensor:
     return (spread & ((1 << width) - 1)).reshape(len(bytes_), -1)
 
 
-def little_bits(bytes_: Tensor) -> Tensor:
-    """The bits of four bytes, lowest first: (n, 4) -> (n, 32)."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=bytes_.device)
-    return (bytes_[:, :, None] >> shifts & 1).reshape(len(bytes_), -1)
-
-
 def _q4_0(blocks: Tensor) -> Tensor:
     return half(blocks, 0) * (bits(blocks[:, 2:], 4, 16).float() - 8)
 
@@ -54,12 +45,12 @@ def _q4_1(blocks: Tensor) -> Tensor:
 
 
 def _q5_0(blocks: Tensor) -> Tensor:
-    q = bits(blocks[:, 6:], 4, 16) | little_bits(blocks[:, 2:6]) << 4
+    q = bits(blocks[:, 6:], 4, 16) | bits(blocks[:, 2:6], 1, 1) << 4
     return half(blocks, 0) * (q.float() - 16)
 
 
 def _q5_1(blocks: Tensor) -> Tensor:
-    q = bits(blocks[:, 8:], 4, 16) | little_bits(blocks[:, 4:8]) << 4
+    q = bits(blocks[:, 8:], 4, 16) | bits(blocks[:, 4:8], 1, 1) << 4
     return half(blocks, 0) * q.float() + half(blocks, 2)
 
 
@@ -124,10 +115,7 @@ def _iq4_nl(blocks: Tensor) -> Tensor:
 
 
 def _iq4_xs(blocks: Tensor) -> Tensor:
-    pairs = torch.arange(0, 8, 2, dtype=torch.uint8, device=blocks.device)
-    high = (blocks[:, 2:4, None] >> pairs & 3).reshape(len(blocks), -1)
-    nibbles = torch.stack((blocks[:, 4:8] & 15, blocks[:, 4:8] >> 4), dim=2).reshape(len(blocks), -1)
-    scales = (nibbles | high << 4).float() - 32
+    scales = (bits(blocks[:, 4:8], 4, 1) | bits(blocks[:, 2:4], 2, 1) << 4).float() - 32
     return _grouped(_iq4_values(bits(blocks[:, 8:], 4, 16)), half(blocks, 0) * scales)
 
 
@@ -165,12 +153,7 @@ class Ggml(Format):
         self.multiple = self.block.numbers
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
-        packer = ggml_packing.PACKERS.get(self.name)
-        if packer is None:
-            raise CheckpointError(
-                f"{self.label} can be read, not written; written are {', '.join(ggml_packing.PACKERS)}"
-            )
-        weight = self.checked(weight)
+        weight, packer = self.checked(weight), PACKERS[self.name]
         numbers = weight.reshape(-1, self.block.numbers)
         made = [packer(numbers[piece].float()) for piece in pieces(len(numbers), 8 * self.block.numbers)]
         return {WEIGHT: torch.cat(made).view(len(weight), -1)}
