@@ -20,7 +20,7 @@ from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.inspection import describe, fits, flux1_config
 from miniflux.checkpoints.jsonfiles import json_file
 from miniflux.checkpoints.layouts import detect, origins
-from miniflux.checkpoints.loading import compare, load_into, take_packed_layers
+from miniflux.checkpoints.loading import bare, compare, load_into, take_packed_layers
 from miniflux.checkpoints.origin import Origin, stamped
 from miniflux.checkpoints.prefixes import network_of, open_part, parts_of
 from miniflux.checkpoints.sizes import checked, stated
@@ -326,8 +326,7 @@ def _built(
     another one."""
     if isinstance(source, Path):
         source = open_part(source, kind)
-    with torch.device("meta"):
-        network = kind(config)  # pyright: ignore[reportCallIssue]
+    network = bare(kind, config)
     report = compare(network, source)
     if report.problems:
         expected = f"the transformer of {chosen.name}" if chosen else f"the {kind.__name__}"

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from miniflux.checkpoints.files import INDEX_SUFFIX, TensorSource, open_tensors
@@ -19,7 +18,7 @@ from miniflux.checkpoints.formats.scaled import METADATA
 from miniflux.checkpoints.inspection import FOLDERS, flux1_config
 from miniflux.checkpoints.jsonfiles import json_file
 from miniflux.checkpoints.layouts import ALL_IN_ONE, DIFFUSERS, PREFIXES
-from miniflux.checkpoints.loading import plan_for
+from miniflux.checkpoints.loading import bare, plan_for
 from miniflux.checkpoints.prefixes import parts_of
 from miniflux.checkpoints.sizes import config_in
 from miniflux.checkpoints.targets import Target, Targets, size_of
@@ -139,8 +138,7 @@ def _input(kind: type[nn.Module], source: TensorSource, folder: Path | None, roo
             config = config_in(entries, source.metadata, DEFAULTS[kind])
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
-    with torch.device("meta"):
-        network = kind(config)
+    network = bare(kind, config)
     return Input(network, source, plan_for(network, source).layout, folder, root, metadata)
 
 

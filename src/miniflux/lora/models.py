@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cache
 
-import torch
 from torch import nn
 
 from miniflux.checkpoints.layouts import hidden_size, stacked_rows
+from miniflux.checkpoints.loading import bare
 from miniflux.lora.dialects import Network, Place
 from miniflux.lora.files import Group, shape_of
 from miniflux.models.clip import ClipTextEncoder
@@ -24,18 +24,16 @@ def stand_ins(model: str) -> dict[Network, nn.Module]:
         InputError: an unknown model.
     """
     sizes = variant(model)
-    with torch.device("meta"):
-        return {
-            "transformer": Flux1(sizes.transformer),
-            "clip": ClipTextEncoder(sizes.clip),
-            "t5": T5Encoder(sizes.t5),
-        }
+    return {
+        "transformer": bare(Flux1, sizes.transformer),
+        "clip": bare(ClipTextEncoder, sizes.clip),
+        "t5": bare(T5Encoder, sizes.t5),
+    }
 
 
 @cache
 def _flux1_shapes(name: str) -> dict[str, tuple[int, int]]:
-    with torch.device("meta"):
-        model = Flux1(OTHER_TRANSFORMERS[name] if name in OTHER_TRANSFORMERS else VARIANTS[name].transformer)
+    model = bare(Flux1, OTHER_TRANSFORMERS[name] if name in OTHER_TRANSFORMERS else VARIANTS[name].transformer)
     return {
         key: (module.out_features, module.in_features)
         for key, module in model.named_modules()

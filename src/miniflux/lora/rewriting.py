@@ -12,7 +12,7 @@ from torch import Tensor
 from miniflux.checkpoints.files import TensorSource, open_tensors
 from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.inspection import flux1_config
-from miniflux.checkpoints.loading import LoadReport, compare, take_packed_layers
+from miniflux.checkpoints.loading import LoadReport, bare, compare, take_packed_layers
 from miniflux.checkpoints.saving import checkpoint_path, write_beside
 from miniflux.checkpoints.unfinished import write_frame
 from miniflux.errors import CheckpointError, InputError, LoraError, OutputError
@@ -43,8 +43,7 @@ def network_of_file(source: TensorSource) -> tuple[Flux1, LoadReport]:
         config = flux1_config(contents_of(source).entries, source.metadata, axes)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
-    with torch.device("meta"):  # rotary axes do not matter here: nothing is run
-        network = Flux1(config)
+    network = bare(Flux1, config)  # rotary axes do not matter here: nothing is run
     report = compare(network, source)
     if report.problems:
         raise CheckpointError(str(report))
