@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import tempfile
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +46,26 @@ def _auth(text: str) -> tuple[str, str]:
     return user, password
 
 
+@contextmanager
+def _no_stubs() -> Generator[None]:
+    """While it is imported, Gradio parses the source of all its components and writes stubs for editors beside it: half
+    of the time that its import takes, and files that nobody asked for. It leaves out components that have no source
+    file, as those of a notebook; for so long, Python says that they have none. A Gradio that does not ask is imported
+    as ever."""
+    getfile = inspect.getfile
+
+    def hidden(what: Any) -> str:
+        if isinstance(what, type) and what.__module__.startswith("gradio."):
+            raise OSError("source code not available")  # as Python says of such classes
+        return getfile(what)
+
+    inspect.getfile = hidden
+    try:
+        yield
+    finally:
+        inspect.getfile = getfile
+
+
 def run(options: argparse.Namespace) -> None:
     """Serve the page until it is stopped.
 
@@ -51,7 +75,8 @@ def run(options: argparse.Namespace) -> None:
     """
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
-        from miniflux.apps.ui.launch import served
+        with _no_stubs():
+            from miniflux.apps.ui.launch import served
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
@@ -73,6 +98,7 @@ def run(options: argparse.Namespace) -> None:
             try:
                 with served(site, host=options.host, port=options.port, auth=options.auth) as page:
                     print(f"miniflux: the page is at {page.url} (Ctrl+C ends it)", flush=True)
+                    threading.Thread(target=site.prepare, daemon=True).start()  # while the browser fetches the page
                     page.wait()
             except OSError as error:
                 raise InputError(f"--host {options.host} --port {options.port}: {error}") from error

@@ -41,14 +41,15 @@ def new_seed() -> int:
     return secrets.randbelow(min(SEEDS, MAX_SEED))
 
 
-def connect(site: Site, c: Controls) -> None:
-    """Give every control its handler, inside the `gr.Blocks` that is open."""
+def connect(page: gr.Blocks, site: Site, c: Controls) -> None:
+    """Give every control its handler, inside the page that is open."""
     handlers = Handlers(site, c)
     quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     form_in, everything = set(c.settings.values()), list({*c.settings.values(), c.lock, c.aspect, c.stage})
 
-    def on(listen: Any, handler: Callable[..., Given], inputs: Any, outputs: list[Any]) -> None:
-        listen(_telling(handler, c), inputs, outputs, **quick)
+    def on(listen: Any, handler: Callable[..., Given], inputs: Any, outputs: list[Any], mode: str = "multiple") -> None:
+        """Gradio by default drops what comes while the same handler is at work: a second press, the end of a drag."""
+        listen(_telling(handler, c), inputs, outputs, trigger_mode=mode, **quick)
 
     on(c.draw.click, handlers.draw, {*form_in, c.lock}, [c.seed, c.stage])
     on(c.draw_all.click, handlers.draw_all, {*form_in, c.prompts}, [c.stage])
@@ -57,17 +58,17 @@ def connect(site: Site, c: Controls) -> None:
     on(c.forget.click, handlers.forget, None, [c.rest, c.also, c.forget])
     on(c.model.input, handlers.model, form_in, [
         c.steps, c.guidance, c.negative, c.scale, c.width, c.height, c.aspect, c.loras,
-    ])  # fmt: skip
-    on(c.method.input, handlers.method, form_in, [c.guidance, c.negative, c.scale])
-    on(c.aspect.input, handlers.aspect, {c.aspect, c.model}, [c.width, c.height])
+    ], "always_last")  # fmt: skip
+    on(c.method.input, handlers.method, form_in, [c.guidance, c.negative, c.scale], "always_last")
+    on(c.aspect.input, handlers.aspect, {c.aspect, c.model}, [c.width, c.height], "always_last")
     for side in (c.width, c.height):
-        on(side.input, handlers.side, {c.width, c.height, c.model}, [c.aspect])
+        on(side.input, handlers.side, {c.width, c.height, c.model}, [c.aspect], "always_last")
     on(c.files.upload, handlers.files, {*form_in, c.files}, [*everything, c.also, c.forget, c.prompts, c.files])
     on(c.stage.use, handlers.use, None, [*everything, c.also, c.forget])
     on(c.stage.again, handlers.again, None, [c.stage])
     on(c.stage.cancel, handlers.cancel, None, [c.stage])
     on(c.stage.remove, handlers.remove, None, [c.stage])
-    on(functools.partial(gr.on, None), handlers.arrive, form_in, [c.loras])
+    on(page.load, handlers.arrive, {c.model}, [c.loras])
 
 
 def _telling(handler: Callable[..., Given], c: Controls) -> Callable[..., Given]:
@@ -221,8 +222,9 @@ class Handlers:
         return {self.c.rest: {}, self.c.also: gr.update(visible=False), self.c.forget: gr.update(visible=False)}
 
     def arrive(self, given: Given, web: gr.Request) -> Given:
+        """The LoRAs that this browser has dropped before. Where the answer comes late, the page keeps what it has."""
         _, shelf = self._who(web)
-        return {self.c.loras: form.rows(shelf, given[self.c.model], given=given[self.c.loras])}
+        return {self.c.loras: [{**row, "late": True} for row in form.rows(shelf, given[self.c.model])]}
 
     # Files
 

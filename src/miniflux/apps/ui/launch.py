@@ -43,7 +43,7 @@ def blocks(site: Site) -> tuple[gr.Blocks, layout.Controls]:
     """The page, not served yet, and its controls."""
     with gr.Blocks(title="miniflux", analytics_enabled=False, fill_width=True) as page:
         controls = layout.build(site)
-        connect(site, controls)
+        connect(page, site, controls)
     return page, controls
 
 

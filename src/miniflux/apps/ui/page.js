@@ -217,6 +217,9 @@ window.miniflux ??= (() => {
     }
 
     function draw() {
+      const known = new Map((ours ?? []).map((row) => [row.id, row]));
+      // What the page asked for when it was loaded may come after the first changes: those are kept.
+      if (props.value?.some((row) => row.late)) props.value = props.value.map(({late, ...row}) => (late && known.get(row.id)) || row);
       if (props.value === ours || JSON.stringify(props.value) === JSON.stringify(ours)) return;
       ours = props.value;
       list.replaceChildren(...(props.value ?? []).map((row) => {
