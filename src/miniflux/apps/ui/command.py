@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import os
+import signal
 import tempfile
 import threading
 from collections.abc import Generator
@@ -73,21 +74,21 @@ def run(options: argparse.Namespace) -> None:
         MissingExtraError: Gradio is not installed.
         InputError: a port that is taken, a model that is not there.
     """
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    try:
-        with _no_stubs():
-            from miniflux.apps.ui.launch import served
-    except ModuleNotFoundError as error:
-        if error.name != "gradio":
-            raise
-        raise MissingExtraError("the page needs Gradio: pip install 'miniflux[ui]'") from error
-    from miniflux.apps.ui.site import opened
-
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl+C: the temporary folder goes as well
     with tempfile.TemporaryDirectory(prefix="miniflux-ui-", ignore_cleanup_errors=True) as temporary:
-        folder = Path(options.history or temporary)
-        os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(temporary) / "uploads"))
+        os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+        os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(temporary) / "uploads"))  # read when Gradio is imported
+        try:
+            with _no_stubs():
+                from miniflux.apps.ui.launch import served
+        except ModuleNotFoundError as error:
+            if error.name != "gradio":
+                raise
+            raise MissingExtraError("the page needs Gradio: pip install 'miniflux[ui]'") from error
+        from miniflux.apps.ui.site import opened
+
         with opened(
-            folder,
+            Path(options.history or temporary),
             first=options.model,
             weights=options.weights,
             device=options.device,
@@ -98,7 +99,7 @@ def run(options: argparse.Namespace) -> None:
             try:
                 with served(site, host=options.host, port=options.port, auth=options.auth) as page:
                     print(f"miniflux: the page is at {page.url} (Ctrl+C ends it)", flush=True)
-                    threading.Thread(target=site.prepare, daemon=True).start()  # while the browser fetches the page
+                    threading.Thread(target=site.prepare).start()  # while the browser fetches the page
                     page.wait()
             except OSError as error:
                 raise InputError(f"--host {options.host} --port {options.port}: {error}") from error

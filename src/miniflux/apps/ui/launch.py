@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +36,9 @@ class Page:
     blocks: gr.Blocks
 
     def wait(self) -> None:
-        """Serve until the process is told to stop."""
-        self.blocks.block_thread()
+        """Serve until the process is told to stop (KeyboardInterrupt)."""
+        while True:
+            time.sleep(1)  # signals end it at once, on Windows as well
 
 
 def blocks(site: Site) -> tuple[gr.Blocks, layout.Controls]:
