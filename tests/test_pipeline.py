@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -238,3 +240,16 @@ def test_pixels_are_rounded_to_levels() -> None:
     """-1, 0 and 1 are the levels 0, 128 and 255; what is beyond is clamped."""
     pixels = torch.tensor([-1.0, 0.0, 1.0, -3.0, 3.0, 1 / 255]).expand(3, 1, 6)
     assert np.asarray(to_image(pixels))[0, :, 0].tolist() == [0, 128, 255, 0, 255, 128]
+
+
+def test_loading_leaves_the_compiler_of_torch_alone() -> None:
+    """Drawing first weights on the meta device would import it, for longer than all the rest of a start takes."""
+    code = """
+import sys
+import miniflux
+pipe = miniflux.load("nano")
+miniflux.lora.attach(pipe, "realism")
+miniflux.lora.inspect("realism")
+sys.exit("torch._dynamo" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -142,6 +142,26 @@ class Tab:
         self.js("arguments[0].scrollIntoView({block: 'center'}); arguments[0].click()", button)
         return self
 
+    def press_when_loaded(self, selector: str) -> Tab:
+        """Load the page again, and press something in the moment in which it comes into being."""
+        source = f"""window.pressed = 0;
+        new MutationObserver(() => {{
+          const button = document.querySelector({json.dumps(selector)});
+          if (!button || window.pressed) return;
+          window.pressed++;
+          button.click();
+        }}).observe(document, {{childList: true, subtree: true}});"""
+        added = self.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": source})
+        self.driver.get(self.url)
+        self.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
+        self.until(lambda: self.js("return window.pressed"), f"{selector} to be pressed")
+        return self
+
+    @property
+    def asked(self) -> int:
+        """How many events the server has answered since the page was loaded."""
+        return self.js("return performance.getEntriesByType('resource').filter((x) => /predict$/.test(x.name)).length")
+
     def drop(self, *files: Path) -> Tab:
         """Give the page files, as its field for files does."""
         self.js("document.querySelector('.mf-message').textContent = ''")

@@ -7,6 +7,7 @@ import json
 import struct
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from selenium.webdriver.common.keys import Keys
 
+from miniflux.apps.ui import form
 from miniflux.apps.ui.launch import Page
 from miniflux.replay import replay
 from miniflux.result import Result
@@ -118,6 +120,62 @@ def test_reload_keeps_the_history_and_use_settings_fills_the_controls(tab: Tab) 
     assert tab.details()["prompt"] == "a small cyan cross on a red background"
 
 
+@pytest.mark.parametrize("button", ["#mf-draw", "#mf-again", "#mf-use", "#mf-die"])
+def test_press_in_the_first_moment_is_answered(tab: Tab, button: str) -> None:
+    """As soon as a button is there, it works: nobody has to wait for a page that looks ready."""
+    if not tab.pictures:
+        tab.draw()
+    before = tab.pictures
+    tab.press_when_loaded(button)
+    if button == "#mf-use":
+        tab.until(lambda: "The controls have the settings" in tab.message, "the settings")
+    elif button == "#mf-die":
+        tab.until(lambda: tab.value("seed") != "0", "a seed")
+    else:
+        tab.until(lambda: len(tab.pictures) == len(before) + 1 and not tab.jobs, "a picture")
+    tab.ready()
+
+
+def test_presses_that_follow_each_other_at_once_are_all_answered(tab: Tab, gate: threading.Event) -> None:
+    """Three of Draw, and two of Cancel, each in one turn of the browser."""
+    before = tab.pictures
+    tab.press("#mf-lock input")  # a new seed each
+    tab.js("for (let i = 0; i < 3; i++) document.querySelector('#mf-draw').click()")
+    tab.until(lambda: len(tab.jobs) == 3, "three jobs")
+    tab.js("[...document.querySelectorAll('.mf-cancel')].slice(1).forEach((button) => button.click())")
+    tab.until(lambda: len(tab.jobs) == 1, "two of them to be gone")
+    gate.set()
+    tab.until(lambda: not tab.jobs and len(tab.pictures) == len(before) + 1, "the first one's picture")
+
+
+def test_typing_asks_the_server_nothing(tab: Tab) -> None:
+    seed = tab.value("seed")
+    tab.js("performance.clearResourceTimings()")
+    for text in ("a", "a r", "a red star"):
+        tab.fill("prompt", text)
+    tab.fill("steps", 7).type_into(".mf-lora input[type=range]", "0.7")
+    tab.press("#mf-die").until(lambda: tab.value("seed") != seed, "a seed")
+    assert tab.asked == 1
+    tab.type_into(".mf-lora input[type=range]", "1")
+
+
+def test_late_answer_to_the_loading_changes_nothing_that_was_set(tab: Tab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A strength that is set before the server has said which LoRAs this browser dropped."""
+    late, rows = threading.Event(), form.rows
+
+    def held(*arguments: Any, **named: Any) -> Any:
+        assert len(arguments) > 2 or named or late.wait(60)  # two arguments: what a page that was loaded asks for
+        return rows(*arguments, **named)
+
+    monkeypatch.setattr(form, "rows", held)
+    tab.open().type_into(".mf-lora input[type=range]", "0.45")
+    assert tab.asked == 0
+    late.set()
+    tab.until(lambda: tab.asked == 1, "the answer")
+    tab.fill("steps", 2).draw()
+    assert tab.details()["LoRA realism"] == "strength 0.45"
+
+
 def test_batch(tab: Tab, tmp_path: Path) -> None:
     """From the text box, which a dropped file fills."""
     (tmp_path / "words.txt").write_text(
@@ -177,6 +235,40 @@ def test_settings_of_other_programs_say_what_was_not_understood(tab: Tab, tmp_pa
     assert (tab.value("prompt"), tab.value("seed")) == ("a blue star", "77")
 
 
+def test_settings_of_comfyui_fill_the_controls(tab: Tab, tmp_path: Path) -> None:
+    """A workflow with nodes that mean nothing here: what is understood goes into the controls, the rest is listed."""
+    nodes = {
+        "3": ("KSampler", {"seed": 424242, "steps": 6, "cfg": 2.5, "sampler_name": "dpmpp_2m", "scheduler": "beta",
+              "denoise": 1.0, "model": ["7", 0], "positive": ["6", 0], "negative": ["9", 0], "latent_image": ["5", 0]}),
+        "4": ("UNETLoader", {"unet_name": "somebody's.safetensors", "weight_dtype": "default"}),
+        "5": ("EmptyLatentImage", {"width": 192, "height": 128, "batch_size": 2}),
+        "6": ("CLIPTextEncode", {"text": "a lighthouse at dusk", "clip": ["4", 1]}),
+        "7": ("LoraLoaderModelOnly", {"model": ["8", 0], "lora_name": "realism.safetensors", "strength_model": 0.6}),
+        "8": ("WobbleModel", {"model": ["4", 0], "amount": 3}),
+        "9": ("CLIPTextEncode", {"text": "fog", "clip": ["4", 1]}),
+    }  # fmt: skip
+    graph = {id: {"class_type": kind, "inputs": inputs} for id, (kind, inputs) in nodes.items()}
+    info = PngInfo()
+    info.add_text("prompt", json.dumps(graph))
+    Image.new("RGB", (8, 8)).save(tmp_path / "workflow.png", pnginfo=info)
+    tab.drop(tmp_path / "workflow.png")
+    assert "ComfyUI" in tab.message
+    assert "somebody's" in tab.message and "WobbleModel" in tab.message
+    seen = {name: tab.value(name) for name in ("prompt", "negative", "seed", "steps", "width", "height", "images")}
+    assert seen == {
+        "prompt": "a lighthouse at dusk", "negative": "fog", "seed": "424242", "steps": "6", "width": "192",
+        "height": "128", "images": "2",
+    }  # fmt: skip
+    assert (tab.value("solver"), tab.value("schedule"), tab.value("scale")) == ("dpmpp-2m", "beta-comfyui", "2.5")
+    assert tab.js("return document.querySelector('.mf-lora input[type=number]').value") == "0.6"
+    tab.draw(more=2)
+    details = tab.details()
+    assert (details["negative prompt"], details["LoRA realism"]) == ("fog", "strength 0.6")
+    tab.choose("method", "none").until(
+        lambda: tab.js("return document.querySelector('#mf-negative textarea').disabled"), "no method"
+    )
+
+
 def test_broken_lora_is_refused_and_changes_nothing(tab: Tab, tmp_path: Path) -> None:
     broken, pretender = tmp_path / "broken.safetensors", tmp_path / "pretender.safetensors"
     broken.write_bytes(struct.pack("<Q", 2**60) + b"{}")
@@ -204,6 +296,8 @@ def test_dropped_lora_gives_its_receipt_and_works_beside_the_other(tab: Tab, pag
     tab.draw()
     details = tab.details()
     assert [value for name, value in details.items() if name.startswith("LoRA")] == ["strength 1.0", "strength 1.0"]
+    tab.open().until(lambda: len(tab.all(".mf-lora")) == 2, "the second row, after a reload")
+    assert [box.is_selected() for box in tab.all(".mf-lora input[type=checkbox]")] == [True, False]
 
 
 def test_model_without_guidance_says_why_it_is_grey(tab: Tab) -> None:
