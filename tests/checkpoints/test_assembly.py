@@ -239,7 +239,7 @@ SPOILED: dict[str, tuple[str, dict[str, Any] | str | bytes, str]] = {
     "text for widths": ("vae", {"block_out_channels": "8, 16"}, "not an AutoencoderKL"),
     "zero groups": ("vae", {"norm_num_groups": 0}, "not an AutoencoderKL"),
     "no scale": ("vae", {"scaling_factor": None}, "scale_factor must be a number, got None"),
-    "axes of text": ("transformer", {"axes_dims_rope": "4, 6, 6"}, "axes_dims_rope must be a list of numbers"),
+    "axes of text": ("transformer", {"axes_dims_rope": "4, 6, 6"}, "axes_dims_rope must be a JSON list of numbers"),
     "odd axes": ("transformer", {"axes_dims_rope": [4, 6, 8]}, "axes_dim .* sum to the head size 16"),
 }
 

@@ -194,7 +194,7 @@ def test_rotary_axes_in_the_header_that_are_none(axes: str, tmp_path: Path) -> N
     path = tmp_path / "a.safetensors"
     save(Flux1(FLUX1), path, metadata={"axes_dim": axes})
     source = open_tensors(path)
-    with pytest.raises(CheckpointError, match="axes_dim in the header must be a JSON list of numbers, got") as caught:
+    with pytest.raises(CheckpointError, match="axes_dim in the header (must be a JSON list|is no JSON)") as caught:
         flux1_config(source.entries, source.metadata)
     assert len(str(caught.value)) < 200
 

@@ -6,8 +6,9 @@ from miniflux.checkpoints.files import TensorSource, open_tensors
 from miniflux.checkpoints.formats import FORMATS
 from miniflux.checkpoints.inspection import Inspection, inspect
 from miniflux.checkpoints.layouts import from_layout, layouts_of, to_layout
-from miniflux.checkpoints.loading import LoadReport, load_into
+from miniflux.checkpoints.loading import load_into
 from miniflux.checkpoints.quantized import QuantizedLinear
+from miniflux.checkpoints.report import LoadReport
 from miniflux.checkpoints.saving import save, save_all_in_one
 
 __all__ = [

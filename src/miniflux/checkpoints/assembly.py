@@ -17,7 +17,7 @@ from torch import nn
 from miniflux.checkpoints.files import TensorSource, files_in, open_tensors
 from miniflux.checkpoints.finding import Files, find
 from miniflux.checkpoints.formats.reading import contents_of
-from miniflux.checkpoints.inspection import describe, fits, flux1_config
+from miniflux.checkpoints.inspection import axes_beside, describe, fits, flux1_config
 from miniflux.checkpoints.jsonfiles import json_file
 from miniflux.checkpoints.layouts import detect, origins
 from miniflux.checkpoints.loading import bare, compare, load_into, take_packed_layers
@@ -229,12 +229,9 @@ def _variant_in(transformer: Path, folder: Path) -> Variant:
     if kind is not Flux1:
         found = kind.__name__ if kind else "no network known here"
         raise CheckpointError(f"{source}: expected a FLUX.1 transformer, found {found}")
-    about = _json(transformer / "config.json") if transformer.is_dir() else {}
-    axes = about.get("axes_dims_rope")
-    if axes is not None and not (isinstance(axes, list) and all(type(dim) is int for dim in axes)):
-        raise CheckpointError(f"{transformer / 'config.json'}: axes_dims_rope must be a list of numbers, got {axes!r}")
+    axes = axes_beside(transformer) if transformer.is_dir() else None
     try:
-        config = flux1_config(contents_of(source).entries, source.metadata, tuple(axes) if axes else None)
+        config = flux1_config(contents_of(source).entries, source.metadata, axes)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
     known = variant_of(config)

@@ -37,12 +37,8 @@ Progress = Callable[[int, int], None]
 back. May raise to stop; the same call then goes on from there."""
 
 SHARD = 10_000_000_000  # bytes of a shard in diffusers' layout
-# What GGUF files call the networks, and floats that are most of a file.
-ARCHITECTURES: dict[type[nn.Module], str] = {
-    Flux1: "flux",
-    T5Encoder: "t5encoder",
-    ClipTextEncoder: "clip",
-}  # in GGUF files
+# What GGUF files call the networks, and files that are mostly of one float.
+ARCHITECTURES: dict[type[nn.Module], str] = {Flux1: "flux", T5Encoder: "t5encoder", ClipTextEncoder: "clip"}
 FILE_TYPES = {torch.float32: "ALL_F32", torch.float16: "MOSTLY_F16", torch.bfloat16: "MOSTLY_BF16"}
 
 

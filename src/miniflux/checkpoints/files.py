@@ -228,22 +228,30 @@ def stream_tensors(
         kinds: dtype and shape of every tensor.
         tensor_of: makes the tensor of a key; called once for each.
     """
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    order = sorted(kinds, key=lambda key: (-kinds[key][0].itemsize, key))  # large items first: all are aligned
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end = 0
-    for key in order:
-        dtype, shape = kinds[key]
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[key] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    head, places = header(kinds, metadata)
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for key in order:
+        file.write(head)
+        for key in places:
             tensor = tensor_of(key)
             assert (tensor.dtype, tuple(tensor.shape)) == kinds[key], f"{key} is not what was announced"
             file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def header(
+    kinds: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """What a safetensors file begins with, and the first byte of each tensor, in the order in which they lie there."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    about: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offsets: dict[str, int] = {}
+    end = 0
+    for key in sorted(kinds, key=lambda key: (-kinds[key][0].itemsize, key)):  # large items first: all are aligned
+        dtype, shape = kinds[key]
+        offsets[key], end = end, end + math.prod(shape) * dtype.itemsize
+        about[key] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [offsets[key], end]}
+    text = json.dumps(about, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text, {key: 8 + len(text) + start for key, start in offsets.items()}
 
 
 def _whole(numbers: object, most: int) -> bool:

@@ -14,9 +14,11 @@ from torch import nn
 
 from miniflux.checkpoints.files import INDEX_SUFFIX, Entry, Selection, TensorSource, open_tensors
 from miniflux.checkpoints.formats.reading import contents_of, format_of, formats_in
-from miniflux.checkpoints.loading import LoadReport, bare, compare, is_finite
-from miniflux.checkpoints.others import Found, others_in
+from miniflux.checkpoints.jsonfiles import json_file, json_of
+from miniflux.checkpoints.loading import bare, compare, is_finite
+from miniflux.checkpoints.others import Found, count_blocks, others_in
 from miniflux.checkpoints.prefixes import network_of, parts_of
+from miniflux.checkpoints.report import LoadReport
 from miniflux.errors import CheckpointError, ConfigError, LoraError
 from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.clip import ClipTextEncoder
@@ -344,8 +346,8 @@ def flux1_config(entries: Entries, metadata: Mapping[str, str], axes_dim: tuple[
             hidden_size=hidden,
             mlp_ratio=shape["mlp"][0] / hidden,
             num_heads=max(1, hidden // head),
-            depth=_count(entries, double),
-            depth_single_blocks=_count(entries, single),
+            depth=count_blocks(entries, f"{double}."),
+            depth_single_blocks=count_blocks(entries, f"{single}."),
             axes_dim=axes,
             qkv_bias=f"{double}.0.{'img_attn.qkv' if native else 'attn.to_q'}.bias" in entries,
             guidance_embed=("guidance_in" if native else "time_text_embed.guidance_embedder")
@@ -359,16 +361,26 @@ def _axes_in(metadata: Mapping[str, str]) -> tuple[int, ...] | None:
     """Rotary axes from a file's header, if they are there."""
     if "axes_dim" not in metadata:
         return None
-    try:
-        axes = json.loads(metadata["axes_dim"])
-    except (ValueError, RecursionError):
-        axes = None
+    axes = json_of(metadata["axes_dim"].encode(), "axes_dim in the header")
+    return _checked_axes(axes, "axes_dim in the header")
+
+
+def axes_beside(folder: Path) -> tuple[int, ...] | None:
+    """Rotary axes as the `config.json` of a transformer's folder in diffusers' layout tells them, if it is there.
+
+    Raises:
+        CheckpointError: it tells something else.
+    """
+    if not (folder / "config.json").is_file():
+        return None
+    about = json_file(folder / "config.json")
+    if not isinstance(about, dict):
+        raise CheckpointError(f"{folder / 'config.json'}: expected a JSON object")
+    axes = about.get("axes_dims_rope")
+    return None if axes is None else _checked_axes(axes, f"{folder / 'config.json'}: axes_dims_rope")
+
+
+def _checked_axes(axes: Any, what: str) -> tuple[int, ...]:
     if not isinstance(axes, list) or not axes or any(type(dim) is not int for dim in axes):
-        raise CheckpointError(
-            f"axes_dim in the header must be a JSON list of numbers, got {metadata['axes_dim']!r:.80}"
-        )
+        raise CheckpointError(f"{what} must be a JSON list of numbers, got {axes!r:.80}")
     return tuple(axes)
-
-
-def _count(entries: Entries, prefix: str) -> int:
-    return len({key.split(".")[1] for key in entries if key.startswith(prefix + ".")})

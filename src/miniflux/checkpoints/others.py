@@ -6,7 +6,7 @@ have keys of FLUX.1 too, so they are looked for first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from miniflux.checkpoints.files import Entry
@@ -24,7 +24,7 @@ def _flux2(shapes: Shapes) -> str:
     double, single = (
         ("double_blocks.", "single_blocks.") if native else ("transformer_blocks.", "single_transformer_blocks.")
     )
-    found = (hidden, _count(shapes, double), _count(shapes, single), context, channels)
+    found = (hidden, count_blocks(shapes, double), count_blocks(shapes, single), context, channels)
     for name, sizes in FLUX2_SIZES.items():
         known = (sizes.hidden_size, sizes.depth, sizes.depth_single_blocks, sizes.context_in_dim, sizes.in_channels)
         if found == known:
@@ -37,7 +37,7 @@ def _flux2_autoencoder(shapes: Shapes) -> str:
 
 
 def _controlnet(shapes: Shapes) -> str:
-    double, single = _count(shapes, "transformer_blocks."), _count(shapes, "single_transformer_blocks.")
+    double, single = count_blocks(shapes, "transformer_blocks."), count_blocks(shapes, "single_transformer_blocks.")
     modes = shapes.get("controlnet_mode_embedder.weight", (0,))[0]
     return f"FLUX.1 ControlNet, {double} + {single} blocks" + (f", union of {modes} modes" if modes else "")
 
@@ -45,7 +45,7 @@ def _controlnet(shapes: Shapes) -> str:
 def _language_model(shapes: Shapes) -> str:
     """Which text encoder of FLUX.2, by width and number of layers."""
     inside = "model." if "model.embed_tokens.weight" in shapes else ""
-    width, layers = _matrix(shapes, f"{inside}embed_tokens")[1], _count(shapes, f"{inside}layers.")
+    width, layers = _matrix(shapes, f"{inside}embed_tokens")[1], count_blocks(shapes, f"{inside}layers.")
     return LANGUAGE_MODELS.get((width, layers), f"a language model of {layers} layers of width {width}")
 
 
@@ -62,7 +62,7 @@ def _redux(shapes: Shapes) -> str:
 
 
 def _ip_adapter(shapes: Shapes) -> str:
-    blocks = _count(shapes, "double_blocks.") or _count(shapes, "ip_adapter.")
+    blocks = count_blocks(shapes, "double_blocks.") or count_blocks(shapes, "ip_adapter.")
     return f"FLUX.1 IP-Adapter for {blocks} double blocks"
 
 
@@ -90,7 +90,7 @@ OTHERS = (
     Other("FLUX.2 autoencoder", "diffusers", ("bn.running_mean", "quant_conv.weight"), _flux2_autoencoder),
     Other("ControlNet", "diffusers", ("controlnet_x_embedder.weight",), _controlnet),
     Other("ControlNet", "XLabs", ("input_hint_block.0.weight", "controlnet_blocks.0.weight"),
-          lambda shapes: f"FLUX.1 ControlNet of XLabs, {_count(shapes, 'double_blocks.')} blocks"),
+          lambda shapes: f"FLUX.1 ControlNet of XLabs, {count_blocks(shapes, 'double_blocks.')} blocks"),
     Other("IP-Adapter", "XLabs", ("ip_adapter_proj_model.proj.weight",), _ip_adapter),
     Other("IP-Adapter", "diffusers", ("ip_adapter.0.to_k_ip.weight", "image_proj.proj.weight"), _ip_adapter),
     Other("Redux", "original", ("redux_up.weight", "redux_down.weight"), _redux),
@@ -152,5 +152,6 @@ def _matrix(shapes: Shapes, name: str) -> tuple[int, int]:
     return rows, columns
 
 
-def _count(shapes: Shapes, prefix: str) -> int:
-    return len({key[len(prefix) :].partition(".")[0] for key in shapes if key.startswith(prefix)})
+def count_blocks(keys: Iterable[str], prefix: str) -> int:
+    """How many different names stand behind a prefix, up to the next dot."""
+    return len({key[len(prefix) :].partition(".")[0] for key in keys if key.startswith(prefix)})

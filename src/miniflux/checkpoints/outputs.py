@@ -15,8 +15,7 @@ from miniflux.checkpoints.files import INDEX_SUFFIX, TensorSource, open_tensors
 from miniflux.checkpoints.formats import Format
 from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.formats.scaled import METADATA
-from miniflux.checkpoints.inspection import FOLDERS, flux1_config
-from miniflux.checkpoints.jsonfiles import json_file
+from miniflux.checkpoints.inspection import FOLDERS, axes_beside, flux1_config
 from miniflux.checkpoints.layouts import ALL_IN_ONE, DIFFUSERS, PREFIXES
 from miniflux.checkpoints.loading import bare, plan_for
 from miniflux.checkpoints.prefixes import parts_of
@@ -46,7 +45,7 @@ SINGLE: dict[type[nn.Module], str] = {
     Autoencoder: "ae",
     ClipTextEncoder: "clip_l",
     T5Encoder: "t5xxl_fp16",
-}  # of a folder of single files
+}
 # What else is in a diffusers folder.
 BESIDE = ("model_index.json", "scheduler", "tokenizer", "tokenizer_2")
 # Of a source's header: what is told anew, or no more true.
@@ -127,11 +126,10 @@ def _input(kind: type[nn.Module], source: TensorSource, folder: Path | None, roo
     metadata = {
         key: value for key, value in source.metadata.items() if key not in NOT_CARRIED and not key.startswith(GGUF_OWN)
     }
-    about = json_file(folder / "config.json") if folder and (folder / "config.json").is_file() else {}
-    axes = about.get("axes_dims_rope") if isinstance(about, dict) else None
+    axes = axes_beside(folder) if folder and kind is Flux1 else None
     try:
         if kind is Flux1:
-            config: Any = _flux1_config(source, tuple(axes) if isinstance(axes, list) else None)
+            config: Any = _flux1_config(source, axes)
             if axes:
                 metadata["axes_dim"] = json.dumps(axes)
         else:

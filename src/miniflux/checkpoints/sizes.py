@@ -17,9 +17,9 @@ from torch import nn
 from miniflux.checkpoints.files import Entry
 from miniflux.checkpoints.jsonfiles import json_of
 from miniflux.errors import CheckpointError, ConfigError
-from miniflux.models.autoencoder import Autoencoder, AutoencoderConfig
-from miniflux.models.clip import ClipTextConfig, ClipTextEncoder
-from miniflux.models.t5 import T5Config, T5Encoder
+from miniflux.models.autoencoder import AutoencoderConfig
+from miniflux.models.clip import ClipTextConfig
+from miniflux.models.t5 import T5Config
 
 Entries = Mapping[str, Entry]
 Config = TypeVar("Config", AutoencoderConfig, ClipTextConfig, T5Config)
@@ -166,8 +166,3 @@ def _t5(shapes: Shapes, default: T5Config) -> T5Config:
 
 
 READERS: dict[type[Any], Any] = {AutoencoderConfig: _autoencoder, ClipTextConfig: _clip, T5Config: _t5}
-OF_NETWORK: dict[type[nn.Module], type[Any]] = {
-    Autoencoder: AutoencoderConfig,
-    ClipTextEncoder: ClipTextConfig,
-    T5Encoder: T5Config,
-}

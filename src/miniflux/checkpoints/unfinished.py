@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import struct
 import tempfile
 import zlib
 from collections.abc import Iterable, Mapping
@@ -19,7 +18,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from miniflux.checkpoints.files import DTYPES
+from miniflux.checkpoints.files import header
 from miniflux.checkpoints.formats.base import Kind
 from miniflux.checkpoints.targets import size_of
 from miniflux.errors import MissingExtraError, OutputError
@@ -51,18 +50,8 @@ class Frame:
 
 def safetensors_frame(name: str, kinds: Mapping[str, Kind], metadata: Mapping[str, str]) -> Frame:
     """A safetensors file, as `files.write_tensors` writes it."""
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    offsets: dict[str, int] = {}
-    end = 0
-    for key in sorted(kinds, key=lambda key: (-kinds[key][0].itemsize, key)):  # large items first: all are aligned
-        dtype, shape = kinds[key]
-        offsets[key], end = end, end + size_of([kinds[key]])
-        header[key] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [offsets[key], end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    head = struct.pack("<Q", len(text)) + text
-    return Frame(name, head, {key: len(head) + start for key, start in offsets.items()}, dict(kinds), len(head) + end)
+    head, places = header(kinds, metadata)
+    return Frame(name, head, places, dict(kinds), len(head) + size_of(list(kinds.values())))
 
 
 def gguf_frame(
