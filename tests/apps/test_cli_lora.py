@@ -126,6 +126,20 @@ def test_merge(style: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         torch.testing.assert_close(after[key], (before[key].float() + 0.5 * up @ down).to(before[key].dtype))
 
 
+def test_merge_into_packed_layers(style: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They become wide, or, on request, are packed again, and one line says what that took."""
+    packed = tmp_path / "packed.safetensors"
+    assert run("convert", str(BASE), str(packed), "--format", "nf4") == 0
+    capsys.readouterr()
+    for option, dtype in (([], torch.float16), (["--pack"], torch.uint8)):
+        out = tmp_path / "merged.safetensors"
+        assert run("lora", "merge", str(packed), "--lora", f"{style}:0.2", *option, "-o", str(out)) == 0
+        said = capsys.readouterr()
+        assert said.out == f"{out}: 2 changes merged, {out.stat().st_size:,} bytes\n"
+        assert said.err.count("\n") == len(option) and ("packed weights lose part of their" in said.err) == bool(option)
+        assert load_file(out)["double_blocks.0.img_attn.qkv.weight"].dtype == dtype
+
+
 def test_extract(style: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What was merged comes out again, to the rounding of the base."""
     merged, out = tmp_path / "merged.safetensors", tmp_path / "out.safetensors"

@@ -96,6 +96,24 @@ def test_on_and_off(form: str, network: Flux1, base: Callable[[], bool]) -> None
     assert base()
 
 
+def test_whole_numbers_that_are_no_weights(network: Flux1) -> None:
+    """An alpha that was never cast, and the shape of the wider weight, as ComfyUI stores it."""
+    tensors = lora(network, QKV, alpha=2.0)
+    expected = out_with(network, tensors)
+    tensors |= {f"{QKV}.alpha": torch.tensor(2), f"{QKV}.reshape_weight": torch.tensor([3 * HIDDEN, HIDDEN])}
+    assert torch.equal(out_with(network, tensors), expected)
+    wide = {key: tensor for key, tensor in control(network).items() if "norm" not in key}
+    shape = {"img_in.reshape_weight": torch.tensor([HIDDEN, 2 * network.config.in_channels])}
+    assert attach(network, wide | shape).applied == 1 and network.config.in_channels == 2 * FLUX1.in_channels
+
+
+def out_with(network: Flux1, tensors: dict[str, Tensor]) -> Tensor:
+    attach(network, tensors, name="x")
+    output = out(network)
+    detach(network, "x")
+    return output
+
+
 @pytest.mark.parametrize("form", FILES)
 def test_scale_0_is_bitwise_the_base(form: str, network: Flux1, base: Callable[[], bool]) -> None:
     plain = out(network)

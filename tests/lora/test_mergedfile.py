@@ -81,7 +81,7 @@ def test_what_changes_becomes_wide(name: str, layout: str, tmp_path: Path) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == [base.name, merged.name]
 
 
-@pytest.mark.parametrize(("name", "layout"), [case for case in CASES if case[0] != "IQ4_XS"])
+@pytest.mark.parametrize(("name", "layout"), CASES)
 def test_packed_again(name: str, layout: str, tmp_path: Path) -> None:
     """On request, as somebody else packs W + dW; the file says the same of itself as the base does."""
     base, merged = files_of(tmp_path, name)
@@ -136,6 +136,34 @@ def test_the_header_describes_what_is_there(tmp_path: Path) -> None:
     assert tables[0].keys() - tables[1].keys() == {QKV} and tables[1].items() <= tables[0].items()
 
 
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model."])
+@pytest.mark.parametrize("pack", [True, False])
+def test_files_of_several_networks(pack: bool, prefix: str, tmp_path: Path) -> None:
+    """The transformer is changed as in a file of its own, the others are copied; so is a file of it behind a prefix."""
+    model = network(SMALL)
+    write_file(tmp_path / "a.safetensors", model, "scaled fp8, header", "original")
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        header = file.metadata()
+    about = json.loads(header["_quantization_metadata"])
+    about["layers"] = {prefix + key: value for key, value in about["layers"].items()}
+    whole = {prefix + key: tensor for key, tensor in load_file(tmp_path / "a.safetensors").items()}
+    others = {"vae.decoder.conv_in.weight": randn(3, 3), "logit_scale": torch.ones(())}
+    header["_quantization_metadata"] = json.dumps(about)
+    save_file(whole | others, tmp_path / "whole.safetensors", header)
+    loras = [(coarse(model, QKV, MODULATION), 1.0)]
+    for name in ("a", "whole"):
+        merge_files(tmp_path / f"{name}.safetensors", loras, tmp_path / f"{name} merged.safetensors", pack=pack)
+    alone, found = (load_file(tmp_path / f"{name} merged.safetensors") for name in ("a", "whole"))
+    assert found.keys() == {prefix + key for key in alone} | others.keys()
+    assert all(same(raw_of(found[prefix + key]), raw_of(tensor)) for key, tensor in alone.items())
+    assert all(torch.equal(found[key], tensor) for key, tensor in others.items())
+    load_into(empty(SMALL), tmp_path / "whole merged.safetensors")
+
+
+def raw_of(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
 @pytest.mark.parametrize("name", ["fp8 e4m3", "nf4, nested"])
 @pytest.mark.parametrize("dialect", ["lokr-kohya", "dora-kohya-per-input", "dora-peft", "bfl-control"])
 def test_dialects(name: str, dialect: str, reference: Path, tmp_path: Path) -> None:
@@ -177,7 +205,10 @@ def test_rounding_is_told(tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[Flux1], dict[str, Tensor]], str, str, bool, str]] = {
-    "not written": (lambda m: lora(m, QKV), "IQ4_XS", "b.gguf", True, "IQ4_XS can be read, not written; attach"),
+    "shape": (
+        lambda m: {"img_in.lora_A.weight": randn(2, 100), "img_in.lora_B.weight": randn(SMALL.hidden_size, 2)},
+        *("nvfp4", "b.safetensors", True, "img_in cannot be packed again: nvfp4 is not written for 64x100 numbers; atta"),
+    ),
     "blocks": (lambda m: lora(m, QKV), "Q8_0", "b.safetensors", False, "ends in .gguf"),
     "no blocks": (lambda m: lora(m, QKV), "nf4", "b.gguf", False, "ends in .safetensors"),
     "range": (

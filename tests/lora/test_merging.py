@@ -249,3 +249,63 @@ def test_a_bias_that_the_layer_lacks(network: Flux1) -> None:
     with pytest.raises(LoraError, match=f"{QKV} has no bias"):
         merge(network, "x")
     assert equal(network, before) and torch.equal(out(network), output)
+
+
+def test_a_bias_goes_with_its_adapter(network: Flux1) -> None:
+    """Of two in one layer only one changes the bias; without it the bias is the base's, the other still merged."""
+    before = state(network)
+    attach(network, lora(network, QKV), name="weight")
+    attach(network, {f"{QKV}.diff_b": torch.ones(96)}, name="bias")
+    merge(network, "weight")
+    alone = state(network)
+    merge(network, "bias")
+    assert torch.equal(network.get_submodule(QKV).bias, before[f"{QKV}.bias"] + 1)
+    unmerge(network, "bias")
+    assert equal(network, alone)
+
+
+def test_scale_0_leaves_the_bits(network: Flux1) -> None:
+    """A zero that is added would turn -0 into 0."""
+    weight = network.get_submodule(QKV).weight
+    weight.data[0, 0] = -0.0
+    attach(network, lora(network, QKV), scale=0.0, name="x")
+    merge(network)
+    assert network.get_submodule(QKV).weight is weight
+
+
+def test_a_widened_input_is_not_narrowed_below_others(network: Flux1) -> None:
+    """What is merged into it, or reads its new half, has to go first; and it is not widened below what is merged."""
+    before = state(network)
+    narrow, wide = lora(network, "img_in"), control(network)
+    second = {key: 2 * tensor for key, tensor in wide.items() if key.startswith("img_in")}
+    attach(network, narrow, name="narrow")
+    merge(network)
+    with pytest.raises(LoraError, match="would widen img_in, into which another LoRA is merged: unmerge it first"):
+        attach(network, wide, name="control")
+    unmerge(network)
+    attach(network, wide, name="control")
+    merge(network, "narrow")
+    output = out(network, wider(network))
+    with pytest.raises(LoraError, match="'control' has widened img_in, and 'narrow' is merged into it: unmerge it fir"):
+        detach(network, "control")
+    unmerge(network)
+    attach(network, second, name="second")
+    with pytest.raises(LoraError, match="'control' has widened img_in, and 'second' reads its new inputs: detach it"):
+        detach(network, "control")
+    detach(network, "second")
+    close(out(network, wider(network)), output)
+    detach(network, "control"), detach(network, "narrow")
+    assert equal(network, before) and network.config == FLUX1
+
+
+def test_a_dora_of_the_input_and_a_wider_one(network: Flux1) -> None:
+    """Its norms are those of the narrow weight: refused in both orders, with the reason."""
+    dora = {**lora(network, "img_in"), "img_in.dora_scale": randn(32, 1).abs() + 0.1}
+    attach(network, dora, name="dora")
+    with pytest.raises(LoraError, match=r"would widen img_in, whose norms another LoRA \(DoRA\) depends on"):
+        attach(network, control(network), name="control")
+    detach(network, "dora")
+    attach(network, control(network), name="control")
+    with pytest.raises(LoraError, match="img_in: its change is 32x16, img_in wants 32x32"):
+        attach(network, dora, name="dora")
+    assert list(attached(network)) == ["control"]

@@ -236,11 +236,14 @@ def _frame(file: Output, encoding: Encoding | None, gguf: bool, found: list[Inpu
     kind = next(iter({type(network.network) for network, _ in file.items}))
     most = Counter(item.encoding for _, item in file.items if len(item.shape) > 1).most_common(1)[0][0]
     called = encoding if isinstance(encoding, Ggml) else most
-    if isinstance(called, Ggml):
-        name = f"MOSTLY_{called.name}" + ("_S" if called.name in ("Q3_K", "Q4_K", "Q5_K") else "")
-    else:
-        name = FILE_TYPES.get(called, "ALL_F32") if isinstance(called, torch.dtype) else "ALL_F32"
-    return gguf_frame(file.name, kinds, blocks, metadata, (ARCHITECTURES.get(kind, "flux"), name))
+    return gguf_frame(file.name, kinds, blocks, metadata, (ARCHITECTURES.get(kind, "flux"), file_type(called)))
+
+
+def file_type(most: Encoding) -> str:
+    """What a GGUF file calls itself whose weights are mostly stored so."""
+    if isinstance(most, Ggml):
+        return f"MOSTLY_{most.name}" + ("_S" if most.name in ("Q3_K", "Q4_K", "Q5_K") else "")
+    return FILE_TYPES.get(most, "ALL_F32") if isinstance(most, torch.dtype) else "ALL_F32"
 
 
 def _fingerprint(found: list[Input], frames: Mapping[str, Frame]) -> str:

@@ -30,6 +30,7 @@ FORMS: dict[Form, tuple[set[str], set[str]]] = {
     "diff": (set(), {"diff", "bias"}),
     "replace": ({"replace"}, set()),
 }
+WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)  # that an alpha or a shape may be stored in
 UP_BIAS = ".lora_B.bias"
 PEFT_METADATA = "lora_adapter_metadata"  # header entry of diffusers: JSON with PEFT's config per network
 PEFT_CONFIG = "adapter_config.json"  # beside the file, as PEFT itself saves it
@@ -102,14 +103,21 @@ def read(path_or_tensors: str | Path | Mapping[str, Tensor]) -> LoraFile:
     for module, (place, keys) in sorted(found.groups.items()):
         tensors = {what: source[key] for what, key in keys.items()}
         for what, key in keys.items():
-            if not tensors[what].is_floating_point():
+            whole = what in ("alpha", "reshape") and tensors[what].dtype in WHOLE
+            if not tensors[what].is_floating_point() and not whole:
                 raise LoraError(f"{name}: {key} has the dtype {_named(tensors[what])}; expected floating-point numbers")
             if not is_finite(tensors[what]):
                 raise LoraError(f"{name}: {key} holds numbers that are not finite (NaN or infinite)")
+            if not tensors[what].numel():
+                raise LoraError(f"{name}: {key} holds no numbers: its shape is {list(tensors[what].shape)}")
         form = _form(name, module, keys)
         _check_ranks(name, module, form, tensors)
         factor = _factor(name, module, form, tensors, said(place, module))
         kept = {what: tensor for what, tensor in tensors.items() if what not in ("alpha", "reshape")}
+        if "reshape" in tensors and not tensors["reshape"].is_meta:
+            wanted, shape = tensors["reshape"].flatten().tolist(), shape_of(kept)
+            if shape is not None and wanted != list(shape):
+                raise LoraError(f"{name}: {keys['reshape']} says {wanted}, its change is {shape[0]}x{shape[1]}")
         if factor != 1 and keys.get("bias", "").endswith(UP_BIAS):  # the bias of the up projection: scaled with it
             kept["bias"] = kept["bias"].float() * factor
         groups.append(Group(module, place, form, kept, factor, dict(keys)))

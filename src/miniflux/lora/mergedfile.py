@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miniflux.checkpoints.converting import FILE_TYPES
+from miniflux.checkpoints.converting import file_type
 from miniflux.checkpoints.files import Entry, TensorSource
+from miniflux.checkpoints.formats import FORMATS
 from miniflux.checkpoints.formats.base import WEIGHT, Kind, Stored
 from miniflux.checkpoints.formats.ggml import BLOCKS
 from miniflux.checkpoints.formats.reading import COMFY, PREFIX, SIDES, contents_of
@@ -20,7 +21,9 @@ from miniflux.checkpoints.formats.scaled import METADATA
 from miniflux.checkpoints.layouts import hidden_size, origins, to_theirs
 from miniflux.checkpoints.loading import fetch
 from miniflux.checkpoints.outputs import GGUF_OWN
+from miniflux.checkpoints.prefixes import PartSource
 from miniflux.checkpoints.quantized import QuantizedLinear
+from miniflux.checkpoints.targets import Encoding
 from miniflux.checkpoints.unfinished import Frame, gguf_frame, safetensors_frame
 from miniflux.errors import LoraError
 from miniflux.lora.layer import Change
@@ -64,12 +67,14 @@ class MergedFile:
     """The tensors of the new file. Only those that change are made; all others are the bytes of the base.
 
     Raises:
-        LoraError: a weight is to be packed again in a format that is not written here.
+        LoraError: a weight is to be packed again in a format that cannot hold it.
     """
 
     def __init__(self, weights: Weights, pack: bool) -> None:
         self.weights, self.source, self.pack = weights, weights.source, pack
         self.contents, self.roundings = contents_of(weights.source), list[Rounding]()
+        part = self.source if isinstance(self.source, PartSource) else None  # of a file that holds more
+        self.whole, self.prefix = (part.whole, part.prefix) if part else (self.source, "")
         self.kinds: dict[str, Kind] = {key: (entry.dtype, entry.shape) for key, entry in self.source.entries.items()}
         self.blocks = {key: entry.block for key, entry in self.source.entries.items() if entry.block}
         self.wide: set[str] = set()  # layers of the file that are packed no more
@@ -118,25 +123,33 @@ class MergedFile:
 
     def frame(self, name: str, gguf: bool) -> Frame:
         """Head and places of the new file."""
-        metadata = dict(self.source.metadata)
+        metadata = dict(self.whole.metadata)
+        kinds = {self.prefix + key: kind for key, kind in self.kinds.items()}
+        kinds |= {key: (entry.dtype, entry.shape) for key, entry in self._others().items()}
         if not gguf:
             if METADATA in metadata:  # which says how each layer is packed
-                about = json.loads(metadata[METADATA])
-                about["layers"] = {k: v for k, v in about["layers"].items() if k.removeprefix(PREFIX) not in self.wide}
+                about, wide = json.loads(metadata[METADATA]), {p + k for k in self.wide for p in (self.prefix, PREFIX)}
+                about["layers"] = {key: value for key, value in about["layers"].items() if key not in wide}
                 metadata[METADATA] = json.dumps(about, separators=(",", ":"))
-            return safetensors_frame(name, self.kinds, metadata)
+            return safetensors_frame(name, kinds, metadata)
+        if self.whole is not self.source:
+            raise LoraError(f"{self.whole}: a GGUF file of one network is expected")
         odd = [key for key in self.blocks if _reshaped(self.source.entries[key])]
         if odd:
             raise LoraError(f"{self.source}: {odd[0]} is stored in another shape than it has: convert the file first")
-        sizes: Counter[str] = Counter()
+        sizes: Counter[Encoding] = Counter()
         for key, (dtype, shape) in self.kinds.items():
-            size = torch.Size(shape).numel() * dtype.itemsize
-            sizes[self.blocks.get(key) or FILE_TYPES.get(dtype, "ALL_F32")] += size
-        most = sizes.most_common(1)[0][0]
-        kind = f"MOSTLY_{most}" + ("_S" if most in ("Q4_K", "Q5_K") else "") if most in self.blocks.values() else most
+            encoding = FORMATS[self.blocks[key]] if key in self.blocks else dtype
+            sizes[encoding] += torch.Size(shape).numel() * dtype.itemsize
+        kind = file_type(sizes.most_common(1)[0][0])
         kept = {key: value for key, value in metadata.items() if not key.startswith(GGUF_OWN)}
         about = (metadata.get("general.architecture", "flux"), kind)
         return gguf_frame(name, self.kinds, self.blocks, kept, about)
+
+    def _others(self) -> dict[str, Entry]:
+        """What belongs to other networks, or to none."""
+        ours = {self.prefix + key for key in self.source.entries}
+        return {key: entry for key, entry in self.whole.entries.items() if key not in ours}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the new file, with its name."""
@@ -144,10 +157,9 @@ class MergedFile:
         for ours in self.weights.plan:
             for key, tensor in self._made(ours):
                 made.add(key)
-                yield key, tensor
-        for key in self.kinds:
-            if key not in made:
-                yield key, self.source[key]
+                yield self.prefix + key, tensor
+        yield from ((self.prefix + key, self.source[key]) for key in self.kinds if key not in made)
+        yield from ((key, self.whole[key]) for key in self._others())
 
     def _made(self, ours: str) -> Iterator[tuple[str, Tensor]]:
         changing = dict(self._changing(ours))

@@ -60,7 +60,7 @@ def merge(target: Target, name: str | None = None, *, keep: bool = True, pack: b
     Raises:
         LoraError: nothing of this name is attached, it is merged already, its layer is in memory only while it runs or
             is quantised by another library, lacks the bias that the adapter changes, or is to be packed again in a
-            format that is not written here; or the sum is beyond the range of the dtype. Nothing is changed then (but
+            format that cannot hold it; or the sum is beyond the range of the dtype. Nothing is changed then (but
             for a sum beyond the range without `keep`: such adapters count as merged, and `unmerge` mends them).
     """
     chosen = _chosen(target, name)
@@ -161,7 +161,7 @@ def merged_weight(weight: Tensor, changes: Sequence[AtScale]) -> Tensor:
         if scale == 0 or not change.on_weight:
             continue
         delta = change.delta(base[start:end].float())
-        total[start:end, : delta.shape[1]] += scale * delta
+        total[start:end, : delta.shape[1]].add_(delta, alpha=scale)
     return total.to(weight.dtype)
 
 

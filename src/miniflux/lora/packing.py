@@ -8,6 +8,7 @@ falls back to where it was. Of a LoRA with |dW| / |W| = 0.01 int8 keeps 0.9, sca
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,9 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from miniflux.checkpoints.formats.base import WEIGHT, Kind, Stored
+from miniflux.checkpoints.formats.base import WEIGHT, Kind, Stored, pieces
 from miniflux.checkpoints.formats.ggml import Ggml
-from miniflux.checkpoints.formats.ggml_packing import PACKERS
 from miniflux.checkpoints.formats.scaled import PLAIN
 from miniflux.checkpoints.loading import is_finite
 from miniflux.checkpoints.moving import kinds_of
@@ -54,11 +54,8 @@ def _wide(numbers: Tensor, dtype: torch.dtype) -> Stack:
 def why_not(stored: Stored, columns: int) -> str:
     """Why rows that were stored so cannot be packed in this way again; empty if they can."""
     form, shape = stored.format, _shape(stored, columns)
-    if isinstance(form, Ggml) and form.name not in PACKERS:
-        return f"{form.label} can be read, not written"
-    if form is not PLAIN and not form.holds(shape):
-        return f"{form.label} is not written for {shape[0]}x{shape[1]} numbers"
-    return ""
+    fits = form is PLAIN or form.holds(shape)
+    return "" if fits else f"{form.label} is not written for {shape[0]}x{shape[1]} numbers"
 
 
 def again(name: str, stored: Stored, numbers: Tensor, dtype: torch.dtype | None) -> Stack:
@@ -112,12 +109,15 @@ def _shape(stored: Stored, columns: int) -> tuple[int, int]:
 def rounding(layer: str, before: Tensor, wanted: Tensor, stack: Stack) -> Rounding:
     """Compare rows as they were and as they were to become (float32) with what they have become."""
     stored, parts = stack
-    new, change = stored.unpack(parts, torch.empty_like(wanted)), wanted - before
-    error, whole = float(torch.linalg.vector_norm(new - wanted)), float(torch.linalg.vector_norm(wanted))
-    arrived, size = ((a * change).sum(dtype=torch.float64) for a in (new - before, change))
-    return Rounding(
-        layer, stored.format.label, error / whole if whole else error, float(arrived / size) if size else 1.0
-    )
+    new = stored.unpack(parts, torch.empty_like(wanted))
+    error = whole = along = size = 0.0
+    for piece in pieces(*wanted.shape):
+        change, moved = wanted[piece] - before[piece], new[piece] - before[piece]
+        error += float((moved - change).square().sum(dtype=torch.float64))
+        whole += float(wanted[piece].square().sum(dtype=torch.float64))
+        along += float((moved * change).sum(dtype=torch.float64))
+        size += float(change.square().sum(dtype=torch.float64))
+    return Rounding(layer, stored.format.label, math.sqrt(error / whole) if whole else 0.0, along / size if size else 1)
 
 
 def report(roundings: Sequence[Rounding]) -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from miniflux.checkpoints.files import TensorSource, open_tensors
+from miniflux.checkpoints.files import TensorSource
 from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.inspection import flux1_config
-from miniflux.checkpoints.loading import LoadReport, bare, compare, take_packed_layers
+from miniflux.checkpoints.layouts import detect
+from miniflux.checkpoints.loading import bare, compare, take_packed_layers
+from miniflux.checkpoints.prefixes import open_part
 from miniflux.checkpoints.saving import checkpoint_path, write_beside
 from miniflux.checkpoints.unfinished import write_frame
 from miniflux.errors import CheckpointError, InputError, LoraError, OutputError
@@ -31,8 +33,8 @@ from miniflux.models.flux1 import Flux1
 from miniflux.variants import VARIANTS
 
 
-def network_of_file(source: TensorSource) -> tuple[Flux1, LoadReport]:
-    """The transformer that a checkpoint is of, on the meta device, and how its tensors fit.
+def network_of_file(source: TensorSource) -> tuple[Flux1, str]:
+    """The transformer that a checkpoint is of, on the meta device, and the layout of its names.
 
     Raises:
         CheckpointError: the file holds no transformer, or not all of one.
@@ -47,7 +49,7 @@ def network_of_file(source: TensorSource) -> tuple[Flux1, LoadReport]:
     report = compare(network, source)
     if report.problems:
         raise CheckpointError(str(report))
-    return network, report
+    return network, detect(network, source.entries)
 
 
 _HEADS = ("single_blocks.0.norm.query_norm.scale", "single_transformer_blocks.0.attn.norm_q.weight")
@@ -66,7 +68,7 @@ def merge_files(
     not keep their bytes.
 
     Args:
-        base: a transformer: a file, an index or folder of shards.
+        base: a transformer: a file, an index or folder of shards; other networks in them are copied.
         loras: what `attach` takes, each with its scale.
         path: ends in `.safetensors`; in `.gguf` if the base does and holds packed blocks.
         pack: pack such weights again, in the format that they were in: what is smaller than its rounding is lost, see
@@ -75,19 +77,19 @@ def merge_files(
     Raises:
         CheckpointError: the base cannot be read or is no transformer.
         LoraError: a LoRA does not fit; or it changes text encoders, which the base does not hold; or a weight is to be
-            packed again in a format that is not written here; or the sum is beyond the range of its dtype.
+            packed again in a format that cannot hold it; or the sum is beyond the range of its dtype.
         OutputError: the path cannot be written.
     """
     path = Path(path)
     if path.suffix != ".gguf":
         checkpoint_path(path)
-    source = open_tensors(base)
+    source = open_part(base, Flux1)
     blocks = any(entry.block for entry in source.entries.values())
     if blocks != (path.suffix == ".gguf"):
         ending = ".gguf" if blocks else ".safetensors"
         raise OutputError(f"{path}: what is merged into {source} is written to a file that ends in {ending}")
-    network, found = network_of_file(source)
-    weights = Weights(network, source, found.layout)
+    network, layout = network_of_file(source)
+    weights = Weights(network, source, layout)
     take_packed_layers(network, source)  # on the meta device, until they are filled
     files = [read(resolved(lora)) for lora, _ in loras]
     for group in (group for file in files for group in file.groups):
@@ -196,9 +198,9 @@ def extract(
     path = checkpoint_path(path)
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError(f"rank must be a whole number of at least 1, got {rank!r}")
-    sources = [open_tensors(file) for file in (base, tuned)]
-    (before, report), (after, other) = (network_of_file(source) for source in sources)
-    old, new = Weights(before, sources[0], report.layout), Weights(after, sources[1], other.layout)
+    sources = [open_part(file, Flux1) for file in (base, tuned)]
+    (before, layout), (after, other) = (network_of_file(source) for source in sources)
+    old, new = Weights(before, sources[0], layout), Weights(after, sources[1], other)
     differing = sorted(
         key
         for key in {*old.shapes, *new.shapes}
