@@ -207,7 +207,12 @@ def test_rounding_is_told(tmp_path: Path) -> None:
 REFUSED: dict[str, tuple[Callable[[Flux1], dict[str, Tensor]], str, str, bool, str]] = {
     "shape": (
         lambda m: {"img_in.lora_A.weight": randn(2, 100), "img_in.lora_B.weight": randn(SMALL.hidden_size, 2)},
-        *("nvfp4", "b.safetensors", True, "img_in cannot be packed again: nvfp4 is not written for 64x100 numbers; atta"),
+        *(
+            "nvfp4",
+            "b.safetensors",
+            True,
+            "img_in cannot be packed again: nvfp4 is not written for 64x100 numbers; atta",
+        ),
     ),
     "blocks": (lambda m: lora(m, QKV), "Q8_0", "b.safetensors", False, "ends in .gguf"),
     "no blocks": (lambda m: lora(m, QKV), "nf4", "b.gguf", False, "ends in .safetensors"),

@@ -322,7 +322,9 @@ def test_shapes_that_do_not_fit(tmp_path: Path) -> None:
     control = {"img_in.lora_A.weight": randn(2, 100), "img_in.lora_B.weight": randn(SMALL.hidden_size, 2)}
     attach(packed, lora(plain, QKV) | control)
     before, output = bytes_of(packed), out(packed)
-    with pytest.raises(LoraError, match="img_in cannot be packed again: nvfp4 is not written for 64x100 numbers; attach"):
+    with pytest.raises(
+        LoraError, match="img_in cannot be packed again: nvfp4 is not written for 64x100 numbers; attach"
+    ):
         merge(packed, pack=True)
     assert same(bytes_of(packed), before) and torch.equal(out(packed), output)
     merge(packed)
