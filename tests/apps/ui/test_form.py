@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,11 @@ def values(site: Site, **other: Any) -> dict[str, Any]:
         "scale": 3.0,
         "solver": "euler",
         "schedule": "uniform",
+        "window_from": 0,
+        "window_to": 1,
+        "shift": None,
+        "step_cache": "none",
+        "restart": "",
         "seed": "0",
         "images": 1,
         "width": 128,
@@ -49,6 +55,7 @@ def test_request_comes_back_from_the_controls(site: Site, data: st.DataObject) -
     """Whatever a picture was made with, *use these settings* and *draw* ask for exactly that again."""
     method = data.draw(st.sampled_from([None, *GUIDES]))
     guided = st.floats(0, 20)
+    windows = st.sampled_from([(0.0, 1.0), (0.0, 0.75), (0.1, 1 / 3)])
     model = data.draw(st.sampled_from(["nano-dev", "nano-schnell"]))
     lora = site.bundled["realism"]
     request = Request(
@@ -58,14 +65,15 @@ def test_request_comes_back_from_the_controls(site: Site, data: st.DataObject) -
         seed=data.draw(st.integers(0, MAX_SEED)),
         steps=data.draw(st.integers(1, 200)),
         guidance=data.draw(guided) if model == "nano-dev" else None,
-        guide=None if method is None else guide(method, scale=data.draw(guided), window=(0.0, 0.75)),
+        guide=None if method is None else guide(method, scale=data.draw(guided), window=data.draw(windows)),
         negative=data.draw(st.sampled_from([None, "fog"])) if method else None,
         solver=data.draw(st.sampled_from([*SOLVERS, "ddim:0.5"])),
         schedule=data.draw(st.sampled_from([*SPACINGS])),
         width=16 * data.draw(st.integers(1, 20)),
         height=16 * data.draw(st.integers(1, 20)),
-        shift=data.draw(st.sampled_from([None, 2.5])),
-        cache=data.draw(st.sampled_from([None, cache("tea")])),
+        shift=data.draw(st.sampled_from([None, 2.5, math.exp(1.15)])),
+        cache=data.draw(st.sampled_from([None, cache("tea"), cache("taylor", interval=3)])),
+        variation=data.draw(st.sampled_from([None, (7, 0.25)])),
     )
     shelf = Shelf(dict(site.bundled))
     filled, notes = form.values_from(request, shelf, site.listed)
@@ -95,6 +103,15 @@ def test_strength_at_noise_levels_is_kept(site: Site) -> None:
         ({"schedule": "1, x"}, "schedule"),
         ({"method": "x"}, "guid"),
         ({"prompt": "x" * 200_000}, "prompt"),
+        ({"method": "cfg", "window_from": 0.5, "window_to": 0.5}, "window"),
+        ({"method": "cfg", "window_from": None}, "the method's from"),
+        ({"shift": "x"}, "shift"),
+        ({"shift": 0}, "shift"),
+        ({"step_cache": "x"}, "cache"),
+        ({"step_cache": "measure"}, "measure"),
+        ({"restart": "0.3, 0.6"}, "restart"),
+        ({"restart": "0.3, 0.6, 1.5"}, "restart"),
+        ({"restart": "0.6, 0.3, 1"}, "restart"),
     ],
 )
 def test_bad_input_is_refused_by_name(site: Site, wrong: dict[str, Any], named: str) -> None:
@@ -124,7 +141,9 @@ def test_path_in_a_picture_is_not_opened(site: Site, tmp_path: Path) -> None:
 def test_greyed_controls_say_why(site: Site) -> None:
     assert "guidance" not in form.greyed(site.listed["nano-dev"], "cfg")
     assert "no input" in form.greyed(site.listed["nano-schnell"], "cfg")["guidance"]
-    assert set(form.greyed(site.listed["nano-dev"], form.PLAIN)) == {"scale", "negative"}
+    assert set(form.greyed(site.listed["nano-dev"], form.PLAIN)) == {
+        *("scale", "negative", "window_from", "window_to"),
+    }
 
 
 @pytest.mark.parametrize("base", [128, 1024])

@@ -11,12 +11,13 @@ from typing import Any
 
 from miniflux.apps.ui.site import BUNDLED, Shelf
 from miniflux.errors import InputError
-from miniflux.plan import AUTO
+from miniflux.plan import AUTO, cache_for
 from miniflux.sampling import GUIDES
 from miniflux.sampling.latents import MAX_SEED
 from miniflux.service import Listed
 from miniflux.settings import AtLevels, LoraUse, Request
 from miniflux.settings.strict import shown
+from miniflux.variants import variant
 
 PLAIN = "none"
 """The guidance method of who wants none beside the model's own."""
@@ -30,10 +31,18 @@ METHODS = {
     "skip-layer": "skip-layer: away from a weaker model",
     "nag": "nag: inside attention, also for few steps",
 }
+NO_CACHE = "none"
+STEP_CACHES = {
+    NO_CACHE: "none: every block is computed",
+    "first-block": "first-block: skip where the first one changes little",
+    "tea": "tea: skip by how the time steps differ",
+    "mag": "mag: skip by what was measured of the model",
+    "taylor": "taylor: every second step, the others estimated",
+}
 ASPECTS = {"1:1": (1, 1), "4:3": (4, 3), "3:4": (3, 4), "3:2": (3, 2), "2:3": (2, 3), "16:9": (16, 9), "9:16": (9, 16)}
-CARRIED = ("shift", "restart", "variation", "cache", "t5_length", "padding", "stop")
+CARRIED = ("variation", "t5_length", "padding", "stop")
 """Settings that the page has no control for, and keeps when they come with a picture."""
-KEPT = (*CARRIED, "guidance", "guide")  # the last two where they are more than a number
+KEPT = (*CARRIED, "guidance", "guide", "cache")  # the last three where they are more than their controls show
 
 FAR = 2**53  # larger numbers are no longer exact in a browser
 SIDE = 16  # width and height are multiples of it, in pixels
@@ -44,7 +53,8 @@ def request_from(given: Mapping[str, Any], shelf: Shelf, listed: Mapping[str, Li
 
     Args:
         given: values by the names of the controls: `prompt`, `negative`, `model`, `loras`, `steps`, `guidance`,
-            `method`, `scale`, `solver`, `schedule`, `seed`, `images`, `width`, `height`, and `rest`, what none shows.
+            `method`, `scale`, `window_from`, `window_to`, `solver`, `schedule`, `shift`, `step_cache`, `restart`,
+            `seed`, `images`, `width`, `height`, and `rest`, what none shows.
 
     Raises:
         InputError: a value is not what it may be; the message names it.
@@ -53,7 +63,7 @@ def request_from(given: Mapping[str, Any], shelf: Shelf, listed: Mapping[str, Li
     if model is None:
         raise InputError(f"model {shown(given['model'])} is not on this machine; there are {', '.join(listed)}")
     rest = {name: value for name, value in (given.get("rest") or {}).items() if name in KEPT}
-    guide, guidance = dict(rest.pop("guide", {})), rest.pop("guidance", None)
+    guide, guidance, cache = dict(rest.pop("guide", {})), rest.pop("guidance", None), rest.pop("cache", {})
     about: dict[str, Any] = {
         **rest,
         "prompt": given["prompt"] or "",
@@ -73,8 +83,16 @@ def request_from(given: Mapping[str, Any], shelf: Shelf, listed: Mapping[str, Li
     if method != PLAIN:
         extra = guide if guide.get("method") == method else {}
         scale = extra["scale"] if isinstance(extra.get("scale"), dict) else number("scale", given["scale"])
-        about["guide"] = {**extra, "method": method, "scale": scale}
+        window = [number(f"the method's {end}", given[f"window_{end}"]) for end in ("from", "to")]
+        about["guide"] = {**extra, "method": method, "scale": scale, "window": window}
         about["negative"] = given["negative"] or None
+    if given["step_cache"] != NO_CACHE:
+        name = given["step_cache"]
+        about["cache"] = cache if cache.get("name") == name else cache_as_json(name, model.name)
+    if given["shift"] is not None:
+        about["shift"] = number("shift", given["shift"])
+    if given["restart"]:
+        about["restart"] = restart_from(given["restart"])
     return Request.from_json(about)
 
 
@@ -86,13 +104,17 @@ def values_from(request: Request, shelf: Shelf, listed: Mapping[str, Listed]) ->
     if model is None:
         notes.append(f"the model {shown(request.model)} is not on this machine")
         model = next(iter(listed.values()))
-    guide = about.get("guide")
+    guide, cache = about.get("guide"), about.get("cache")
     rest: dict[str, Any] = {name: about[name] for name in CARRIED if name in about}
-    plain = {f.name: f.default for f in fields(GUIDES["cfg"])}
-    if guide is not None and any(
-        name not in ("method", "scale") and value != plain.get(name) for name, value in guide.items()
-    ):
+    if rest.get("t5_length") == variant(model.name).t5_length:  # saved pictures state it
+        del rest["t5_length"]
+    if guide is not None and {**guide, "window": None} != {
+        **guide_as_json(guide["method"], guide["scale"]),
+        "window": None,
+    }:
         rest["guide"] = guide
+    if cache is not None and cache != cache_as_json(cache["name"], model.name):
+        rest["cache"] = cache
     if isinstance(request.guidance, AtLevels):
         rest["guidance"] = about["guidance"]
     if request.image is not None:
@@ -109,6 +131,11 @@ def values_from(request: Request, shelf: Shelf, listed: Mapping[str, Listed]) ->
         "guidance": request.guidance if isinstance(request.guidance, (int, float)) else model.guidance,
         "method": PLAIN if guide is None else guide["method"],
         "scale": 3.0 if guide is None or not isinstance(guide["scale"], (int, float)) else guide["scale"],
+        "window_from": 0.0 if guide is None else guide["window"][0],
+        "window_to": 1.0 if guide is None else guide["window"][1],
+        "shift": request.shift,
+        "step_cache": NO_CACHE if cache is None else cache["name"],
+        "restart": "" if request.restart is None else ", ".join(map(str, request.restart)),
         "solver": request.solver,
         "schedule": schedule if isinstance(schedule, str) else ", ".join(f"{level:g}" for level in schedule),
         "seed": str(request.seed),
@@ -200,7 +227,8 @@ def greyed(model: Listed, method: str) -> dict[str, str]:
         found["guidance"] = f"{model.name} was made without guidance: it has no input for it"
     if method == PLAIN:
         found["scale"] = "Without effect while the guidance method is none"
-        found["negative"] = "Without effect while the guidance method is none"
+        for name in ("negative", "window_from", "window_to"):
+            found[name] = found["scale"]
     return found
 
 
@@ -225,6 +253,27 @@ def levels_from(given: Any) -> str | list[float]:
         return [float(level) for level in text.split(",")]
     except ValueError:
         raise InputError(f"schedule: expected a name, or noise levels as 1, 0.6, 0.3, 0, got {shown(text)}") from None
+
+
+def restart_from(given: str) -> list[float]:
+    """Two noise levels and a number, between commas."""
+    try:
+        low, high, times = given.split(",")
+        return [float(low), float(high), int(times)]
+    except ValueError:
+        raise InputError(f"restart: expected low, high, times as 0.3, 0.6, 2, got {shown(given)}") from None
+
+
+def more_than_usual(values: Mapping[str, Any]) -> bool:
+    """Whether a control under *More* is not as it is at first."""
+    usual = {"window_from": 0.0, "window_to": 1.0, "shift": None, "step_cache": NO_CACHE, "restart": ""}
+    return any(values[name] != value for name, value in usual.items())
+
+
+def cache_as_json(name: str, model: str) -> dict[str, Any]:
+    """A step cache as it is for a model unless told otherwise."""
+    usual = cache_for(variant(model), name)
+    return Request(prompt="", model=model, cache=usual).as_json()["cache"]
 
 
 def guide_as_json(method: str, scale: Any) -> dict[str, Any]:
@@ -273,7 +322,7 @@ def described(request: Request, model: Listed | None) -> list[tuple[str, str]]:
         *((f"LoRA {Path(use.file).stem}", f"strength {plainly(use.strength)}") for use in request.loras),
         ("solver", request.solver),
         ("schedule", plainly(about.get("schedule", AUTO))),
-        *((name, plainly(about[name])) for name in ("guide", *CARRIED) if name in about),
+        *((name, plainly(about[name])) for name in ("guide", "shift", "restart", "cache", *CARRIED) if name in about),
     ]
     return [line for line in lines if line[1]]
 

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_LIST_BYTES = 2**20  # of a file with prompts
+GREYED = ("guidance", "scale", "negative", "window_from", "window_to")  # controls that are without effect at times
 SEEDS = 2**32  # new seeds are below it: short enough to be written down
 _count = itertools.count(1)
 
@@ -45,7 +46,8 @@ def connect(page: gr.Blocks, site: Site, c: Controls) -> None:
     """Give every control its handler, inside the page that is open."""
     handlers = Handlers(site, c)
     quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    form_in, everything = set(c.settings.values()), list({*c.settings.values(), c.lock, c.aspect, c.stage})
+    form_in = set(c.settings.values())
+    filled = [*c.settings.values(), c.lock, c.aspect, c.stage, c.also, c.forget, c.more]
 
     def on(listen: Any, handler: Callable[..., Given], inputs: Any, outputs: list[Any], mode: str = "multiple") -> None:
         """Gradio by default drops what comes while the same handler is at work: a second press, the end of a drag."""
@@ -57,14 +59,15 @@ def connect(page: gr.Blocks, site: Site, c: Controls) -> None:
     on(c.die.click, handlers.roll, None, [c.seed])
     on(c.forget.click, handlers.forget, None, [c.rest, c.also, c.forget])
     on(c.model.input, handlers.model, form_in, [
-        c.steps, c.guidance, c.negative, c.scale, c.width, c.height, c.aspect, c.loras,
+        *(c.settings[name] for name in GREYED), c.steps, c.width, c.height, c.aspect, c.loras,
     ], "always_last")  # fmt: skip
-    on(c.method.input, handlers.method, form_in, [c.guidance, c.negative, c.scale], "always_last")
+    greyed = [c.settings[name] for name in GREYED]
+    on(c.method.input, handlers.method, form_in, greyed, "always_last")
     on(c.aspect.input, handlers.aspect, {c.aspect, c.model}, [c.width, c.height], "always_last")
     for side in (c.width, c.height):
         on(side.input, handlers.side, {c.width, c.height, c.model}, [c.aspect], "always_last")
-    on(c.files.upload, handlers.files, {*form_in, c.files}, [*everything, c.also, c.forget, c.prompts, c.files])
-    on(c.stage.use, handlers.use, None, [*everything, c.also, c.forget])
+    on(c.files.upload, handlers.files, {*form_in, c.files}, [*filled, c.prompts, c.files])
+    on(c.stage.use, handlers.use, None, filled)
     on(c.stage.again, handlers.again, None, [c.stage])
     on(c.stage.cancel, handlers.cancel, None, [c.stage])
     on(c.stage.remove, handlers.remove, None, [c.stage])
@@ -78,14 +81,18 @@ def _telling(handler: Callable[..., Given], c: Controls) -> Callable[..., Given]
     def told(*arguments: Any) -> Given:
         try:
             return handler(*arguments)
-        except MinifluxError as error:
-            lines = str(error).splitlines()
-            return {c.stage: said("error", lines[0] if lines else type(error).__name__)}
         except Exception as error:  # the page stays usable, whatever it is
-            log.exception("a handler of the page failed")
-            return {c.stage: said("error", f"A fault of ours: {type(error).__name__}. The log says more.")}
+            return {c.stage: said("error", _line(error))}
 
     return told
+
+
+def _line(error: Exception) -> str:
+    """What to say of an error: what can be mended in its own words; the rest is for the log."""
+    if isinstance(error, MinifluxError):
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    log.error("a handler of the page failed", exc_info=error)
+    return f"A fault of ours: {type(error).__name__}. The log says more."
 
 
 class Handlers:
@@ -179,7 +186,11 @@ class Handlers:
             slider = c.settings[name]
             updates[slider]["maximum"] = max(most, updates[slider]["value"])
         updates[c.aspect] = form.aspect_of(values["width"], values["height"], model.size) or "own size"
+        if values["rest"]:
+            notes.append(f"also in use, without a control: {form.plainly(values['rest'])}")
         updates[c.lock] = True
+        if form.more_than_usual(values):
+            updates[c.more] = gr.update(open=True)
         updates[c.forget] = gr.update(visible=bool(values["rest"]))
         updates[c.also] = gr.update(value=form.plainly(values["rest"]), visible=bool(values["rest"]))
         return updates, notes
@@ -188,7 +199,7 @@ class Handlers:
         grey = form.greyed(self.site.listed[model], method)
         return {
             self.c.settings[name]: gr.update(interactive=name not in grey, info=grey.get(name, HELP[name]))
-            for name in ("guidance", "scale", "negative")
+            for name in GREYED
         }
 
     def model(self, given: Given, web: gr.Request) -> Given:
@@ -238,8 +249,8 @@ class Handlers:
             path = Path(file)
             try:
                 good.append(self._file(path, session, shelf, given, updates))
-            except MinifluxError as error:
-                text = (str(error).splitlines() or [type(error).__name__])[0].replace(str(path), path.name)
+            except Exception as error:  # whatever it is, the other files are taken, and more can be dropped
+                text = _line(error).replace(str(path), path.name)
                 bad.append(text if path.name in text else f"{path.name}: {text}")
         updates[self.c.stage] = said("error" if bad else "ok", "\n".join([*bad, *good]))
         return updates
@@ -259,7 +270,9 @@ class Handlers:
             filled, notes = self._filled(reading.requests[0], shelf)
             updates.update(filled)
             origin = "" if reading.origin == "miniflux" else f" of {reading.origin}"
-            notes = [*notes, *(f"not understood: {one}" for one in reading.not_understood)]
+            if len(reading.requests) > 1:
+                notes.append(f"they are those of the first of its {len(reading.requests)} pictures")
+            notes += [f"not understood: {one}" for one in reading.not_understood]
             return _filled_in(f"The controls have the settings{origin} in {path.name}.", notes)["text"]
         if kind == ".txt":
             if path.stat().st_size > MAX_LIST_BYTES:

@@ -26,6 +26,11 @@ HELP = {
     "scale": "How strongly it works; 1 is neutral",
     "solver": "How each step is computed",
     "schedule": "How the noise falls",
+    "window_from": "Share of the steps after which the method begins",
+    "window_to": "Share of the steps after which it ends; less is quicker",
+    "shift": "Moves the noise levels; empty: as the model was made",
+    "step_cache": "Quicker, and a little different",
+    "restart": "Go back to more noise: low, high, times, as 0.3, 0.6, 2",
     "seed": "The same seed and settings give the same picture",
     "lock": "Keep the seed for the next picture",
     "aspect": "Shape of the picture, at the size the model likes best",
@@ -88,6 +93,11 @@ class Controls:
     images: gr.Slider
     width: gr.Slider
     height: gr.Slider
+    window_from: gr.Slider
+    window_to: gr.Slider
+    shift: gr.Number
+    step_cache: gr.Dropdown
+    restart: gr.Textbox
     rest: gr.State
     lock: gr.Checkbox
     aspect: gr.Dropdown
@@ -102,6 +112,7 @@ class Controls:
     die: gr.Button
     forget: gr.Button
     also: gr.Textbox
+    more: gr.Accordion
     draw_all: gr.Button
     draw_grid: gr.Button
 
@@ -134,6 +145,7 @@ def build(site: Site) -> Controls:
                 made |= _model(site, usable, drawn)
                 made |= _sampling(site, usable)
                 made |= _shape(site, usable)
+                made |= _more(usable)
                 made |= _many()
         with gr.Column(elem_id="mf-right", scale=1, min_width=0):
             made["stage"] = gr.HTML(
@@ -218,6 +230,28 @@ def _shape(site: Site, usable: Any) -> dict[str, Any]:
             made["die"] = gr.Button("⚄ Roll", elem_id="mf-die", min_width=80)
             made["lock"] = gr.Checkbox(label="Lock", value=False, min_width=120, **usable("lock"))
         made["images"] = gr.Slider(1, MOST["images"], value=1, step=1, label="Number of pictures", **usable("images"))
+    return made
+
+
+def _more(usable: Any) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    with gr.Accordion(
+        "More: shift, step cache, restart", open=False, elem_classes="mf-room", elem_id="mf-more"
+    ) as made["more"]:
+        with gr.Row():
+            for end, share in (("from", 0.0), ("to", 1.0)):
+                made[f"window_{end}"] = gr.Slider(
+                    0, 1, value=share, step=0.05, label=f"Method {end}", min_width=120, **usable(f"window_{end}")
+                )
+        made["step_cache"] = gr.Dropdown(
+            [(label, name) for name, label in form.STEP_CACHES.items()],
+            value=form.NO_CACHE,
+            label="Step cache",
+            **usable("step_cache"),
+        )
+        with gr.Row():
+            made["shift"] = gr.Number(label="Shift", value=None, min_width=120, **usable("shift"))
+            made["restart"] = gr.Textbox(label="Restart", lines=1, max_lines=1, min_width=120, **usable("restart"))
     return made
 
 
