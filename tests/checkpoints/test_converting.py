@@ -198,6 +198,35 @@ def test_packed_weights_that_cannot_stay(name: str, tmp_path: Path) -> None:
     assert not convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors").layers
 
 
+@pytest.mark.parametrize("others", ["int8", "float8_e4m3fn", None])
+def test_rows_that_are_stored_in_several_ways(others: str | None, tmp_path: Path) -> None:
+    """q in nf4, k and v in another format or as numbers: they stay so where they stay apart, and only there."""
+    from safetensors.torch import save_file
+
+    state = {key: tensor.clone() for key, tensor in to_layout(WIDE, WIDE.state_dict(), "diffusers").items()}
+    for name, form in (("to_q", "nf4"), ("to_k", others), ("to_v", others)):
+        layer = f"transformer_blocks.0.attn.{name}"
+        if form == "float8_e4m3fn":
+            state[f"{layer}.weight"] = state[f"{layer}.weight"].to(torch.float8_e4m3fn)
+        elif form is not None:
+            parts = FORMATS[form].pack(state.pop(f"{layer}.weight"))
+            state |= {f"{layer}.{part}": tensor.clone() for part, tensor in parts.items()}
+    save_file(state, tmp_path / "a.safetensors")
+    made = convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    found = load_file(tmp_path / "b.safetensors")
+    assert not made.layers and found.keys() == state.keys()
+    assert all(tensor.dtype == state[key].dtype for key, tensor in found.items())
+    assert all(
+        torch.equal(tensor.view(torch.uint8), state[key].view(torch.uint8))
+        for key, tensor in found.items()
+        if tensor.ndim
+    )
+    with pytest.raises(
+        InputError, match=r"qkv.weight cannot stay packed as it is: its rows are stored in several form"
+    ):
+        convert(tmp_path / "a.safetensors", tmp_path / "c.safetensors", layout="original")
+
+
 def test_kept_as_other_programs_store_it(tmp_path: Path) -> None:
     """nf4 with nested statistics; scales in half precision; the last modulation, whose halves change places."""
     from safetensors.torch import save_file

@@ -270,15 +270,16 @@ class _Count:
 Home = Mapping[tuple[int, str], str]
 
 
-def _groups(network: Targets) -> Iterator[tuple[str, list[Target]]]:
-    """The network's tensors, each with what it becomes."""
-    for ours, group in itertools.groupby(network.tensors, key=lambda item: item.ours):
-        yield ours, list(group)
+def _groups(network: Targets) -> Iterator[list[Target]]:
+    """What each of the network's tensors becomes."""
+    for _, group in itertools.groupby(network.tensors, key=lambda item: item.ours):
+        yield list(group)
 
 
-def _tensors(network: Targets, ours: str, was: torch.dtype | None) -> list[Tensor]:
+def _tensors(network: Targets, group: list[Target]) -> list[Tensor]:
     """What one of the network's tensors becomes, in numbers: in memory of its own, which mapped pages do not add to."""
-    shape = network.shapes[ours]
+    ours, dtypes = group[0].ours, {item.was for item in group}
+    shape, was = network.shapes[ours], dtypes.pop() if len(dtypes) == 1 else None
     wide = torch.float32 if was is None else torch.bfloat16 if was.itemsize == 1 else was  # float8 is exact in it
     weight = fetch(network.source, network.before[ours], shape, out=torch.empty(shape, dtype=wide))
     after = network.after[ours]
@@ -286,20 +287,18 @@ def _tensors(network: Targets, ours: str, was: torch.dtype | None) -> list[Tenso
 
 
 def _write(network: Targets, work: Unfinished, home: Home, done: _Count) -> None:
-    for ours, group in _groups(network):
+    for group in _groups(network):
         missing = [(home[id(network), item.key], item.key) not in work.done for item in group]
         if any(missing):
-            _write_group(network, ours, group, missing, work, home)
+            _write_group(network, group, missing, work, home)
         done.add(len(group))
 
 
-def _write_group(
-    network: Targets, ours: str, group: list[Target], missing: list[bool], work: Unfinished, home: Home
-) -> None:
+def _write_group(network: Targets, group: list[Target], missing: list[bool], work: Unfinished, home: Home) -> None:
     """A function of its own, so that a tensor is let go of before the next is read."""
-    for item, numbers, wanted in zip(group, _tensors(network, ours, group[0].was), missing, strict=True):
+    for item, numbers, wanted in zip(group, _tensors(network, group), missing, strict=True):
         if not is_finite(numbers):
-            raise CheckpointError(f"{network.source}: {ours} is not finite (NaN or infinite)")
+            raise CheckpointError(f"{network.source}: {item.ours} is not finite (NaN or infinite)")
         if wanted:
             work.write(home[id(network), item.key], item.key, _encoded(network.source, item, numbers))
 
@@ -336,8 +335,8 @@ def _read_back(
     if report.problems:
         work.discard()
         raise OutputError(f"{result.path}: was not read back as it was written: {report}")
-    for ours, group in _groups(network):
-        for item, error in _errors(network, ours, group, view, prefix, work, home):
+    for group in _groups(network):
+        for item, error in _errors(network, group, view, prefix, work, home):
             if error is None or (item.lossless and error):
                 work.discard()
                 raise OutputError(f"{result.path}: {item.key} was not read back as it was written")
@@ -348,11 +347,11 @@ def _read_back(
 
 
 def _errors(
-    network: Targets, ours: str, group: list[Target], view: TensorSource, prefix: str, work: Unfinished, home: Home
+    network: Targets, group: list[Target], view: TensorSource, prefix: str, work: Unfinished, home: Home
 ) -> list[tuple[Target, float | None]]:
     """How far each part of a tensor is from what it was; None if its bytes are not those that were written."""
     found: list[tuple[Target, float | None]] = []
-    for item, numbers in zip(group, _tensors(network, ours, group[0].was), strict=True):
+    for item, numbers in zip(group, _tensors(network, group), strict=True):
         name = home[id(network), item.key]
         same = all(work.checksum(name, key) == value for key, value in work.done[name, item.key].items())
         found.append((item, difference(view, item.key.removeprefix(prefix), item, numbers) if same else None))

@@ -21,6 +21,7 @@ from miniflux.checkpoints.formats import Format
 from miniflux.checkpoints.formats.base import WEIGHT, Kind, Stored
 from miniflux.checkpoints.formats.ggml import BLOCKS, Ggml
 from miniflux.checkpoints.formats.reading import contents_of, parts_of
+from miniflux.checkpoints.formats.scaled import PLAIN
 from miniflux.checkpoints.layouts import Origin
 
 
@@ -45,13 +46,15 @@ class Run:
 
 
 def runs_of(source: TensorSource, origin: Origin) -> list[Run] | None:
-    """The rows of one of the network's weights, in its order; None unless all are packed, and by more than a cast."""
-    stored = [contents_of(source).of(key) for key in origin.keys]
-    runs: list[Run] = []
-    for key, how in zip(origin.keys, stored, strict=True):
-        if how is None or how.is_cast:
-            return None
-        runs.append(Run(key.removesuffix("." + WEIGHT), how, 0, how.shape[0]))
+    """The rows of one of the network's weights, in its order; None if none of them is packed by more than a cast."""
+    contents, runs = contents_of(source), list[Run]()
+    for key in origin.keys:
+        stored, entry = contents.of(key), source.entries[key]
+        if stored is None or stored.is_cast:
+            stored = Stored(PLAIN, entry.shape, {WEIGHT: (entry.dtype, entry.shape)})
+        runs.append(Run(key.removesuffix("." + WEIGHT), stored, 0, stored.shape[0] if stored.shape else 0))
+    if all(run.stored.format is PLAIN for run in runs):
+        return None
     return _swapped(runs) if origin.how == "swap halves" else runs
 
 

@@ -25,6 +25,7 @@ from miniflux.checkpoints.formats import FORMATS, Format
 from miniflux.checkpoints.formats.base import WEIGHT, Kind
 from miniflux.checkpoints.formats.ggml import Ggml
 from miniflux.checkpoints.formats.reading import contents_of
+from miniflux.checkpoints.formats.scaled import PLAIN
 from miniflux.checkpoints.layouts import Origin, hidden_size, origins, to_theirs
 from miniflux.checkpoints.moving import Run, kinds_of, obstacle, runs_of, shared_out
 from miniflux.errors import InputError
@@ -173,8 +174,6 @@ def targets(
             for key, some in zip(origin.keys, shared_out(runs, origin, [len(part) for part in parts]), strict=True):
                 made.tensors.append(_kept(source, key, ours, some, gguf))
             continue
-        if encoding is None and was is None:
-            raise _not_kept(source, origin.keys[0], "only some of its rows are packed", gguf)
         for key, part in zip(origin.keys, parts, strict=True):
             shape = tuple(part.shape)
             chosen = _chosen(encoding, packed, shape, was, gguf)
@@ -187,13 +186,17 @@ def targets(
 
 
 def _kept(source: TensorSource, key: str, ours: str, runs: list[Run], gguf: bool) -> Target:
-    """A packed weight that stays as it is."""
-    form = runs[0].stored.format
+    """A tensor of a weight of which at least some rows are packed: it stays as it is."""
+    form, shape = runs[0].stored.format, (sum(run.rows for run in runs), runs[0].stored.shape[1])
+    if all(run.stored.format is PLAIN for run in runs):
+        dtypes = {run.stored.parts[WEIGHT][0] for run in runs}
+        was = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        chosen = _chosen(None, False, shape, was, gguf)
+        return Target(key, ours, shape, chosen, _parts(key, shape, chosen), was)
     if isinstance(form, Ggml) != gguf:
         raise _not_kept(source, key, f"{form.label} is not in {'.gguf' if gguf else '.safetensors'} files", gguf)
     if reason := obstacle(source, runs):
         raise _not_kept(source, key, f"{reason} ({form.label})", gguf)
-    shape = (sum(run.rows for run in runs), runs[0].stored.shape[1])
     return Target(key, ours, shape, form, _parts(key, shape, form), None, tuple(runs))
 
 
