@@ -52,7 +52,8 @@ def same(before: Tensor, after: Tensor | None) -> bool:
     return after is not None and torch.equal(before, after)
 
 
-CASES = [(name, "original") for name in (*WRITERS, "Q8_0", "IQ4_XS")] + [
+ORIGINAL = ("fp8 e4m3", "scaled fp8, comfy_quant", "scaled fp8, header", "fp8 by rows", "int8", "nvfp4", "Q8_0", "Q4_K")
+CASES = [(name, "original") for name in ORIGINAL] + [
     (name, "diffusers") for name in ("scaled fp8, old", "nf4, nested", "nvfp4, header", "Q5_0")
 ]
 
@@ -93,7 +94,7 @@ def test_packed_again(name: str, layout: str, tmp_path: Path) -> None:
     model = loaded(merged, packed)
     before, after = (contents_of(open_tensors(path)).stored for path in (base, merged))
     assert {k: (s.format, s.shape) for k, s in after.items()} == {k: (s.format, s.shape) for k, s in before.items()}
-    assert format_of(open_tensors(merged)) == format_of(open_tensors(base))
+    assert format_of(open_tensors(merged)).startswith(format_of(open_tensors(base)))  # which may leave out the size
     for layer in CHANGED:
         module = packed.get_submodule(layer)
         wanted = (plain.get_submodule(layer).weight.double() + delta(tensors, layer)).float()

@@ -309,3 +309,17 @@ def test_a_dora_of_the_input_and_a_wider_one(network: Flux1) -> None:
     with pytest.raises(LoraError, match="img_in: its change is 32x16, img_in wants 32x32"):
         attach(network, dora, name="dora")
     assert list(attached(network)) == ["control"]
+
+
+@pytest.mark.parametrize("form", ["LoRA", "control", "norm"])
+def test_originals_follow_the_network(form: str, network: Flux1) -> None:
+    """Into another dtype (or onto another device), while they are set aside."""
+    expected = {key: tensor.half() for key, tensor in network.state_dict().items()}
+    attach(network, FILES[form](network), name="x")
+    merge(network, keep=True)
+    network.half()
+    unmerge(network)
+    merge(network)
+    unmerge(network)
+    detach(network, "x")
+    assert equal(network, expected) and all(p.dtype == torch.float16 for p in network.parameters())

@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
+import torch
 from torch import nn
 
-from miniflux.checkpoints.formats.base import Stored
+from miniflux.checkpoints.formats.base import WEIGHT, Stored
 from miniflux.checkpoints.origin import Stamp
-from miniflux.checkpoints.quantized import Stack
+from miniflux.checkpoints.quantized import QuantizedLinear, Stack
 from miniflux.errors import InputError, LoraError
 from miniflux.lora.dialects import Network
 from miniflux.lora.layer import Change
@@ -106,6 +107,20 @@ def adapters_of(network: nn.Module) -> dict[str, Adapter]:
 def originals_of(network: nn.Module) -> dict[tuple[str, str], Value | Lost]:
     """The weights and biases that merging has replaced, as they were."""
     return cast("dict[tuple[str, str], Value | Lost]", network.__dict__.setdefault(ORIGINALS, {}))
+
+
+def following(value: Value, module: nn.Module, parameter: str) -> Value:
+    """A weight or bias that was set aside, on the device, and plain ones in the dtype, to which its network has been
+    moved since; the very same if it has not."""
+    if isinstance(value, list):
+        device = cast(QuantizedLinear, module).device
+        if value[0][1][WEIGHT].device in (device, torch.device("meta")):
+            return value
+        return [(stored, {name: part.to(device) for name, part in parts.items()}) for stored, parts in value]
+    now = cast("nn.Parameter | None", getattr(module, parameter))
+    if now is None or now.is_meta or value.is_meta or (now.device, now.dtype) == (value.device, value.dtype):
+        return value
+    return nn.Parameter(value.detach().to(now.device, now.dtype), requires_grad=value.requires_grad)
 
 
 def attached(target: Target) -> dict[str, Scale]:

@@ -24,6 +24,7 @@ from miniflux.lora.adapters import (
     adapters_of,
     check_scale,
     checked_name,
+    following,
     named,
     networks,
     scale_of,
@@ -233,7 +234,7 @@ def _put(network: nn.Module, module: str, parameter: str, value: nn.Parameter) -
     if isinstance(owner, QuantizedLinear):  # whose weight stays; only the width of img_in changes
         owner.in_features = value.shape[1]
         return
-    setattr(owner, parameter, value)
+    setattr(owner, parameter, value if lender_of(owner) is not None else following(value, owner, parameter))
     if isinstance(owner, nn.Linear):
         owner.out_features, owner.in_features = owner.weight.shape
 

@@ -141,7 +141,9 @@ class MergedFile:
         for key, (dtype, shape) in self.kinds.items():
             encoding = FORMATS[self.blocks[key]] if key in self.blocks else dtype
             sizes[encoding] += torch.Size(shape).numel() * dtype.itemsize
-        kind = file_type(sizes.most_common(1)[0][0])
+        kind, stated = file_type(sizes.most_common(1)[0][0]), f"MOSTLY_{metadata.get('general.file_type')}"
+        if kind.endswith("_K_S") and stated == kind[:-1] + "M":  # some of its tensors are of a larger type
+            kind = stated
         kept = {key: value for key, value in metadata.items() if not key.startswith(GGUF_OWN)}
         about = (metadata.get("general.architecture", "flux"), kind)
         return gguf_frame(name, self.kinds, self.blocks, kept, about)

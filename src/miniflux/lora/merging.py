@@ -25,6 +25,7 @@ from miniflux.lora.adapters import (
     Target,
     Value,
     adapters_of,
+    following,
     named,
     networks,
     originals_of,
@@ -136,7 +137,7 @@ def unmerge(target: Target, name: str | None = None, *, base: str | Path | Mappi
                 elif (layer, parameter) in originals:
                     original = originals.pop((layer, parameter))
                     assert not isinstance(original, Lost)
-                    _put(module, parameter, original)
+                    _put(module, parameter, following(original, module, parameter))
         for adapter in names:
             apply_scale(network, adapters_of(network)[adapter])
 
@@ -264,8 +265,10 @@ def _made(
     on_layer, values = changes_of(module), dict[str, Value]()
     for parameter in PARAMETERS:
         source = originals.get((layer, parameter), _value(module, parameter))
-        lost = isinstance(source, Lost)
-        source = _value(module, parameter) if isinstance(source, Lost) else source
+        if lost := isinstance(source, Lost):
+            source = _value(module, parameter)
+        elif source is not None:
+            source = following(source, module, parameter)
         adapters = [
             adapter
             for adapter in adapters_of(network).values()

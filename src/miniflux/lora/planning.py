@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from miniflux.checkpoints.layouts import hidden_size, stacked_rows
 from miniflux.checkpoints.quantized import QuantizedLinear, dense_weight, tensor_of
 from miniflux.errors import LoraError
-from miniflux.lora.adapters import Lost, adapters_of, originals_of
+from miniflux.lora.adapters import Lost, adapters_of, following, originals_of
 from miniflux.lora.dialects import NORM_PARAMETER, Network, split
 from miniflux.lora.files import Group, LoraFile, halves_swapped, shape_of, squeezed
 from miniflux.lora.layer import Change, Dense, Hadamard, Kronecker, LowRank, Magnitude, changes_of
@@ -120,6 +120,7 @@ def _fit(plan: Plan, network: nn.Module, group: Group) -> str | None:
         kept = originals_of(network).get((place.target, "weight"))
         if isinstance(kept, Lost):
             return f"{group.module}: DoRA needs the weight of {place.target}, into which another LoRA is merged"
+        kept = None if kept is None else following(kept, module, "weight")
         if isinstance(kept, list):
             weight = cast(QuantizedLinear, module).dense(stacks=kept)
         else:
