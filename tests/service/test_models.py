@@ -17,7 +17,9 @@ from miniflux import lora
 from miniflux.cache import ResultCache
 from miniflux.checkpoints.finding import BUNDLED, WEIGHTS_VARIABLE
 from miniflux.errors import CancelledError, CheckpointError, InputError, LoraError, MinifluxError, WeightsNotFoundError
+from miniflux.result import Result
 from miniflux.service import History, Models, Queue, models, new_session
+from miniflux.service.queue import Step
 from miniflux.settings import LoraUse, Request
 from miniflux.variants import VARIANTS
 
@@ -239,3 +241,30 @@ def test_answers_are_given_only_while_they_are_true(tmp_path: Path) -> None:
 def test_a_change_to_a_picture_cannot_be_queued(shared: Models) -> None:
     with pytest.raises(InputError, match="a queue does not carry"):
         shared.draw(ask(0, image="0" * 64), quiet)
+
+
+@pytest.mark.parametrize(("free", "at_once"), [(1, 1), (None, 2)])
+def test_runs_at_once_are_bounded_by_memory(
+    shared: Models, monkeypatch: pytest.MonkeyPatch, free: int | None, at_once: int
+) -> None:
+    """Whatever the number of workers: where there is room for one run, the second waits; both are drawn."""
+    monkeypatch.setattr("miniflux.memory.room.free_ram", lambda: free)
+    go, change = threading.Event(), threading.Semaphore(0)
+    at_work, waits = set[int](), set[int]()
+
+    def draw(request: Request, step: Step) -> Result:
+        def told(done: int, preview: Any) -> None:
+            step(done, preview)
+            (at_work if done else waits).add(request.seed)
+            change.release()
+            assert not done or go.wait(60)
+
+        return shared.draw(request, told)
+
+    with Queue(draw, shared.cost, workers=2) as queue:
+        jobs = [queue.submit("x" * 32, Request(prompt="a", width=64, height=64, steps=2, seed=s)) for s in (1, 2)]
+        while len(at_work) + len(waits - at_work) < 2:
+            assert change.acquire(timeout=60)
+        assert len(at_work) == at_once
+        go.set()
+        assert [len(job.results(60)) for job in jobs] == [1, 1]

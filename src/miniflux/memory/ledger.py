@@ -54,6 +54,13 @@ class Ledger:
     def vram(self) -> int:
         return max(sum(line.vram for line in lines) for lines in self.phases.values())
 
+    @property
+    def working(self) -> tuple[int, int]:
+        """Bytes of RAM and VRAM that a run takes beside what stays: the process, libraries and resident weights."""
+        stays = set[Line].intersection(*(set(lines) for lines in self.phases.values()))
+        comes = [[line for line in lines if line not in stays] for lines in self.phases.values()]
+        return max(sum(x.ram for x in lines) for lines in comes), max(sum(x.vram for x in lines) for lines in comes)
+
     def differs(self, measured: int, predicted: int) -> bool:
         """Whether a measured peak is further from the predicted one than the ledger promises."""
         return abs(measured - predicted) > max(WITHIN * predicted, SMALL)

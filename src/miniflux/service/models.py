@@ -6,8 +6,8 @@ import gc
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -23,9 +23,12 @@ from miniflux.checkpoints.origin import Stamp, stamped, stamps
 from miniflux.errors import CheckpointError, InputError, LoraError, WeightsNotFoundError
 from miniflux.lora import Receipt
 from miniflux.lora.attaching import resolved
+from miniflux.memory.ledger import Run
+from miniflux.memory.room import Room
 from miniflux.pipeline import Pipeline, load
 from miniflux.result import Result
 from miniflux.sampling import Moment
+from miniflux.sampling.guidance import Nag
 from miniflux.sampling.latents import PIXELS_PER_TOKEN
 from miniflux.service.queue import Cost, Preview, Step
 from miniflux.settings import LoraUse, Request
@@ -96,6 +99,7 @@ class Models:
         self.weights, self.device, self.dtype, self.max_bytes = weights, device, dtype, max_bytes
         self.results = result_cache(cache)
         self._loaded: OrderedDict[tuple[str, str | None], _Loaded] = OrderedDict()
+        self._room = Room()
         self._loading, self._lock = threading.Lock(), threading.Lock()
         self._answers: OrderedDict[Request, Result] = OrderedDict()  # without pictures, which the cache holds
 
@@ -224,13 +228,30 @@ class Models:
             def progress(done: int, _: int) -> None:
                 step(done, preview[0])
 
-            result = pipe.generate(**request.arguments(), watch=watch, progress=progress)
+            with self._beside_others(pipe, request, lambda: step(0, None)):
+                result = pipe.generate(**request.arguments(), watch=watch, progress=progress)
         if result.keys and len(request.prompt) < LONG:
             with self._lock:
                 self._answers[request] = replace(result, images=[], latents=torch.empty(0), moment=None)
                 if len(self._answers) > REMEMBERED:
                     self._answers.popitem(last=False)
         return result
+
+    def _beside_others(
+        self, pipe: Pipeline, request: Request, waiting: Callable[[], None]
+    ) -> AbstractContextManager[None]:
+        """Begins when there is memory for the run beside those at work."""
+        if pipe.memory is None:
+            return nullcontext()
+        width, height = request.size(pipe.variant)
+        run = Run(
+            width=width,
+            height=height,
+            text_tokens=request.t5_length or pipe.variant.t5_length,
+            calls=request.steps_in_all(pipe.variant),
+            batch=2 if isinstance(request.guide, Nag) else 1,
+        )
+        return self._room.taken(pipe.memory.ledger(run).working, pipe.memory.device, waiting)
 
     def answer(self, request: Request) -> Result | None:
         """What was drawn for the same request before, if the cache still holds it: for `Queue(answer=...)`."""

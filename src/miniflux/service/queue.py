@@ -146,7 +146,7 @@ class Queue:
     Args:
         draw: does the work.
         cost: says what a request will cost, before it is begun.
-        workers: jobs at once; each needs the memory of a run.
+        workers: jobs at once, at most; `Models.draw` lets a run begin only when there is memory for it.
         waiting: jobs that may wait.
         deliver: told of every result, exactly once.
         answer: what can be answered at once, without waiting in line (a cache); returns None for the rest.

@@ -142,19 +142,18 @@ class Tab:
         self.js("arguments[0].scrollIntoView({block: 'center'}); arguments[0].click()", button)
         return self
 
-    def press_when_loaded(self, selector: str) -> Tab:
-        """Load the page again, and press something in the moment in which it comes into being."""
-        source = f"""window.pressed = 0;
+    def when_loaded(self, selector: str, act: str = "target.click()") -> Tab:
+        """Load the page again, and do something in the moment in which an element comes into being."""
+        source = f"""window.acted = 0;
         new MutationObserver(() => {{
-          const button = document.querySelector({json.dumps(selector)});
-          if (!button || window.pressed) return;
-          window.pressed++;
-          button.click();
+          const target = document.querySelector({json.dumps(selector)});
+          if (!target || window.acted++) return;
+          {act};
         }}).observe(document, {{childList: true, subtree: true}});"""
         added = self.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": source})
         self.driver.get(self.url)
         self.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
-        self.until(lambda: self.js("return window.pressed"), f"{selector} to be pressed")
+        self.until(lambda: self.js("return window.acted"), selector)
         return self
 
     @property

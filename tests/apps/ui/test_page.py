@@ -126,7 +126,7 @@ def test_press_in_the_first_moment_is_answered(tab: Tab, button: str) -> None:
     if not tab.pictures:
         tab.draw()
     before = tab.pictures
-    tab.press_when_loaded(button)
+    tab.when_loaded(button)
     if button == "#mf-use":
         tab.until(lambda: "The controls have the settings" in tab.message, "the settings")
     elif button == "#mf-die":
@@ -134,6 +134,20 @@ def test_press_in_the_first_moment_is_answered(tab: Tab, button: str) -> None:
     else:
         tab.until(lambda: len(tab.pictures) == len(before) + 1 and not tab.jobs, "a picture")
     tab.ready()
+
+
+DROP = """const data = new DataTransfer();
+data.items.add(new File(["one\\ntwo\\nthree"], "three.txt", {type: "text/plain"}));
+target.dispatchEvent(new DragEvent("drop", {dataTransfer: data, bubbles: true, cancelable: true}))"""
+
+
+@pytest.mark.parametrize("place", ["#mf-stage", "#mf-files", ".mf-header"])
+def test_files_are_dropped_anywhere_also_in_the_first_moment(tab: Tab, place: str) -> None:
+    tab.when_loaded(place, DROP).until(lambda: "three.txt: 3 prompts" in tab.message, "an answer")
+    tab.ready().js("document.querySelector('.mf-message').textContent = ''")
+    tab.press("#mf-settings .mf-room button.label-wrap")  # the section with the field for files is closed
+    tab.js(f"const target = document.querySelector(arguments[0]); {DROP}", place)
+    tab.until(lambda: "three.txt: 3 prompts" in tab.message, "another answer")
 
 
 def test_presses_that_follow_each_other_at_once_are_all_answered(tab: Tab, gate: threading.Event) -> None:

@@ -32,6 +32,8 @@ def add(commands: Any) -> None:
     ui.add_argument("--device", metavar="NAME", help="cpu, cuda, mps ...; default the best there is")
     ui.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16; default what suits the device")
     ui.add_argument("--queue", type=int, default=64, metavar="N", help="jobs that may wait; default %(default)s")
+    ui.add_argument("--workers", type=int, default=1, metavar="N", help="pictures drawn at once, as far as memory "
+                    "allows; default %(default)s")  # fmt: skip
     ui.add_argument("--cache", metavar="FOLDER", help="keep drawn pictures here, to answer repeated requests at once; "
                     "default: in memory")  # fmt: skip
     ui.add_argument("--history", metavar="FOLDER", help="keep the pictures of every browser here; default: a temporary "
@@ -94,6 +96,7 @@ def run(options: argparse.Namespace) -> None:
             device=options.device,
             dtype=options.dtype,
             waiting=options.queue,
+            workers=options.workers,
             cache=options.cache,
         ) as site:
             try:

@@ -252,6 +252,14 @@ window.miniflux ??= (() => {
     draw();
   }
 
+  /** Put files into the field for files, as soon as it is there: it comes late, and is away while it uploads. */
+  function give(files) {
+    const input = document.querySelector("#mf-files input[type=file]");
+    if (!input) { setTimeout(give, 50, files); return; }
+    input.files = files;
+    input.dispatchEvent(new Event("change", {bubbles: true}));
+  }
+
   // The whole page: files dropped anywhere, light and dark, Ctrl+Enter
 
   function page(element) {
@@ -273,11 +281,9 @@ window.miniflux ??= (() => {
     addEventListener("dragleave", (event) => { if (!event.relatedTarget) document.body.classList.remove("mf-dropping"); });
     addEventListener("drop", (event) => {
       document.body.classList.remove("mf-dropping");
-      const input = document.querySelector("#mf-files input[type=file]");
-      if (!input || !event.dataTransfer?.files.length || event.target.closest?.("#mf-files")) return;
+      if (event.defaultPrevented || !event.dataTransfer?.files.length) return; // the field has taken them itself
       event.preventDefault();
-      input.files = event.dataTransfer.files;
-      input.dispatchEvent(new Event("change", {bubbles: true}));
+      give(event.dataTransfer.files);
     });
     addEventListener("keydown", (event) => {
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {

@@ -207,6 +207,7 @@ def opened(
     device: str | None = None,
     dtype: str | None = None,
     waiting: int = 64,
+    workers: int = 1,
     cache: str | None = None,
 ) -> Generator[Site]:
     """Everything behind a page, while the context lasts.
@@ -215,10 +216,13 @@ def opened(
         folder: for the history and the LoRAs that are dropped.
         first: the model chosen at first; a name or an alias.
         waiting: jobs that may wait.
+        workers: jobs at once, at most; a run begins only when there is memory for it.
         cache: a folder for drawn pictures; None for memory.
     """
     results = ResultCache(cache, CACHE_BYTES)
     models = Models(weights=weights, device=device, dtype=dtype, cache=results)
     history = History(folder)
-    with Queue(models.draw, models.cost, waiting=waiting, deliver=history.deliver, answer=models.answer) as queue:
+    with Queue(
+        models.draw, models.cost, workers=workers, waiting=waiting, deliver=history.deliver, answer=models.answer
+    ) as queue:
         yield Site(models, queue, history, folder / "loras", ALIASES.get(first, first))
