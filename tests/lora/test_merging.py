@@ -323,3 +323,15 @@ def test_originals_follow_the_network(form: str, network: Flux1) -> None:
     unmerge(network)
     detach(network, "x")
     assert equal(network, expected) and all(p.dtype == torch.float16 for p in network.parameters())
+
+
+@pytest.mark.parametrize("form", ["LoRA", "DoRA"])
+def test_the_receipt_of_what_is_merged(form: str, network: Flux1) -> None:
+    """Read for the first time after merging it says the same: the scale in the weight, and norms of the original."""
+    expected = str(attach(network, FILES[form](network), scale=0.7, name="x"))
+    detach(network, "x")
+    receipt = attach(network, FILES[form](network), scale=0.7, name="x")
+    merge(network)
+    assert str(receipt) == expected
+    unmerge(network)
+    assert str(receipt) == expected

@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -21,7 +22,7 @@ from miniflux.errors import CheckpointError, LoraError
 from miniflux.lora import attach, attached, detach, merge, set_scale, unmerge
 from miniflux.models.flux1 import Flux1, Flux1Config
 from tests.checkpoints.formats.made import SMALL, WIDE, WRITERS, empty, network, write_file, write_gguf
-from tests.lora.made import changed, lora, networks_of, relative, spec, tensors_of
+from tests.lora.made import Encoders, Networks, changed, lora, networks_of, relative, spec, tensors_of
 from tests.lora.test_quantised import LAYERS, QKV, out, pair
 from tests.tiny import randn
 
@@ -426,3 +427,39 @@ def test_the_base_may_hold_more(tmp_path: Path) -> None:
     fresh = empty(SMALL)
     load_into(fresh, tmp_path / "a.safetensors", dtype=torch.float32)
     assert same(bytes_of(packed), bytes_of(fresh))
+
+
+@pytest.mark.parametrize("dialect", ["kohya-with-clip-and-t5", "diffusers-peft-with-text-encoder"])
+def test_text_encoders(dialect: str, reference: Path) -> None:
+    """All networks of a pipeline, packed: every layer computes merged what it computes attached, and comes back."""
+    about = spec(reference, f"flux1-{dialect}")["tiny"]
+    plain, tensors = networks_of(about["config"]), tensors_of(about["tensors"])
+    packed = Networks(repacked(plain.transformer), Encoders(repacked(plain.text.clip), repacked(plain.text.t5)))
+    parts = [part for part in (packed.transformer, packed.text.clip, packed.text.t5) if part.state_dict()]
+    before = [bytes_of(part) for part in parts]
+    receipt = attach(packed, tensors)  # type: ignore[arg-type]
+    layers = {module.target: packed.layer(module.target) for module in receipt.modules}
+    assert {target.partition(":")[0] for target in layers} >= {"clip"} and len(parts) >= 2
+    assert any(isinstance(layer, QuantizedLinear) for target, layer in layers.items() if target.startswith("clip"))
+    inputs = {target: randn(3, layer.in_features) for target, layer in layers.items()}
+    expected = {target: layers[target](x) for target, x in inputs.items()}
+    merge(packed)  # type: ignore[arg-type]
+    assert all(relative(layers[target](x), expected[target]) < 2e-6 for target, x in inputs.items())
+    unmerge(packed)  # type: ignore[arg-type]
+    detach(packed, "lora")  # type: ignore[arg-type]
+    assert all(same(bytes_of(part), state) for part, state in zip(parts, before, strict=True))
+
+
+def repacked(model: Any) -> Any:
+    """A network with its linears in int8."""
+    if not (state := model.state_dict()):
+        return model
+    tensors: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        layer = key.removesuffix(".weight")
+        linear = key.endswith(".weight") and isinstance(model.get_submodule(layer), nn.Linear)
+        parts = WRITERS["int8"][0](tensor)[0] if linear else {}
+        tensors |= {f"{layer}.{part}": value for part, value in parts.items()} or {key: tensor}
+    made = type(model)(model.config)
+    load_into(made, tensors)
+    return made

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from miniflux.checkpoints.formats.base import WEIGHT, Stored
 from miniflux.checkpoints.origin import Stamp
-from miniflux.checkpoints.quantized import QuantizedLinear, Stack
+from miniflux.checkpoints.quantized import QuantizedLinear, Stack, dense_weight
 from miniflux.errors import InputError, LoraError
 from miniflux.lora.dialects import Network
 from miniflux.lora.layer import Change
@@ -121,6 +121,15 @@ def following(value: Value, module: nn.Module, parameter: str) -> Value:
     if now is None or now.is_meta or value.is_meta or (now.device, now.dtype) == (value.device, value.dtype):
         return value
     return nn.Parameter(value.detach().to(now.device, now.dtype), requires_grad=value.requires_grad)
+
+
+def original_weight(network: nn.Module, layer: str) -> Tensor | None:
+    """The weight of a layer in numbers, without what is merged into it; None if that was not kept, or there is none."""
+    module, kept = network.get_submodule(layer), originals_of(network).get((layer, "weight"))
+    if kept is None or isinstance(kept, Lost):
+        return None if kept else dense_weight(module)
+    kept = following(kept, module, "weight")
+    return cast(QuantizedLinear, module).dense(stacks=kept) if isinstance(kept, list) else kept
 
 
 def attached(target: Target) -> dict[str, Scale]:

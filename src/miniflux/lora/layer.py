@@ -27,6 +27,7 @@ class Change(nn.Module):
         factor: what the file multiplies the change by: alpha / rank.
         scale: what the user multiplies it by; a tensor, so that another value needs no recompilation.
         active: False if the scale is 0: the change is not computed then.
+        merged: the scale at which it is in the weight; 0 if it is not.
         bias: what is added to the layer's bias, (rows,), or None.
     """
 
@@ -37,7 +38,7 @@ class Change(nn.Module):
 
     def __init__(self, rows: Rows, factor: float = 1.0, bias: Tensor | None = None) -> None:
         super().__init__()
-        self.rows, self.factor, self.active = rows, factor, True
+        self.rows, self.factor, self.active, self.merged = rows, factor, True, 0.0
         device = None if bias is None else bias.device
         self.register_buffer("scale", torch.ones((), device=device), persistent=False)
         self.register_buffer("bias", bias, persistent=False)

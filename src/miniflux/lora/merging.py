@@ -86,8 +86,7 @@ def merge(target: Target, name: str | None = None, *, keep: bool = True, pack: b
         made = list(made)  # all of them before anything is changed; if nothing is kept, each makes room for the next
     for network, names in chosen.items():
         for adapter in names:  # what is in the weights is not computed beside them as well
-            adapters_of(network)[adapter].merged = True
-            apply_scale(network, adapters_of(network)[adapter], 0.0)
+            _mark(network, adapters_of(network)[adapter], True)
             _keep_replaced(network, adapters_of(network)[adapter])
     kept = 0
     for network, layer, values in made:
@@ -128,7 +127,7 @@ def unmerge(target: Target, name: str | None = None, *, base: str | Path | Mappi
             restore(network, lost, base)
     for network, names in chosen.items():
         for adapter in names:
-            adapters_of(network)[adapter].merged = False
+            _mark(network, adapters_of(network)[adapter], False)
         for layer in _layers(network, names):
             module, originals, values = network.get_submodule(layer), originals_of(network), _made(network, layer)
             for parameter in PARAMETERS:
@@ -138,8 +137,6 @@ def unmerge(target: Target, name: str | None = None, *, base: str | Path | Mappi
                     original = originals.pop((layer, parameter))
                     assert not isinstance(original, Lost)
                     _put(module, parameter, following(original, module, parameter))
-        for adapter in names:
-            apply_scale(network, adapters_of(network)[adapter])
 
 
 AtScale = tuple[Change, float]
@@ -316,6 +313,14 @@ def _merged_stacks(
         if dtype is None and roundings is not None:
             roundings.append(rounding(layer, before[start:end], after[start:end], made[-1]))
     return made
+
+
+def _mark(network: nn.Module, adapter: Adapter, merged: bool) -> None:
+    """Note whether an adapter is in the weights; what is, is not computed beside them."""
+    adapter.merged = merged
+    apply_scale(network, adapter, 0.0 if merged else 1.0)
+    for layer, change in adapter.changes:
+        change.merged = scale_of(adapter.scale, layer) if merged else 0.0
 
 
 def _keep_replaced(network: nn.Module, adapter: Adapter) -> None:

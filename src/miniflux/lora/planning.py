@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -12,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miniflux.checkpoints.layouts import hidden_size, stacked_rows
-from miniflux.checkpoints.quantized import QuantizedLinear, dense_weight, tensor_of
+from miniflux.checkpoints.quantized import QuantizedLinear, tensor_of
 from miniflux.errors import LoraError
-from miniflux.lora.adapters import Lost, adapters_of, following, originals_of
+from miniflux.lora.adapters import adapters_of, original_weight, originals_of
 from miniflux.lora.dialects import NORM_PARAMETER, Network, split
 from miniflux.lora.files import Group, LoraFile, halves_swapped, shape_of, squeezed
 from miniflux.lora.layer import Change, Dense, Hadamard, Kronecker, LowRank, Magnitude, changes_of
@@ -117,14 +118,9 @@ def _fit(plan: Plan, network: nn.Module, group: Group) -> str | None:
                 f"{group.module}: its DoRA magnitude has the shape {list(magnitude.shape)}, expected "
                 f"[{expected[0]}, 1] or [1, {width}]"
             )
-        kept = originals_of(network).get((place.target, "weight"))
-        if isinstance(kept, Lost):
+        weight = original_weight(network, place.target)
+        if weight is None:
             return f"{group.module}: DoRA needs the weight of {place.target}, into which another LoRA is merged"
-        kept = None if kept is None else following(kept, module, "weight")
-        if isinstance(kept, list):
-            weight = cast(QuantizedLinear, module).dense(stacks=kept)
-        else:
-            weight = cast(Tensor, dense_weight(module)) if kept is None else kept
         if not weight.dtype.is_floating_point:
             return f"{group.module}: DoRA needs the numbers of the weight, which is quantised ({weight.dtype})"
         base = weight[rows[0] : rows[1]].detach().float()
@@ -226,6 +222,7 @@ def _module_receipt(group: Group, change: Change | None, found: Mapping[Network,
         blocks=_diagonal_blocks(change),
         change=change,
         module=module,
+        base=partial(original_weight, network, group.place.target),
     )
 
 

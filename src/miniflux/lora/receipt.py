@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import cast
@@ -10,7 +11,6 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from miniflux.checkpoints.quantized import dense_weight
 from miniflux.lora.layer import Change, Magnitude
 
 
@@ -26,6 +26,7 @@ class ModuleReceipt:
         blocks: separate LoRAs that one tensor holds along its diagonal (kohya's `split_qkv`); else 1.
         change: the change itself; None for a replaced parameter.
         module: the changed module.
+        base: gives its weight without what is merged into it (packed ones unpacked), or None.
     """
 
     target: str
@@ -35,14 +36,15 @@ class ModuleReceipt:
     blocks: int
     change: Change | None
     module: nn.Module
+    base: Callable[[], Tensor | None]
 
     @property
     def scale(self) -> float:
-        """The effective scale now: the user's times alpha / rank."""
+        """The effective scale now, beside the weight or in it: the user's times alpha / rank."""
         if self.change is None:
             return 1.0
         inner = self.change.inner if isinstance(self.change, Magnitude) else self.change
-        return math.nan if self.change.scale.is_meta else float(self.change.scale) * inner.factor
+        return math.nan if self.change.scale.is_meta else (float(self.change.scale) + self.change.merged) * inner.factor
 
     @cached_property
     def norm(self) -> float:
@@ -62,7 +64,7 @@ class ModuleReceipt:
         return self.norm / size if size else math.nan
 
     def _base(self) -> Tensor | None:
-        weight = None if self.rows is None else dense_weight(self.module)
+        weight = None if self.rows is None else self.base()
         if self.rows is None or weight is None or weight.is_meta or not weight.dtype.is_floating_point:
             return None
         return weight.detach()[self.rows[0] : self.rows[1]].float()
