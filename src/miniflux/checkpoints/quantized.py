@@ -46,7 +46,8 @@ class QuantizedLinear(nn.Module):
 
     The parts are buffers named as in the file: `weight`, `weight_scale`, `weight_absmax` (in the file:
     `weight.absmax`) ... A weight that a file keeps as several stacked tensors (q, k and v in diffusers' layout) stays
-    several: their buffers end in `_0`, `_1` ... and nothing is packed anew.
+    several: their buffers end in `_0`, `_1` ... and nothing is packed anew. Stacks into which a LoRA is merged may be
+    plain floats, which is one of the ways to be stored (`scaled.PLAIN`).
 
     Attributes:
         layers: the file's names of the layers that its stacks of rows come from, from the first row on.

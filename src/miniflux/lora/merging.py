@@ -223,7 +223,8 @@ def _check_mergeable(network: nn.Module, layer: str, adapter: str, pack: bool) -
     if lender_of(module) is not None:
         raise LoraError(f"{layer} is in memory only while it runs: a LoRA can be attached to it, not merged")
     if isinstance(module, QuantizedLinear):
-        _check_packable(network, layer, adapter) if pack else None
+        if pack:
+            _check_packable(network, layer, adapter)
     elif not (weight := cast(Tensor, module.weight)).dtype.is_floating_point or type(module) is not nn.Linear:
         raise LoraError(f"{layer} is quantised ({type(module).__name__}): a LoRA can be attached to it, not merged")
     elif weight.dtype.itemsize == 1:
