@@ -162,7 +162,7 @@ def test_every_setting_of_a_picture_is_in_a_control_or_named(people: People) -> 
     values = {name: update["value"] for name, update in answer.items()
               if name in people.c.settings and isinstance(update, dict) and name != "rest"}  # fmt: skip
     values |= {"loras": answer["loras"], "rest": answer["rest"]["value"]}
-    assert (values["shift"], values["restart"], values["step_cache"]) == (1.5, "0.3, 0.6, 2", "taylor")
+    assert (values["shift"], values["restart"], values["step_cache"]) == ("1.5", "0.3, 0.6, 2", "taylor")
     assert (values["window_from"], values["window_to"]) == (0.1, 0.6)
     assert form.request_from(values, people.site.shelf(ANN), people.site.listed) == EVERYTHING
     assert people._named(people.handlers.forget())["rest"] == {}

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webelement import WebElement
 
 from miniflux.apps.ui import form
 from miniflux.apps.ui.launch import Page
@@ -249,6 +250,30 @@ def test_settings_of_other_programs_say_what_was_not_understood(tab: Tab, tmp_pa
     assert (tab.value("prompt"), tab.value("seed")) == ("a blue star", "77")
 
 
+def test_settings_under_more_are_drawn_with_and_come_back(tab: Tab) -> None:
+    """The section is closed at first; *Use these settings* opens it where something in it is not as usual."""
+    tab.open().press("#mf-more button").one("#mf-shift textarea, #mf-shift input")
+    tab.choose("method", "cfg").until(lambda: not disabled(tab, "window_to"), "the method's window")
+    tab.choose("step_cache", "taylor").fill("window_to", 0.6).fill("shift", "1.5").fill("restart", "0.3, 0.6, 1")
+    tab.press("#mf-lock input").fill("steps", 8).fill("seed", 3).fill("width", 64).fill("height", 64).draw()
+    details = tab.details()
+    assert "window 0, 0.6" in details["guide"].replace("0.0", "0")
+    assert (details["shift"], details["restart"]) == ("1.5", "0.3, 0.6, 1") and "taylor" in details["cache"]
+    tab.open().press("#mf-use").until(lambda: "The controls have" in tab.message, "the settings")
+    assert tab.js("return document.querySelector('#mf-shift').offsetParent !== null")
+    assert [tab.value(name) for name in ("window_to", "shift", "restart")] == ["0.6", "1.5", "0.3, 0.6, 1"]
+    (again,) = tab.draw()
+    assert tab.all(f"[data-id='{again}'] .mf-badge")  # the same picture, from the cache
+    tab.open().press("#mf-more button").one("#mf-window_to input")
+    assert disabled(tab, "window_to") and "Without effect" in tab.js(
+        "return document.querySelector('#mf-window_to').textContent"
+    )
+
+
+def disabled(tab: Tab, name: str) -> bool:
+    return tab.js(f"return document.querySelector('#mf-{name} input').disabled")
+
+
 def test_settings_of_comfyui_fill_the_controls(tab: Tab, tmp_path: Path) -> None:
     """A workflow with nodes that mean nothing here: what is understood goes into the controls, the rest is listed."""
     nodes = {
@@ -365,6 +390,42 @@ def test_keyboard_alone(tab: Tab) -> None:
     assert not [one for one in seen if one.endswith("false") and not one.startswith(("BODY", "HTML"))]
 
 
+def test_drawing_and_cancelling_by_keyboard_alone(tab: Tab, gate: threading.Event) -> None:
+    """Write, go on to Draw, press it; go on to Cancel, press it; the focus is never lost."""
+
+    def active() -> WebElement:
+        return tab.driver.switch_to.active_element
+
+    def tab_to(selector: str) -> WebElement:
+        for _ in range(100):
+            if tab.js("return document.activeElement.matches(arguments[0])", selector):
+                return active()
+            active().send_keys(Keys.TAB)
+        raise AssertionError(f"{selector} is not reached")
+
+    before = tab.pictures
+    tab.js("document.querySelector('#mf-prompt textarea').focus()")
+    active().send_keys(Keys.CONTROL, "a")
+    active().send_keys("a red ring on a blue background")
+    tab_to("#mf-draw").send_keys(Keys.SPACE)
+    tab.until(lambda: any("step 1 of 2" in job for job in tab.jobs), "the first step")
+    tab_to(".mf-cancel").send_keys(Keys.ENTER)
+    tab.until(lambda: not tab.jobs and "Stopped" in tab.message, "the end")
+    assert tab.js("return document.activeElement.className").startswith("mf-message")
+    gate.set()
+    tab.js("document.querySelector('#mf-draw').focus()")
+    active().send_keys(Keys.ENTER)
+    tab.until(lambda: len(tab.pictures) == len(before) + 1 and not tab.jobs, "the picture")
+    assert tab.details()["prompt"] == "a red ring on a blue background"
+    tab_to("#mf-again").send_keys(Keys.ENTER)
+    tab.until(lambda: len(tab.pictures) == len(before) + 2 and not tab.jobs, "another one")
+    assert active().get_attribute("id") == "mf-again"
+    tile = tab_to(".mf-tile:not([aria-current])")
+    name = tile.get_attribute("aria-label")
+    tile.send_keys(Keys.ENTER)
+    tab.until(lambda: tab.one(".mf-tile[aria-current]").get_attribute("aria-label") == name, "its tile")
+
+
 CONTRAST = """
 const parse = (text) => { const n = text.match(/[\\d.]+/g).map(Number); return [n[0], n[1], n[2], n[3] ?? 1]; };
 const light = ([r, g, b]) => {
@@ -414,13 +475,22 @@ def test_look(tab: Tab, width: int, dark: bool) -> None:
     tab.js("document.querySelectorAll('.mf-details').forEach((one) => one.open = true)")
     try:
         assert tab.js("return document.documentElement.scrollWidth") <= width
+        tab.js("const it = document.querySelector('.mf-message'); it.hidden = false; it.className += ' mf-error'")
+        tab.js("document.querySelector('.mf-message').textContent = 'what is wrong'")
+        field = tab.one("#mf-model input")
+        tab.js("arguments[0].scrollIntoView({block: 'center'})", field)
+        field.click()
+        tab.one("[role=listbox] [role=option]")
         tab.until(lambda: not tab.js("return document.getAnimations().length"), "colours that have changed")
         told = tab.js(CONTRAST)
-        assert len(told) > 50
+        assert len(told) > 50 and all(
+            any(word in text for _, _, text in told) for word in ("what is wrong", "nano-sch")
+        )
         assert not [text for ratio, least, text in told if ratio < least]
         heights = tab.js("return [...document.querySelectorAll('.mf-button')].map((one) => one.offsetHeight)")
         assert min(height for height in heights if height) >= 24
     finally:
+        tab.driver.switch_to.active_element.send_keys(Keys.ESCAPE)
         tab.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 

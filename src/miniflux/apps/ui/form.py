@@ -89,8 +89,8 @@ def request_from(given: Mapping[str, Any], shelf: Shelf, listed: Mapping[str, Li
     if given["step_cache"] != NO_CACHE:
         name = given["step_cache"]
         about["cache"] = cache if cache.get("name") == name else cache_as_json(name, model.name)
-    if given["shift"] is not None:
-        about["shift"] = number("shift", given["shift"])
+    if given["shift"]:
+        about["shift"] = shift_from(given["shift"])
     if given["restart"]:
         about["restart"] = restart_from(given["restart"])
     return Request.from_json(about)
@@ -133,7 +133,7 @@ def values_from(request: Request, shelf: Shelf, listed: Mapping[str, Listed]) ->
         "scale": 3.0 if guide is None or not isinstance(guide["scale"], (int, float)) else guide["scale"],
         "window_from": 0.0 if guide is None else guide["window"][0],
         "window_to": 1.0 if guide is None else guide["window"][1],
-        "shift": request.shift,
+        "shift": "" if request.shift is None else str(request.shift),
         "step_cache": NO_CACHE if cache is None else cache["name"],
         "restart": "" if request.restart is None else ", ".join(map(str, request.restart)),
         "solver": request.solver,
@@ -255,6 +255,14 @@ def levels_from(given: Any) -> str | list[float]:
         raise InputError(f"schedule: expected a name, or noise levels as 1, 0.6, 0.3, 0, got {shown(text)}") from None
 
 
+def shift_from(given: str) -> float:
+    """A number, as a field of text gives it."""
+    try:
+        return float(given)
+    except ValueError:
+        raise InputError(f"shift: expected a number, got {shown(given)}") from None
+
+
 def restart_from(given: str) -> list[float]:
     """Two noise levels and a number, between commas."""
     try:
@@ -266,7 +274,7 @@ def restart_from(given: str) -> list[float]:
 
 def more_than_usual(values: Mapping[str, Any]) -> bool:
     """Whether a control under *More* is not as it is at first."""
-    usual = {"window_from": 0.0, "window_to": 1.0, "shift": None, "step_cache": NO_CACHE, "restart": ""}
+    usual = {"window_from": 0.0, "window_to": 1.0, "shift": "", "step_cache": NO_CACHE, "restart": ""}
     return any(values[name] != value for name, value in usual.items())
 
 

@@ -28,7 +28,7 @@ HELP = {
     "schedule": "How the noise falls",
     "window_from": "Share of the steps after which the method begins",
     "window_to": "Share of the steps after which it ends; less is quicker",
-    "shift": "Moves the noise levels; empty: as the model was made",
+    "shift": "Moves the noise levels, as 3; empty: as the model was made",
     "step_cache": "Quicker, and a little different",
     "restart": "Go back to more noise: low, high, times, as 0.3, 0.6, 2",
     "seed": "The same seed and settings give the same picture",
@@ -95,7 +95,7 @@ class Controls:
     height: gr.Slider
     window_from: gr.Slider
     window_to: gr.Slider
-    shift: gr.Number
+    shift: gr.Textbox
     step_cache: gr.Dropdown
     restart: gr.Textbox
     rest: gr.State
@@ -250,8 +250,10 @@ def _more(usable: Any) -> dict[str, Any]:
             **usable("step_cache"),
         )
         with gr.Row():
-            made["shift"] = gr.Number(label="Shift", value=None, min_width=120, **usable("shift"))
-            made["restart"] = gr.Textbox(label="Restart", lines=1, max_lines=1, min_width=120, **usable("restart"))
+            for name in ("shift", "restart"):
+                made[name] = gr.Textbox(
+                    label=name.capitalize(), lines=1, max_lines=1, min_width=120, value="", **usable(name)
+                )
     return made
 
 

@@ -80,7 +80,7 @@ window.miniflux ??= (() => {
     view.image = make("img", {class: "mf-image", alt: "", hidden: true});
     view.empty = make("p", {class: "mf-empty"}, "Your pictures appear here.");
     view.bar = make("progress", {class: "mf-bar", max: 1, value: 0, "aria-label": "steps done", hidden: true});
-    view.message = make("p", {class: "mf-message", role: "status", "aria-live": "polite", hidden: true});
+    view.message = make("p", {class: "mf-message", role: "status", "aria-live": "polite", tabindex: -1, hidden: true});
     view.jobs = make("ol", {class: "mf-jobs", "aria-label": "In line"});
     view.about = make("section", {class: "mf-about", "aria-label": "About this picture", hidden: true});
     element.replaceChildren(
@@ -137,7 +137,11 @@ window.miniflux ??= (() => {
       if (row.children[1].textContent !== where) row.children[1].textContent = where;
       if (!row.isConnected) view.jobs.append(row);
     }
-    for (const row of rows.values()) row.remove();
+    for (const row of rows.values()) {
+      const focused = row.contains(document.activeElement);
+      row.remove();
+      if (focused) (view.jobs.querySelector("button") ?? view.message).focus(); // the keyboard stays where it was
+    }
     view.jobs.hidden = !state.jobs.length;
   }
 
@@ -147,6 +151,7 @@ window.miniflux ??= (() => {
     if (!entry) return;
     const id = entry.id, act = (name) => () => parts.stage.tell[name]({id});
     const facts = make("dl", {class: "mf-facts"});
+    const focused = view.about.contains(document.activeElement) ? document.activeElement.id : "";
     view.about.replaceChildren(
       make("p", {class: "mf-caption"}, entry.caption || "(no prompt)"),
       make("div", {class: "mf-badges"},
@@ -159,6 +164,7 @@ window.miniflux ??= (() => {
         make("a", {class: "mf-button", id: "mf-bare", href: `${entry.url}?download=1&bare=1`, download: `miniflux-${id.slice(0, 8)}.png`, title: "The picture alone: nobody can read from it how it was made"}, "Without settings"),
         button("Delete", act("remove"), {id: "mf-remove"})),
       make("details", {class: "mf-details"}, make("summary", {}, "Settings"), facts));
+    if (focused) document.getElementById(focused)?.focus();
     try {
       const reply = await fetch(`studio/about/${id}`);
       if (!reply.ok || view.shown !== id) return;
