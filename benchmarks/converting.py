@@ -19,7 +19,7 @@ from loading import LARGE
 from miniflux.checkpoints import open_tensors, save
 from miniflux.models.flux1 import Flux1
 
-CONFIG = replace(LARGE, depth=1, depth_single_blocks=2)
+CONFIG = replace(LARGE, hidden_size=2048, num_heads=16, depth=1, depth_single_blocks=2)
 CASES = {
     "diffusers": ("", ".safetensors"),
     "float32": ("float32", ".safetensors"),

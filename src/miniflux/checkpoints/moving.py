@@ -88,8 +88,8 @@ def kinds_of(form: Format, shape: tuple[int, ...]) -> dict[str, Kind]:
     if isinstance(form, Ggml):
         block = BLOCKS[form.name]
         return {WEIGHT: (torch.uint8, (shape[0], shape[1] // block.numbers * block.bytes))}
-    zeros = torch.zeros(shape, dtype=torch.bfloat16)
-    return {name: (part.dtype, tuple(part.shape)) for name, part in form.pack(zeros).items()}
+    parts = form.pack(torch.empty(shape, dtype=torch.bfloat16, device="meta"))
+    return {name: (part.dtype, tuple(part.shape)) for name, part in parts.items()}
 
 
 def obstacle(source: TensorSource, runs: Sequence[Run]) -> str:

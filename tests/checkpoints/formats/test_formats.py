@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from miniflux.checkpoints.formats import FORMATS
 from miniflux.checkpoints.formats.ggml import BLOCKS
 from miniflux.checkpoints.formats.nvfp4 import from_tiles, to_tiles
+from miniflux.checkpoints.moving import kinds_of
 from miniflux.errors import CheckpointError
 from tests.checkpoints.formats.made import WRITERS, random_blocks
 from tests.tiny import randn
@@ -88,6 +89,13 @@ def test_packing_costs_what_the_grid_must(name: str) -> None:
 def test_every_format_that_is_written_is_tested() -> None:
     assert ERRORS.keys() == FORMATS.keys()
     assert OF_WRITERS.keys() | {"scaled fp8, header"} == WRITERS.keys()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_sizes_are_known_before_anything_is_packed(name: str) -> None:
+    for shape in ((64, 256), (130, 256), (256, 512)):
+        parts = FORMATS[name].pack(torch.ones(shape))
+        assert kinds_of(FORMATS[name], shape) == {key: (t.dtype, tuple(t.shape)) for key, t in parts.items()}
 
 
 @pytest.mark.parametrize("writer", OF_WRITERS)

@@ -51,8 +51,9 @@ class FourBit(Format):
         weight = self.checked(weight)
         blocks = weight.reshape(-1, BLOCK)
         table = torch.tensor(TABLES[self.name], device=weight.device)
-        order = table.argsort(stable=True)
-        bounds = torch.tensor([(a + b) / 2 for a, b in pairwise(table[order].tolist())], device=weight.device)
+        ranked = torch.tensor(TABLES[self.name]).sort(stable=True)
+        bounds = torch.tensor([(a + b) / 2 for a, b in pairwise(ranked.values.tolist())], device=weight.device)
+        order = ranked.indices.to(weight.device)
         codes = torch.empty(len(blocks) * BLOCK // 2, 1, dtype=torch.uint8, device=weight.device)
         absmax = torch.empty(len(blocks), device=weight.device)
         for piece in pieces(len(blocks), BLOCK):
