@@ -40,13 +40,18 @@ M = TypeVar("M", bound=nn.Module)
 log = logging.getLogger(__name__)
 
 MAIN = (128, 128)
+# Where shapes are hardest to learn: few latents for each of them, or far more than on the main canvas.
+NARROW = tuple(size for size in OTHERS if min(size) == 64)
+LARGE = tuple(size for size in OTHERS if min(size) >= 160)
+ALL = (MAIN, *OTHERS, *(2 * NARROW), *(6 * SMALL), *(12 * LARGE))
 TEACHER = [
     Phase("teacher 64", 6500, SMALL, 128, 1.5e-3),
     Phase("teacher 128", 9_000, (MAIN, *OTHERS), 48, 7.5e-4, main=0.9),
     Phase("teacher sizes", 5_500, (MAIN, *OTHERS), 48, 7.5e-4, main=0.2),
+    Phase("teacher hard sizes", 2_800, ALL, 48, 7.5e-4, main=0.25),
 ]
-DEV = [Phase("dev", 300, (MAIN, *OTHERS), 48, 4e-4, main=0.25)]
-SCHNELL = [Phase("schnell", 300, (MAIN, *OTHERS), 48, 4e-4, main=0.25)]
+DEV = [Phase("dev", 300, ALL, 48, 4e-4, main=0.25)]
+SCHNELL = [Phase("schnell", 300, ALL, 48, 4e-4, main=0.25)]
 
 POOL = 4_000  # pictures of the main canvas kept as latents; a quarter for the short stages
 REPORT = {"teacher": 2000, "dev": 150, "schnell": 150}  # steps between sheets
@@ -79,9 +84,9 @@ def matrices(name: str) -> bool:
     return "blocks" in name or "encoder.block" in name or "encoder.layers" in name
 
 
-def make(folder: Path, start: Path | None = None, begin: int = 0) -> None:
+def make(folder: Path, start: Path | None = None, begin: int = 0, again: bool = False) -> None:
     """All stages, from wherever the last run stopped; or the later ones, from the weights in the folder `start`, whose
-    teacher is taken to have made `begin` steps."""
+    teacher is taken to have made `begin` steps. `again`: its autoencoder is trained further, too."""
     before = None if start is None else miniflux.load("nano-dev", weights=start)
     if start is not None and not (folder / "text").exists():
         for name in ("tokenizer", "tokenizer_2"):
@@ -91,20 +96,22 @@ def make(folder: Path, start: Path | None = None, begin: int = 0) -> None:
     clip_tokenizer = load_clip_tokenizer(folder / "text" / "tokenizer")
     t5_tokenizer = load_t5_tokenizer(folder / "text" / "tokenizer_2")
 
-    autoencoder = stage1.train(folder) if before is None else before.autoencoder.float()
+    finished = None if before is None else before.autoencoder.float()
+    autoencoder = stage1.train(folder, before=finished) if finished is None or again else finished
     autoencoder = autoencoder.requires_grad_(False).to(memory_format=torch.channels_last)  # pyright: ignore
     stated = VARIANTS["nano-dev"].autoencoder
     if autoencoder.config != stated:
         log.warning("write these into variants.py: scale_factor %s, shift_factor %s",
                     autoencoder.config.scale_factor, autoencoder.config.shift_factor)  # fmt: skip
-    log.info("autoencoder: %.1f dB flat, %.1f dB lit", stage1.psnr(autoencoder, False), stage1.psnr(autoencoder, True))
+    flat, lit, small = (stage1.psnr(autoencoder, *how) for how in ((False, 128), (True, 128), (False, 64)))
+    log.info("autoencoder: %.1f dB flat, %.1f dB lit, %.1f dB flat at 64x64", flat, lit, small)
 
     torch.manual_seed(3)
     teacher = Teacher(TextEncoders(clip_tokenizer, t5_tokenizer))
     if before is not None:
         teacher.start_from(before)
     about = {"stage": "teacher"}
-    state = TrainingState(teacher, folder / "teacher", TEACHER[0].rate, about, decay=0.9995, matrices=matrices)
+    state = TrainingState(teacher, folder / "teacher", TEACHER[0].rate, about, decay=0.998, matrices=matrices)
     if not state.resume() and before is not None:
         state.step = begin
 
@@ -148,12 +155,13 @@ def main() -> None:
     arguments.add_argument("folder", type=Path, nargs="?", default=Path("runs/nano"))
     arguments.add_argument("--start", type=Path, help="a folder of finished weights, to train them further")
     arguments.add_argument("--begin", type=int, default=0, metavar="N", help="the teacher's step to go on from there")
+    arguments.add_argument("--again", action="store_true", help="train the autoencoder of --start further, too")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     # Attention over a hundred tokens trains faster as plain matrix products than with the CPU's flash kernel.
     # One thread for forward and backward passes: two would each keep a team of workers, which wait for each other.
     with sdpa_kernel(SDPBackend.MATH), torch.autograd.set_multithreading_enabled(False):
         options = arguments.parse_args()
-        make(options.folder, options.start, options.begin)
+        make(options.folder, options.start, options.begin, options.again)
 
 
 if __name__ == "__main__":
