@@ -51,16 +51,16 @@ def test_two_objects(pipe: Pipeline) -> None:
     assert right(pipe, [scenes.two_objects(rng, held_out=i % 4 == 0) for i in range(16)]) >= 13
 
 
-@pytest.mark.parametrize("size", [(96, 160), (192, 128)])
+@pytest.mark.parametrize("size", [(64, 64), (96, 160), (192, 128)])
 def test_other_sizes(pipe: Pipeline, size: tuple[int, int]) -> None:
     rng = random.Random(7)
     wanted = [(scenes.two_objects if i % 2 else scenes.one_object)(rng) for i in range(12)]
     assert right(pipe, wanted, width=size[0], height=size[1]) >= 11
 
 
-@pytest.mark.parametrize("size", [(64, 64), (192, 64), (192, 192)])
-def test_the_smallest_and_the_largest(pipe: Pipeline, size: tuple[int, int]) -> None:
-    """Background, colour and place are right; shapes mostly, for few tokens show them, or many: see docs/nano.md."""
+@pytest.mark.parametrize("size", [(192, 64), (192, 192)])
+def test_the_widest_and_the_largest(pipe: Pipeline, size: tuple[int, int]) -> None:
+    """Background, colour and place are right; shapes mostly: see docs/nano.md."""
     rng = random.Random(7)
     wanted = [scenes.one_object(rng) for _ in range(12)]
     result = pipe.generate([scene.caption for scene in wanted], seed=1000, width=size[0], height=size[1])
