@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import cast
 
@@ -249,8 +249,8 @@ def _check_packable(network: nn.Module, layer: str, name: str) -> None:
 
 def _bounds(module: QuantizedLinear, stacks: Sequence[Stack]) -> list[tuple[int, int]]:
     """The rows of each stack; all of them where the halves change places."""
-    ends = list(accumulate(stored.shape[0] for stored, _ in stacks))
-    return [(0, ends[-1])] if module.swapped else list(zip([0, *ends], ends, strict=False))
+    ends = [0, *accumulate(stored.shape[0] for stored, _ in stacks)]
+    return [(0, ends[-1])] if module.swapped else list(pairwise(ends))
 
 
 def _made(
