@@ -1,6 +1,7 @@
 """How much memory converting takes: the peak of a process against the largest tensor. Linux only: it reads /proc.
 
-Writes a FLUX.1 transformer of 0.6 GB with random weights (hidden size 2048), then converts it into each format.
+Writes a FLUX.1 transformer of 0.6 GB with random weights (hidden size 2048), then converts it into each format; and the
+same weights as NF4 into another packed format.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 from loading import LARGE
 
-from miniflux.checkpoints import open_tensors, save
+from miniflux.checkpoints import convert, open_tensors, save
 from miniflux.models.flux1 import Flux1
 
 CONFIG = replace(LARGE, hidden_size=2048, num_heads=16, depth=1, depth_single_blocks=2)
@@ -29,7 +30,9 @@ CASES = {
     "nf4": ("nf4", ".safetensors"),
     "Q8_0": ("Q8_0", ".gguf"),
     "Q4_K": ("Q4_K", ".gguf"),
+    "nf4 to int8": ("int8", ".safetensors"),
 }
+PACKED = "nf4 to int8"  # its source is packed itself
 CONVERT = """
 import sys, torch
 from converting import CONFIG
@@ -43,6 +46,7 @@ save(Flux1(replace(CONFIG, hidden_size=256, num_heads=2, depth_single_blocks=1))
 convert(tiny, target, layout=layout or None, format=format or None)  # what torch loads late
 def status(name):
     return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
+open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
 before = status("VmRSS")
 convert(source, target, layout=layout or None, format=format or None)
 print(status("VmHWM") - before)
@@ -53,11 +57,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--formats", nargs="+", default=list(CASES), choices=CASES, metavar="NAME")
     options = parser.parse_args()
-    print(f"{'format':<10} {'file MB':>8} {'largest tensor MB':>18} {'peak MB':>8} {'ratio':>6} {'MB/s':>6}")
+    print(f"{'format':<12} {'file MB':>8} {'largest tensor MB':>18} {'peak MB':>8} {'ratio':>6} {'MB/s':>6}")
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "source.safetensors"
         torch.manual_seed(0)
         save(Flux1(CONFIG).to(torch.bfloat16), source)
+        packed = Path(folder) / "packed.safetensors"
+        if PACKED in options.formats:
+            convert(source, packed, format="nf4")
         sizes = [entry.size for entry in open_tensors(source).entries.values()]
         for name in options.formats:
             form, ending = CASES[name]
@@ -65,7 +72,7 @@ def main() -> None:
             layout = "diffusers" if name == "diffusers" else ""
             started = time.monotonic()
             found = subprocess.run(
-                [sys.executable, "-c", CONVERT, str(source), str(target), layout, form],
+                [sys.executable, "-c", CONVERT, str(packed if name == PACKED else source), str(target), layout, form],
                 check=True,
                 capture_output=True,
                 text=True,
@@ -75,7 +82,7 @@ def main() -> None:
             target.unlink()
             peak = int(found.stdout)
             print(
-                f"{name:<10} {sum(sizes) / 1e6:8.0f} {max(sizes) / 1e6:18.0f} {peak / 1e6:8.0f} "
+                f"{name:<12} {sum(sizes) / 1e6:8.0f} {max(sizes) / 1e6:18.0f} {peak / 1e6:8.0f} "
                 f"{peak / max(sizes):6.2f} {sum(sizes) / 1e6 / taken:6.0f}",
                 flush=True,
             )

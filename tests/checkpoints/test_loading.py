@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from miniflux.checkpoints import load_into, open_tensors, save, to_layout
+from miniflux.checkpoints import files, load_into, open_tensors, save, to_layout
 from miniflux.checkpoints.loading import is_finite
 from miniflux.errors import CheckpointError
 from miniflux.models.flux1 import Flux1
@@ -93,6 +93,33 @@ def test_what_needs_no_copy_in_another_layout_is_a_view_too(model: Flux1, tmp_pa
     copied = [key for key, tensor in other.state_dict().items() if tensor.data_ptr() not in mapped]
     kinds = {key.split(".", 2)[-1].rsplit(".", 1)[0] for key in copied}
     assert kinds == {"img_attn.qkv", "txt_attn.qkv", "linear1", "1"}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("large", [1, 10**9])
+def test_memory_of_their_own_for_large_tensors(
+    model: Flux1, large: int, dtype: torch.dtype | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights in pages that the system lends are the same ones, may be written to, and outlive the call."""
+    monkeypatch.setattr(files, "LARGE", large)
+    path = tmp_path / "a.safetensors"
+    save(model, path, layout="diffusers")
+    other = empty()
+    load_into(other, path, dtype=dtype)
+    assert equal(other, {key: tensor.to(dtype) for key, tensor in model.state_dict().items()})
+    with torch.no_grad():
+        other.get_parameter(QKV).fill_(2.0)
+    assert other.get_parameter(QKV).sum() == 2.0 * other.get_parameter(QKV).numel()
+
+
+def test_fresh_memory() -> None:
+    """Of any size and shape, the empty and the scalar among them."""
+    for shape in ((), (0,), (0, 5), (3, 5), (1024, 1025), (2**22 + 1,)):
+        for dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.uint8, torch.bool):
+            made = files.fresh(shape, dtype)
+            assert (made.shape, made.dtype, made.is_contiguous()) == (torch.Size(shape), dtype, True)
+            made.view(torch.uint8).fill_(1) if shape else made.fill_(1)
+    assert files.fresh((2**23,), torch.uint8, "meta").is_meta
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -281,7 +308,7 @@ PEAK = '''
 """Load a file in a child of this process for each way of loading; say how far the memory rose above the network."""
 import json, os, resource, sys, torch
 from dataclasses import replace
-from miniflux.checkpoints import load_into, save
+from miniflux.checkpoints import files, load_into, save
 from miniflux.models.flux1 import Flux1
 from tests.tiny import FLUX1
 

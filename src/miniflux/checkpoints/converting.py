@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from miniflux.checkpoints.files import TensorSource
+from miniflux.checkpoints.files import TensorSource, fresh
 from miniflux.checkpoints.formats import Format
 from miniflux.checkpoints.formats.ggml import Ggml
 from miniflux.checkpoints.formats.reading import contents_of
@@ -281,7 +281,7 @@ def _tensors(network: Targets, group: list[Target]) -> list[Tensor]:
     ours, dtypes = group[0].ours, {item.was for item in group}
     shape, was = network.shapes[ours], dtypes.pop() if len(dtypes) == 1 else None
     wide = torch.float32 if was is None else torch.bfloat16 if was.itemsize == 1 else was  # float8 is exact in it
-    weight = fetch(network.source, network.before[ours], shape, out=torch.empty(shape, dtype=wide))
+    weight = fetch(network.source, network.before[ours], shape, out=fresh(shape, wide))
     after = network.after[ours]
     return to_theirs(weight, after.how, len(after.keys), hidden_size(network.network))
 

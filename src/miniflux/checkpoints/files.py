@@ -14,6 +14,7 @@ import os
 import struct
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -41,6 +42,7 @@ DTYPES: dict[str, torch.dtype] = {
 INDEX_SUFFIX = ".safetensors.index.json"
 FIELDS = ("dtype", "shape", "data_offsets")  # of a tensor's entry in the header, and no others
 MAX_SHARDS = 1000  # of one model; published ones have a few dozen
+LARGE = 2**22  # bytes of a tensor that gets memory of its own from the system
 MAX_AXES = 32  # of a tensor's shape; published tensors have 5 at most
 # What other files begin with that are found under the name of a safetensors file.
 STRANGERS: dict[bytes, str] = {
@@ -205,6 +207,20 @@ def _mapped(path: Path, size: int) -> Tensor:
         flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
         area = mmap.mmap(file.fileno(), size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     return torch.frombuffer(area, dtype=torch.uint8)
+
+
+def fresh(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """Memory for a tensor, not filled. On the CPU that of a large one is the system's own: in large pages where there
+    are any, because setting up small ones takes twice as long as the copying that they are for; and given back when
+    the tensor is let go of, where the C library's heap would keep it and grow with every size that comes along."""
+    size = math.prod(shape) * dtype.itemsize
+    if size < LARGE or torch.device(device).type != "cpu" or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+    area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a system built without them
+            area.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(area, dtype=dtype).view(tuple(shape))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

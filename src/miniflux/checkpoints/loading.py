@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from miniflux.checkpoints.files import Entry, TensorSource, open_tensors
+from miniflux.checkpoints.files import Entry, TensorSource, fresh, open_tensors
 from miniflux.checkpoints.formats.base import FLOATS, Kind, Stored
 from miniflux.checkpoints.formats.reading import SIDES, Contents, GivenTensors, contents_of, parts_of
 from miniflux.checkpoints.formats.scaled import METADATA, PLAIN
@@ -293,13 +293,13 @@ def fetch(
         return to_ours([source[key] for key in origin.keys], origin.how, shape)
     if origin.how == "rows":
         kinds = {entry.dtype for entry in entries}
-        stacked = torch.empty(shape, dtype=kinds.pop() if len(kinds) == 1 else torch.float32)
+        stacked = fresh(shape, kinds.pop() if len(kinds) == 1 else torch.float32)
         _fill(source, origin, stacked)
         return stacked
     (key,), (entry,) = origin.keys, entries
     if origin.how == "packed" or (origin.how != "swap halves" and dtype in (None, entry.dtype)):
         return to_ours([source[key]], origin.how, shape)
-    moved = torch.empty(entry.shape, dtype=entry.dtype)
+    moved = fresh(entry.shape, entry.dtype)
     source.read(key, moved)
     return to_ours([moved], origin.how, shape)
 
@@ -320,7 +320,7 @@ def _fill(source: TensorSource, origin: Origin, out: Tensor) -> None:
     elif source.entries[key].dtype == out.dtype and out.device.type == "cpu":
         source.read(key, out)
     else:  # not from the mapped file, whose pages would stay in memory
-        moved = torch.empty(out.shape, dtype=source.entries[key].dtype)
+        moved = fresh(out.shape, source.entries[key].dtype)
         source.read(key, moved)
         out.copy_(moved)
     if origin.how == "swap halves":

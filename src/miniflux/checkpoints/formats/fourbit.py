@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from miniflux.checkpoints.files import fresh
 from miniflux.checkpoints.formats.base import FLOATS, WEIGHT, Format, Get, Kind, Stored, misshapen, need, pieces
 from miniflux.checkpoints.formats.scaled import parsed_json
 from miniflux.errors import CheckpointError
@@ -54,7 +55,7 @@ class FourBit(Format):
         ranked = torch.tensor(TABLES[self.name]).sort(stable=True)
         bounds = torch.tensor([(a + b) / 2 for a, b in pairwise(ranked.values.tolist())], device=weight.device)
         order = ranked.indices.to(weight.device)
-        codes = torch.empty(len(blocks) * BLOCK // 2, 1, dtype=torch.uint8, device=weight.device)
+        codes = fresh((len(blocks) * BLOCK // 2, 1), torch.uint8, weight.device)
         absmax = torch.empty(len(blocks), device=weight.device)
         for piece in pieces(len(blocks), BLOCK):
             some = blocks[piece].float()

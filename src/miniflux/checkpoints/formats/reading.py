@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miniflux.checkpoints.files import Entry, TensorSource
+from miniflux.checkpoints.files import Entry, TensorSource, fresh
 from miniflux.checkpoints.formats import FORMATS
 from miniflux.checkpoints.formats.base import WEIGHT, Format, Stored
 from miniflux.checkpoints.formats.fourbit import ABSMAX, MAP, NESTED, NESTED_MAP, STATE
@@ -82,7 +82,7 @@ def parts_of(source: TensorSource, layer: str, stored: Stored) -> dict[str, Tens
     """The parts of a packed weight; those in files in memory of their own, which mapped pages do not add to."""
     if isinstance(source, GivenTensors):
         return {name: source[f"{layer}.{name}"] for name in stored.parts}
-    parts = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in stored.parts.items()}
+    parts = {name: fresh(shape, dtype) for name, (dtype, shape) in stored.parts.items()}
     for name, part in parts.items():
         source.read(f"{layer}.{name}", part)
     return parts

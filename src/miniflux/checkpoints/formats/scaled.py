@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from miniflux.checkpoints.files import fresh
 from miniflux.checkpoints.formats.base import FLOATS, WEIGHT, Format, Get, Kind, Stored, misshapen, need, pieces
 from miniflux.checkpoints.jsonfiles import json_of
 from miniflux.errors import CheckpointError
@@ -48,7 +49,7 @@ class Scaled(Format):
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
         weight, top = self.checked(weight), largest(self.dtype)
-        q = torch.empty(weight.shape, dtype=self.dtype, device=weight.device)
+        q = fresh(weight.shape, self.dtype, weight.device)
         scale = self._scale(weight)
         for piece in pieces(*weight.shape):
             rows = weight[piece].float()
@@ -65,8 +66,10 @@ class Scaled(Format):
         """What the largest number, of the weight or of each row, is divided by to become the largest of the dtype."""
         if self.scaling == "none":
             return None
-        tops = [weight[piece].float().abs().amax(dim=1, keepdim=True) for piece in pieces(*weight.shape)]
-        amax = torch.cat(tops) if self.scaling == "row" else torch.cat(tops).amax()
+        tops = torch.empty(len(weight), 1, device=weight.device)
+        for piece in pieces(*weight.shape):  # a list of results would pin the gaps between them in the heap
+            tops[piece] = weight[piece].float().abs().amax(dim=1, keepdim=True)
+        amax = tops if self.scaling == "row" else tops.amax()
         return torch.where(amax > 0, amax / largest(self.dtype), torch.ones_like(amax))
 
     def read(self, kinds: Mapping[str, Kind], get: Get) -> Stored:

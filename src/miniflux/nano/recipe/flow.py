@@ -6,6 +6,7 @@ import logging
 import math
 import random
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -40,7 +41,7 @@ class Phase:
 
     name: str
     steps: int
-    sizes: tuple[tuple[int, int], ...]
+    sizes: tuple[tuple[int, int], ...]  # the main one first; of the others, one named twice is drawn twice as often
     batch: int
     rate: float
     main: float = 0.75  # share of the batches that show the first canvas
@@ -50,7 +51,7 @@ SMALL = ((64, 64),)
 MAIN_TOKENS = 64  # of the main canvas, 128x128
 SHORT = 32  # T5 tokens that nearly every caption fits in
 COMPILE = True  # train the teacher with torch.compile on these canvases, which make most of the batches
-COMPILED_SIZES = ((64, 64), (128, 128))
+COMPILED_SIZES = ((64, 64), (128, 128), (192, 192))
 SIDES = (64, 96, 128, 160, 192)
 # Canvases beside the main one: all of these sides, and some in between.
 OTHERS = (
@@ -118,10 +119,11 @@ class Data:
     def __init__(
         self, autoencoder: Autoencoder, sizes: tuple[tuple[int, int], ...], seed: int, pool: int, lit: bool = False
     ) -> None:
-        counts = [pool] + [max(1, pool // 40)] * (len(sizes) - 1)
+        self.shares = Counter(sizes[1:])
+        counts = [pool, *(max(1, pool // 40 * min(share, 4)) for share in self.shares.values())]
         self.pools = [
             Pictures(autoencoder, size, count, seed + 7 * i, lit)
-            for i, (size, count) in enumerate(zip(sizes, counts, strict=True))
+            for i, (size, count) in enumerate(zip((sizes[0], *self.shares), counts, strict=True))
         ]
         self.rng = random.Random(seed)
 
@@ -129,7 +131,7 @@ class Data:
         """A batch of one canvas: the first one mostly. Smaller canvases fill larger batches."""
         pool = self.pools[0]
         if len(self.pools) > 1 and self.rng.random() > main:
-            pool = self.rng.choice(self.pools[1:])
+            pool = self.rng.choices(self.pools[1:], list(self.shares.values()))[0]
         tokens = pool.latents.shape[1]
         batch = max(1, min(2 * batch, batch * self.pools[0].latents.shape[1] // tokens))
         pool.renew(max(1, batch // 16))
@@ -212,8 +214,8 @@ def run(
     every: tuple[int, Callable[[int], None]],
     lit: bool = False,
 ) -> None:
-    """Train through the phases, from wherever `state` is; saved every 500 steps. `pool` pictures of the main
-    canvas are kept as latents, a fortieth of that of each other one. `every`: (steps, what to do after so many).
+    """Train through the phases, from wherever `state` is; saved every 500 steps. `pool` pictures of the
+    main canvas are kept as latents, a fortieth of that or more of each other one. `every`: (steps, what to do then).
     `lit`: pictures under a lamp instead of flat ones."""
     end = 0
     for number, phase in enumerate(phases):
