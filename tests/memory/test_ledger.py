@@ -49,6 +49,20 @@ def test_weights_are_counted_exactly(make: Make) -> None:
         assert found["modulation of all calls"].ram == memory.ahead.size
 
 
+def test_the_encoders_run_one_after_the_other(make: Make) -> None:
+    """T5 first, then CLIP beside the areas that T5 leaves: these are what is held when both are done."""
+    pipe = miniflux.load(make(), memory="stream", device="cpu")
+    assert pipe.memory is not None
+    found = pipe.memory.ledger(RUN)
+    first, second = lines(found, "text, T5"), lines(found, "text, CLIP")
+    assert "clip: running blocks" not in first and "t5: activations" not in second
+    held = list[tuple[int, ...]]()
+    pipe.text.clip.register_forward_hook(lambda *_: held.append(tuple(part.held for part in pipe.memory.text)))
+    pipe.text.encode(["x"], 6)
+    assert sorted(held[0]) == sorted(second[f"{name}: running blocks"].ram for name in ("clip", "t5"))
+    assert first["t5: running blocks"] == second["t5: running blocks"]
+
+
 def test_on_another_device_weights_are_its_own(make: Make) -> None:
     """Blocks that wait are in RAM, those that run on the device; nothing is there twice."""
     memory = miniflux.load(make(), memory="resident", device="cpu").memory

@@ -156,12 +156,12 @@ def predict(
         mode,
         process,
         {
-            "text": (
+            "text, T5": (
                 *common,
-                *blocks("clip"),
                 *blocks("t5"),
                 on_device("t5: activations", t5_activations(t5, run.text_tokens, itemsize)),
             ),
+            "text, CLIP": (*common, *blocks("t5"), *blocks("clip")),  # T5's areas are let go of after both
             "denoising": (
                 *common,
                 *blocks("transformer", slice(1) if ahead else slice(None)),

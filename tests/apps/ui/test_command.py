@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -24,7 +25,8 @@ def test_serves_until_it_is_told_to_stop(how: signal.Signals, tmp_path: Path) ->
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     arguments = [sys.executable, "-m", "miniflux", "ui"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(arguments, env=environment, **pipes) as server:  # type: ignore[call-overload]
+    heard = partial(signal.signal, how, signal.SIG_DFL)  # a shell's background jobs, these tests perhaps, ignore SIGINT
+    with subprocess.Popen(arguments, env=environment, preexec_fn=heard, **pipes) as server:  # type: ignore[call-overload]
         try:
             line = server.stdout.readline()
             found = re.search(r"http://127\.0\.0\.1:\d+", line)
