@@ -296,6 +296,26 @@ def test_a_layout_that_is_named_is_not_guessed(model: Flux1) -> None:
         load_into(empty(), model.state_dict(), layout="diffusers")
 
 
+@pytest.mark.parametrize(
+    ("parts", "named"),
+    [
+        (("weight._data", "weight._scale"), "optimum-quanto"),
+        (("weight", "SCB", "weight_format"), "LLM.int8()"),
+        (("qweight", "wscales", "lora_down", "lora_up"), "Nunchaku"),
+    ],
+)
+def test_packings_that_are_not_read_are_named(model: Flux1, parts: tuple[str, ...], named: str, tmp_path: Path) -> None:
+    """People take such files for broken ones if they only hear of keys."""
+    tensors = {key: tensor for key, tensor in model.state_dict().items() if key != QKV}
+    layer = QKV.removesuffix("weight")
+    save_file(
+        tensors | {layer + part: torch.zeros(4, 4, dtype=torch.int8) for part in parts}, tmp_path / "a.safetensors"
+    )
+    with pytest.raises(CheckpointError, match="weights packed by") as error:
+        load_into(empty(), tmp_path / "a.safetensors")
+    assert named in str(error.value).splitlines()[0]
+
+
 def test_finiteness() -> None:
     """Every dtype, empty tensors, and tensors on the meta device, which have no values."""
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2, torch.float8_e4m3fn):

@@ -16,7 +16,7 @@ from miniflux.checkpoints.files import INDEX_SUFFIX, Entry, Selection, TensorSou
 from miniflux.checkpoints.formats.reading import contents_of, format_of, formats_in
 from miniflux.checkpoints.jsonfiles import json_file, json_of
 from miniflux.checkpoints.loading import bare, compare, is_finite
-from miniflux.checkpoints.others import Found, count_blocks, others_in
+from miniflux.checkpoints.others import Found, count_blocks, foreign_packing, others_in
 from miniflux.checkpoints.prefixes import network_of, parts_of
 from miniflux.checkpoints.report import LoadReport
 from miniflux.errors import CheckpointError, ConfigError, LoraError
@@ -325,7 +325,8 @@ def flux1_config(entries: Entries, metadata: Mapping[str, str], axes_dim: tuple[
     }
     absent = [key for key in names.values() if key not in entries]
     if absent:
-        raise CheckpointError(f"an incomplete FLUX.1 transformer: {', '.join(absent)} missing")
+        why = foreign_packing(entries) or f"{', '.join(absent)} missing"
+        raise CheckpointError(f"an incomplete FLUX.1 transformer: {why}")
     shape = {name: entries[key].shape for name, key in names.items()}
     odd = [f"{names[name]} {list(s)}" for name, s in shape.items() if len(s) != (1 if name == "head" else 2) or 0 in s]
     if odd:

@@ -29,6 +29,7 @@ from miniflux.checkpoints.layouts import (
     to_ours,
     why_redundant,
 )
+from miniflux.checkpoints.others import foreign_packing
 from miniflux.checkpoints.prefixes import PartSource, part_of
 from miniflux.checkpoints.quantized import QuantizedLinear, packed_layers
 from miniflux.checkpoints.report import LoadReport
@@ -167,6 +168,8 @@ def _report(module: nn.Module, source: TensorSource, plan: Plan) -> LoadReport:
     for layer in {**packed_layers(module), **plan.layers}.values():
         for name, stored in zip(layer.layers, layer.stored, strict=True):
             report.used += [f"{name}.{part}" for part in stored.read]
+    if foreign := foreign_packing(entries):
+        report.damaged.insert(0, foreign)
     if METADATA in contents.broken:
         report.damaged.append(contents.broken[METADATA])
     used = set(report.used)

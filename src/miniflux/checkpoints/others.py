@@ -14,6 +14,12 @@ from miniflux.variants import FLUX2_SIZES, LANGUAGE_MODELS, REDUX_SIZES, SIGLIP_
 
 Shapes = Mapping[str, tuple[int, ...]]
 NOT_YET = "not loadable yet"
+# Ways to pack weights that are not read, by how the name of a part ends.
+FOREIGN = {
+    ".weight._data": "optimum-quanto",
+    ".SCB": "bitsandbytes' LLM.int8()",
+    ".qweight": "SVDQuant (Nunchaku) or GPTQ",
+}
 
 
 def _flux2(shapes: Shapes) -> str:
@@ -136,6 +142,15 @@ def others_in(entries: Mapping[str, Entry]) -> list[Found]:
             if all(prefix + sign in entries for sign in other.signs):
                 found[prefix] = Found(other, prefix, _named(other, prefix, entries))
     return list(found.values())
+
+
+def foreign_packing(keys: Iterable[str]) -> str | None:
+    """What to say of weights that are packed in a way that is known by name only; None if there are none."""
+    for key in keys:
+        for ending, name in FOREIGN.items():
+            if key.endswith(ending):
+                return f"weights packed by {name}, which are not read, such as {key}"
+    return None
 
 
 def _named(other: Other, prefix: str, entries: Mapping[str, Entry]) -> str:
