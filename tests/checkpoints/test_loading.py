@@ -328,7 +328,7 @@ PEAK = '''
 """Load a file in a child of this process for each way of loading; say how far the memory rose above the network."""
 import json, os, resource, sys, torch
 from dataclasses import replace
-from miniflux.checkpoints import files, load_into, save
+from miniflux.checkpoints import load_into, save
 from miniflux.models.flux1 import Flux1
 from tests.tiny import FLUX1
 

@@ -51,7 +51,7 @@ SMALL = ((64, 64),)
 MAIN_TOKENS = 64  # of the main canvas, 128x128
 SHORT = 32  # T5 tokens that nearly every caption fits in
 COMPILE = True  # train the teacher with torch.compile on these canvases, which make most of the batches
-COMPILED_SIZES = ((64, 64), (128, 128), (192, 192))
+COMPILED_SIZES = ((64, 64), (128, 128))
 SIDES = (64, 96, 128, 160, 192)
 # Canvases beside the main one: all of these sides, and some in between.
 OTHERS = (
