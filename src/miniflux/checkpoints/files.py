@@ -211,7 +211,7 @@ def _mapped(path: Path, size: int) -> Tensor:
 
 def fresh(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
     """Memory for a tensor, not filled. On the CPU that of a large one is the system's own: in large pages where there
-    are any, because setting up small ones takes twice as long as the copying that they are for; and given back when
+    are any, because setting up small ones takes longer than the copying that they are for; and given back when
     the tensor is let go of, where the C library's heap would keep it and grow with every size that comes along."""
     size = math.prod(shape) * dtype.itemsize
     if size < LARGE or torch.device(device).type != "cpu" or not hasattr(mmap, "MAP_ANONYMOUS"):
