@@ -295,13 +295,16 @@ def describe(source: TensorSource) -> str:
 AXES = {sum(v.transformer.axes_dim): tuple(v.transformer.axes_dim) for v in VARIANTS.values()}
 
 
-def flux1_config(entries: Entries, metadata: Mapping[str, str], axes_dim: tuple[int, ...] | None = None) -> Flux1Config:
+def flux1_config(
+    entries: Entries, metadata: Mapping[str, str], axes_dim: tuple[int, ...] | None = None, *, to_run: bool = True
+) -> Flux1Config:
     """The config of a FLUX.1 transformer, from the shapes in its file (either layout).
 
     Args:
         entries: of the file; packed weights by the shapes that they unpack to (`Contents.entries`).
         metadata: of the file's header; `axes_dim` there (a JSON list) settles what shapes cannot tell.
         axes_dim: rotary axes, if the caller knows them.
+        to_run: False where only names and shapes matter: unknown rotary axes are then one axis.
 
     Raises:
         CheckpointError: the file holds no FLUX.1 transformer, or its rotary axes are unknown.
@@ -332,7 +335,7 @@ def flux1_config(entries: Entries, metadata: Mapping[str, str], axes_dim: tuple[
     if odd:
         raise CheckpointError(f"no FLUX.1 transformer: the shape of {', '.join(odd)}")
     hidden, head = shape["img_in"][0], shape["head"][0]
-    axes = axes_dim or _axes_in(metadata) or AXES.get(head)
+    axes = axes_dim or _axes_in(metadata) or AXES.get(head) or (None if to_run else (head,))
     if axes is None:
         raise CheckpointError(
             f"a FLUX.1 transformer with heads of {head} channels: its rotary axes are not in the file; known are those "

@@ -129,7 +129,7 @@ def _input(kind: type[nn.Module], source: TensorSource, folder: Path | None, roo
     axes = axes_beside(folder) if folder and kind is Flux1 else None
     try:
         if kind is Flux1:
-            config: Any = _flux1_config(source, axes)
+            config: Any = flux1_config(entries, source.metadata, axes, to_run=False)
             if axes:
                 metadata["axes_dim"] = json.dumps(axes)
         else:
@@ -138,21 +138,6 @@ def _input(kind: type[nn.Module], source: TensorSource, folder: Path | None, roo
         raise CheckpointError(f"{source}: {error}") from error
     network = bare(kind, config)
     return Input(network, source, plan_for(network, source).layout, folder, root, metadata)
-
-
-HEADS = ("single_blocks.0.norm.query_norm.scale", "single_transformer_blocks.0.attn.norm_q.weight")
-
-
-def _flux1_config(source: TensorSource, axes: tuple[int, ...] | None) -> Flux1Config:
-    """Nothing is run here, so that any rotary axes will do where the file does not tell them."""
-    entries = contents_of(source).entries
-    try:
-        return flux1_config(entries, source.metadata, axes)
-    except CheckpointError:
-        head = next((entries[key].shape for key in HEADS if key in entries), ())
-        if len(head) != 1 or axes is not None:
-            raise
-        return flux1_config(entries, source.metadata, (head[0],))
 
 
 def outputs(

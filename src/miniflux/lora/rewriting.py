@@ -39,20 +39,15 @@ def network_of_file(source: TensorSource) -> tuple[Flux1, str]:
     Raises:
         CheckpointError: the file holds no transformer, or not all of one.
     """
-    head = next((source.entries[key] for key in _HEADS if key in source.entries), None)
-    axes = None if head is None or len(head.shape) != 1 or head.shape[0] % 2 else (head.shape[0],)
     try:
-        config = flux1_config(contents_of(source).entries, source.metadata, axes)
+        config = flux1_config(contents_of(source).entries, source.metadata, to_run=False)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
-    network = bare(Flux1, config)  # rotary axes do not matter here: nothing is run
+    network = bare(Flux1, config)
     report = compare(network, source)
     if report.problems:
         raise CheckpointError(str(report))
     return network, detect(network, source.entries)
-
-
-_HEADS = ("single_blocks.0.norm.query_norm.scale", "single_transformer_blocks.0.attn.norm_q.weight")
 
 
 def merge_files(
