@@ -37,20 +37,23 @@ def main() -> None:
         "two objects": lambda rng: scenes.two_objects(rng),
         "two objects, one held-out pair": lambda rng: scenes.two_objects(rng, held_out=True),
     }
-    print(f"{'model':<13} {'size':<8} {'prompts':<31} " + " ".join(f"{what:>10}" for what in WHAT))
+    columns = " ".join(f"{what:>10}" for what in (*WHAT, "outline"))
+    print(f"{'model':<13} {'size':<8} {'prompts':<31} {columns}")
     for name in options.models:
         draw = through_autoencoder() if name == "autoencoder" else drawn_by(name, options)
         for size, (kind, make) in itertools.product(options.sizes, kinds.items()):
             width, height = (int(side) for side in size.split("x"))
             rng = random.Random(f"{kind} 2026")
             right: Counter[str] = Counter()
+            outline = 0.0
             for i in range(options.prompts):
                 scene = make(rng)
                 verdict = judge(draw(scene, width, height, 50_000 + i), scene)
                 for what in WHAT:
                     right[what] += getattr(verdict, what)
+                outline += verdict.outline / options.prompts
             shares = " ".join(f"{100 * right[what] / options.prompts:9.1f}%" for what in WHAT)
-            print(f"{name:<13} {size:<8} {kind:<31} {shares}", flush=True)
+            print(f"{name:<13} {size:<8} {kind:<31} {shares} {outline:10.3f}", flush=True)
 
 
 def drawn_by(name: str, options: argparse.Namespace) -> Callable[[scenes.Scene, int, int, int], Image.Image]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from miniflux.nano import scenes
 from miniflux.nano.recipe.adherence import judge
@@ -72,7 +73,21 @@ def test_shapes_stay_inside_and_the_judge_agrees(size: tuple[int, int]) -> None:
         border = np.concatenate([np.asarray(image)[edge].reshape(-1, 3) for edge in ((0,), (-1,))])
         assert image.size == size and (border == PALETTE[scene.background]).all()
         if min(size) >= 96:
-            assert judge(image, scene).all, scene.caption
+            verdict = judge(image, scene)
+            assert verdict.all and verdict.outline > 0.9, scene.caption
+
+
+def test_the_judge_measures_outlines() -> None:
+    """A disc whose edge goes in and out by a tenth of its radius: its overlap with the best disc has a closed form."""
+    scene, radius = Scene("blue", (Shape("circle", "red", 0.5, 0.5, 0.2),), ""), 0.2 * 128
+    y, x = np.mgrid[:128, :128] - 63.5
+    edge = radius * (1 + 0.1 * np.cos(6 * np.arctan2(y, x)))
+    pixels = np.where((np.hypot(x, y) < edge)[..., None], PALETTE["red"], PALETTE["blue"])
+    wavy, clean = (judge(image, scene) for image in (Image.fromarray(pixels.astype(np.uint8)), render(scene, 128, 128)))
+    # The same radius on the mean: |edge - radius| is 0.1 * 2 / pi of it, above and below in equal parts.
+    expected = (1 - 0.1 * 2 / np.pi) / (1 + 0.1 * 2 / np.pi)
+    assert wavy.all and abs(wavy.outline - expected) < 0.03 and clean.outline > 0.95
+    assert judge(render(Scene("blue", (), ""), 128, 128), scene).outline == 0
 
 
 @pytest.mark.parametrize("change", ["background", "colour", "shape", "position", "empty", "extra"])

@@ -21,12 +21,18 @@ MINIMUM_AREA = 0.004  # of the canvas; smaller patches are ignored
 
 @dataclass(frozen=True)
 class Verdict:
-    """Which of the four properties are right."""
+    """Which of the four properties are right, and how clean the outlines are.
+
+    Attributes:
+        outline: overlap (intersection over union, 0 to 1) of what was found for each object with the cleanly drawn
+            shape that it is most like, averaged; 0 for an object that is not there. True pictures have about 0.96.
+    """
 
     background: bool
     colour: bool
     shape: bool
     position: bool
+    outline: float
 
     @property
     def all(self) -> bool:
@@ -63,8 +69,8 @@ def _patches(foreground: np.ndarray) -> list[np.ndarray]:
     return sorted(patches, key=lambda p: -int(p.sum()))
 
 
-def _shape_of(patch: np.ndarray) -> str:
-    """The shape whose drawing overlaps a patch best (intersection over union)."""
+def _shape_of(patch: np.ndarray) -> tuple[str, float]:
+    """The shape whose drawing overlaps a patch best, and that overlap (intersection over union)."""
     height, width = patch.shape
     side = min(height, width)
     rows, columns = np.nonzero(patch)
@@ -86,7 +92,7 @@ def _shape_of(patch: np.ndarray) -> str:
             overlap = float((drawn & patch).sum() / max(1, (drawn | patch).sum()))
             if overlap > best:
                 best, name = overlap, kind
-    return name
+    return name, best
 
 
 def judge(image: Image.Image, scene: scenes.Scene) -> Verdict:
@@ -101,7 +107,7 @@ def judge(image: Image.Image, scene: scenes.Scene) -> Verdict:
     foreground = np.linalg.norm(pixels - background, axis=-1) > FOREGROUND
     found = [p for p in _patches(foreground) if p.sum() >= MINIMUM_AREA * height * width]
     colour = shape = position = len(found) == len(scene.shapes)
-    remaining = list(found)
+    remaining, overlaps = list(found), 0.0
     for wanted in scene.shapes:
         if not remaining:
             colour = shape = position = False
@@ -110,10 +116,12 @@ def judge(image: Image.Image, scene: scenes.Scene) -> Verdict:
         distances = [max(abs(x - wanted.x), abs(y - wanted.y)) for x, y in centres]
         nearest = int(np.argmin(distances))
         patch = remaining.pop(nearest)
-        position = position and distances[nearest] <= TOLERANCE + scenes.CENTRE_JITTER
+        position = position and bool(distances[nearest] <= TOLERANCE + scenes.CENTRE_JITTER)
         colour = colour and nearest_colour(np.median(pixels[patch], axis=0)) == wanted.colour
-        shape = shape and _shape_of(patch) == wanted.kind
-    return Verdict(nearest_colour(background) == scene.background, colour, shape, position)
+        kind, overlap = _shape_of(patch)
+        shape, overlaps = shape and kind == wanted.kind, overlaps + overlap
+    outline = overlaps / max(1, len(scene.shapes))
+    return Verdict(nearest_colour(background) == scene.background, colour, shape, position, outline)
 
 
 def _centre(patch: np.ndarray, width: int, height: int) -> tuple[float, float]:
