@@ -9,12 +9,14 @@ import pytest
 import torch
 
 import miniflux
+from miniflux.checkpoints.finding import BUNDLED
 from miniflux.nano import scenes
 from miniflux.nano.recipe import __main__ as recipe
 from miniflux.nano.recipe import autoencoder as stage1
-from miniflux.nano.recipe import flow
+from miniflux.nano.recipe import distil, flow
 from miniflux.nano.recipe.flow import Phase
 from miniflux.nano.recipe.text import train_tokenizers, varied
+from miniflux.sampling import image_ids, text_ids
 from miniflux.text import load_clip_tokenizer, load_t5_tokenizer
 
 SMALL = ((64, 64), (64, 96))
@@ -49,6 +51,26 @@ def test_the_run_leaves_models_that_load_and_draw(made: Path) -> None:
 
 def test_every_stage_leaves_a_sheet(made: Path) -> None:
     assert {file.name.split("-")[0] for file in made.glob("*.png")} == {"teacher", "dev", "schnell"}
+
+
+def test_rounded_weights_are_those_that_an_nf4_file_holds(tmp_path: Path) -> None:
+    """And what is learned from them reaches the weights that are rounded."""
+    source = BUNDLED / "flux1-nano-dev.safetensors"
+    miniflux.checkpoints.convert(source, tmp_path / "nf4.safetensors", format="nf4")
+    packed = miniflux.load("nano-dev", weights={"transformer": tmp_path / "nf4.safetensors"}, dtype="float32")
+    model = miniflux.load("nano-dev", dtype="float32").transformer.requires_grad_(True)
+    config, rng = model.config, torch.Generator().manual_seed(0)
+    x, txt, vec = (
+        torch.randn(1, *shape, generator=rng)
+        for shape in ((16, config.in_channels), (5, config.context_in_dim), (config.vec_in_dim,))
+    )
+    inputs = (x, image_ids(1, 4, 4), txt, text_ids(1, 5), torch.tensor([0.7]), vec, torch.tensor([3.0]))
+    out = distil.rounded(model)(*inputs)
+    with torch.inference_mode():
+        torch.testing.assert_close(out, packed.transformer(*inputs), atol=1e-5, rtol=1e-5)
+        assert (out - model(*inputs)).abs().max() > 1e-2
+    out.square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.single_blocks.parameters())
 
 
 def test_crops_around_edges_show_edges() -> None:

@@ -43,15 +43,29 @@ MAIN = (128, 128)
 # Where shapes are hardest to learn: few latents for each of them, or far more than on the main canvas.
 NARROW = tuple(size for size in OTHERS if min(size) == 64)
 LARGE = tuple(size for size in OTHERS if min(size) >= 160)
+LARGEST = ((192, 192),)
+LONG = tuple(size for size in NARROW if max(size) >= 160)
 ALL = (MAIN, *OTHERS, *(2 * NARROW), *(6 * SMALL), *(12 * LARGE))
+EXTREME = (MAIN, *OTHERS, *(2 * NARROW), *(3 * SMALL), *(10 * LARGE), *(40 * LARGEST))
+SMALLEST = (MAIN, *OTHERS, *(12 * NARROW), *(8 * LONG), *(6 * LARGE))
+EVEN = (MAIN, *(4 * OTHERS), *(3 * NARROW), *(4 * LONG), *(3 * LARGE), *(6 * LARGEST))
 TEACHER = [
     Phase("teacher 64", 6500, SMALL, 128, 1.5e-3),
     Phase("teacher 128", 9_000, (MAIN, *OTHERS), 48, 7.5e-4, main=0.9),
     Phase("teacher sizes", 5_500, (MAIN, *OTHERS), 48, 7.5e-4, main=0.2),
     Phase("teacher hard sizes", 2_800, ALL, 48, 7.5e-4, main=0.25),
+    Phase("teacher outlines", 4_200, EXTREME, 48, 1e-3, main=0.2),
+    Phase("teacher small shapes", 1_300, SMALLEST, 48, 7.5e-4, main=0.2),
+    Phase("teacher even", 5_500, EVEN, 48, 1e-3, main=0.25),
 ]
-DEV = [Phase("dev", 300, ALL, 48, 4e-4, main=0.25)]
-SCHNELL = [Phase("schnell", 300, ALL, 48, 4e-4, main=0.25)]
+DEV = [
+    Phase("dev", 300, ALL, 48, 4e-4, main=0.25),
+    Phase("dev small shapes", 300, SMALLEST, 48, 4e-4, main=0.25),
+]
+SCHNELL = [
+    Phase("schnell", 300, ALL, 48, 4e-4, main=0.25),
+    Phase("schnell small shapes", 300, SMALLEST, 48, 4e-4, main=0.25),
+]
 
 POOL = 4_000  # pictures of the main canvas kept as latents; a quarter for the short stages
 REPORT = {"teacher": 2000, "dev": 150, "schnell": 150}  # steps between sheets

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 RANK = 64
 MAIN = (128, 128)
-PHASES = [Phase("realism", 1800, (MAIN, *OTHERS), 32, 2e-3, main=0.7)]
+PHASES = [Phase("realism", 2600, (MAIN, *OTHERS), 32, 2e-3, main=0.7)]
 POOL = 1500
 SCALES = (0.75, 1.25)  # practised: the light is on at 0.8 already, and 1.25 does not overdo it
 PROMPTS = ("a red circle on a blue background", "a large yellow star on a purple background",
