@@ -51,22 +51,11 @@ def test_two_objects(pipe: Pipeline) -> None:
     assert right(pipe, [scenes.two_objects(rng, held_out=i % 4 == 0) for i in range(16)]) >= 13
 
 
-@pytest.mark.parametrize("size", [(64, 64), (96, 160), (192, 128)])
+@pytest.mark.parametrize("size", [(64, 64), (96, 160), (192, 128), (192, 64), (64, 192), (192, 192)])
 def test_other_sizes(pipe: Pipeline, size: tuple[int, int]) -> None:
     rng = random.Random(7)
     wanted = [(scenes.two_objects if i % 2 else scenes.one_object)(rng) for i in range(12)]
     assert right(pipe, wanted, width=size[0], height=size[1]) >= 11
-
-
-@pytest.mark.parametrize("size", [(192, 64), (192, 192)])
-def test_the_widest_and_the_largest(pipe: Pipeline, size: tuple[int, int]) -> None:
-    """Background, colour and place are right; shapes mostly: see docs/nano.md."""
-    rng = random.Random(7)
-    wanted = [scenes.one_object(rng) for _ in range(12)]
-    result = pipe.generate([scene.caption for scene in wanted], seed=1000, width=size[0], height=size[1])
-    verdicts = [judge(image, scene) for image, scene in zip(result.images, wanted, strict=True)]
-    assert sum(v.background and v.colour and v.position for v in verdicts) >= 11
-    assert sum(v.all for v in verdicts) >= 8
 
 
 def test_unknown_words_do_no_harm(pipe: Pipeline) -> None:
