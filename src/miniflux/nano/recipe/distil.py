@@ -36,8 +36,8 @@ def dev_from(teacher: Teacher) -> Flux1:
 
 
 def rounded(model: nn.Module) -> Callable[..., Tensor]:
-    """The network with the matrices of its blocks as NF4 keeps them. Gradients pass to the unrounded ones
-    (straight-through estimator, arXiv 1308.3432)."""
+    """The network, to be called as it is itself, with the matrices of its blocks as an NF4 file keeps them. Gradients
+    pass to the unrounded ones (straight-through estimator, arXiv 1308.3432)."""
     form = FORMATS["nf4"]
     near: dict[str, Tensor] = {}
     for name, weight in model.named_parameters():
