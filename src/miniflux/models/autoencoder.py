@@ -92,7 +92,8 @@ class AttnBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm(x)
         q, k, v = (rearrange(conv(normed), "B C h w -> B 1 (h w) C") for conv in (self.q, self.k, self.v))
-        attn = F.scaled_dot_product_attention(q, k, v)
+        # The kernels that never form the scores of all pairs want channels that lie side by side.
+        attn = F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v.contiguous())
         return x + self.proj_out(rearrange(attn, "B 1 (h w) C -> B C h w", h=x.shape[2]))
 
 

@@ -76,10 +76,12 @@ class T5Attention(nn.Module):
             self.relative_attention_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
 
     def position_bias(self, length: int) -> Tensor:
-        """(1, H, L, L), added to the attention scores of every layer; only the first layer owns the table."""
+        """(1, H, L, L), added to the attention scores of every layer; only the first layer owns the table.
+
+        Contiguous, or attention would copy it in every layer."""
         table = self.relative_attention_bias
         buckets = relative_buckets(length, table.num_embeddings, self.config.relative_attention_max_distance)
-        return rearrange(table(buckets.to(table.weight.device)), "Q K H -> 1 H Q K")
+        return rearrange(table(buckets.to(table.weight.device)), "Q K H -> 1 H Q K").contiguous()
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         heads = self.config.num_heads
