@@ -18,7 +18,8 @@ from PIL import Image
 import miniflux
 from miniflux.nano import scenes
 from miniflux.nano.recipe.adherence import judge
-from miniflux.result import from_image, to_image
+from miniflux.pictures import from_image
+from miniflux.result import to_image
 
 WHAT = ("all", "background", "colour", "shape", "position")
 

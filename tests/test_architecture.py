@@ -21,7 +21,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # Rooms and what of the project each may import; every room may import itself. Arrows point one way: from the apps down.
 NETWORKS = {"errors", "models", "sampling"}
 PARTS = NETWORKS | {"version", "variants", "checkpoints", "text", "conditions", "lora", "memory"}
-LIBRARY = PARTS | {"plan", "settings", "cache", "pipeline", "result", "root"}
+LIBRARY = PARTS | {"plan", "settings", "cache", "pipeline", "pictures", "result", "root"}
 MAY_IMPORT = {
     "errors": set(),
     "version": set(),
@@ -35,9 +35,10 @@ MAY_IMPORT = {
     "memory": PARTS,
     "plan": PARTS,
     "settings": PARTS | {"plan"},
+    "pictures": {"errors"},
     "result": PARTS | {"plan", "settings"},
     "cache": PARTS | {"plan", "settings", "result"},
-    "pipeline": PARTS | {"plan", "settings", "result", "cache"},
+    "pipeline": PARTS | {"plan", "settings", "pictures", "result", "cache"},
     "root": LIBRARY,  # miniflux/__init__.py
     "study": LIBRARY | {"nano"},  # for captions
     "training": LIBRARY,

@@ -12,9 +12,10 @@ from PIL import Image
 
 import miniflux
 from miniflux.errors import InputError
+from miniflux.pictures import from_image
 from miniflux.pipeline import Pipeline
 from miniflux.plan import levels_for
-from miniflux.result import Result, from_image, psnr, to_image
+from miniflux.result import Result, psnr, to_image
 from miniflux.sampling import SOLVERS, Moment, guide, initial_noise
 
 PROMPT, OTHER = "a red circle on a blue background", "a green star on a white background"

@@ -26,6 +26,7 @@ from miniflux.memory.modes import Memory
 from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.flux1 import Flux1
 from miniflux.models.tiny_autoencoder import TinyDecoder
+from miniflux.pictures import digest_of, from_image
 from miniflux.plan import (
     AUTO,
     MAX_IMAGES,
@@ -40,7 +41,7 @@ from miniflux.plan import (
     size_for,
     spacing_for,
 )
-from miniflux.result import Result, checked_output, digest_of, from_image, psnr, to_image
+from miniflux.result import Result, checked_output, psnr, to_image
 from miniflux.sampling import (
     Bill,
     Moment,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-import warnings
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +18,14 @@ from miniflux.checkpoints.origin import Stamp
 from miniflux.errors import InputError, ReplayError, SettingsError
 from miniflux.lora.attaching import BUNDLED_LORAS
 from miniflux.memory.compute import choose_device
+from miniflux.pictures import digest_of, on_white, open_picture
 from miniflux.pipeline import Pipeline, load
-from miniflux.result import QUALITY, Result, digest_of, labelled, psnr
+from miniflux.result import QUALITY, Result, labelled, psnr
 from miniflux.settings import LoraUse, Record, Request, read_picture, strict
 from miniflux.version import __version__
 
 log = logging.getLogger(__name__)
 
-MAX_PIXELS = 2**28  # of a picture to compare with
 NEAR = 1e-12  # noise levels that close are the same
 
 
@@ -81,7 +80,7 @@ def replay(
     if reading.origin != "miniflux":
         wrote = "nothing that was written by miniflux" if reading.origin == "none" else f"settings of {reading.origin}"
         raise SettingsError(f"{path}: holds {wrote}; only pictures of miniflux can be made again")
-    kept, kind = _opened(Path(path))
+    kept, kind = on_white(open_picture(path)), _kind(path)
     records = reading.records
     first = records[0]
     differences = [*_versions(first), *dict.fromkeys(doubt for record in records for doubt in record.doubts)]
@@ -131,19 +130,11 @@ def replay(
     return Replay(result, made, largest == 0, psnr(seen, kept), largest, tuple(dict.fromkeys(differences)))
 
 
-def _opened(path: Path) -> tuple[Image.Image, str]:
-    """The pixels of a file, RGB, and its format."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise SettingsError(f"{path}: {image.width}x{image.height} pixels; at most {MAX_PIXELS} are read")
-                return image.convert("RGB"), image.format or ""
-    except (OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, SettingsError):
-            raise
-        raise SettingsError(f"{path}: its pixels cannot be read: {error}") from error
+def _kind(path: str | Path) -> str:
+    """The format of a picture file whose settings were read."""
+    with open(path, "rb") as file:
+        start = file.read(4)
+    return {b"\x89PNG": "PNG", b"RIFF": "WEBP"}.get(start, "JPEG")
 
 
 def _versions(record: Record) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Sequence
@@ -147,21 +146,6 @@ def to_image(pixels: Tensor) -> Image.Image:
     """Pixels (3, H, W) in [-1, 1], clamped, to an 8-bit RGB picture."""
     levels = (127.5 * (pixels.float().clamp(-1, 1) + 1)).round().to(torch.uint8)
     return Image.fromarray(rearrange(levels, "C H W -> H W C").cpu().numpy())
-
-
-def from_image(image: Image.Image) -> Tensor:
-    """A picture of any mode, as RGB pixels (3, H, W) in [-1, 1]; transparency is laid on white."""
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    pixels = torch.from_numpy(np.array(image.convert("RGB")))
-    return rearrange(pixels, "H W C -> C H W").float() / 127.5 - 1
-
-
-def digest_of(image: Image.Image | Tensor) -> str:
-    """SHA-256 of the pixels of a picture, or of latents, with their shape."""
-    values = np.asarray(image.convert("RGBA")) if isinstance(image, Image.Image) else image.float().cpu().numpy()
-    return hashlib.sha256(repr(values.shape).encode() + values.tobytes()).hexdigest()
 
 
 def psnr(image: Image.Image, other: Image.Image) -> float:

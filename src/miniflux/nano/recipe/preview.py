@@ -9,7 +9,7 @@ import torch
 
 import miniflux
 from miniflux.nano import scenes
-from miniflux.result import from_image
+from miniflux.pictures import from_image
 from miniflux.sampling import previews
 
 SCENES = 256
