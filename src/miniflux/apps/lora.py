@@ -1,0 +1,82 @@
+"""`miniflux lora`: look into, convert, merge and extract LoRA files."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+from miniflux.apps import arguments
+
+
+def add(commands: Any) -> None:
+    """Add the command to the subparsers of the command line."""
+    lora = commands.add_parser("lora", help="look into, convert, merge and extract LoRA files")
+    actions = lora.add_subparsers(dest="action", metavar="ACTION", required=True)
+    inspect_lora = actions.add_parser(
+        "inspect", help="say what a LoRA file changes", description="Print the receipt of a LoRA file: every module it "
+        "changes, with rank, scale and strength. No model is loaded.",
+    )  # fmt: skip
+    inspect_lora.add_argument("file", metavar="FILE")
+    inspect_lora.add_argument("--model", metavar="NAME", help="compare with this model; default: the first that fits")
+    inspect_lora.set_defaults(run=_inspect)
+
+    convert = actions.add_parser("convert", help="write a LoRA in the names of another program")
+    convert.add_argument("file", metavar="FILE")
+    convert.add_argument("-o", "--output", required=True, metavar="FILE", help="ends in .safetensors")
+    convert.add_argument("--to", required=True, metavar="DIALECT", help="diffusers, kohya, comfyui or xlabs")
+    convert.add_argument("--model", default="flux1-dev", metavar="NAME", help="what it is for; default %(default)s")
+    convert.set_defaults(run=_convert)
+
+    merge = actions.add_parser("merge", help="write a checkpoint with LoRAs merged in")
+    merge.add_argument("base", metavar="BASE", help="a transformer's file, or folder with shards")
+    merge.add_argument("--lora", action="append", type=arguments.lora, required=True, metavar="PATH[:SCALE]")
+    merge.add_argument(
+        "--pack", action="store_true", help="packed weights stay packed; most of a LoRA is then rounded off"
+    )
+    merge.add_argument("-o", "--output", required=True, metavar="FILE", help="ends in .safetensors, or .gguf as BASE")
+    merge.set_defaults(run=_merge)
+
+    extract = actions.add_parser("extract", help="the difference of two checkpoints as a LoRA")
+    extract.add_argument("base", metavar="BASE")
+    extract.add_argument("tuned", metavar="TUNED")
+    extract.add_argument("-o", "--output", required=True, metavar="FILE", help="ends in .safetensors")
+    extract.add_argument("--rank", type=int, default=32, metavar="N", help="default %(default)s")
+    extract.add_argument(
+        "--to", default="kohya", metavar="DIALECT", help="diffusers, kohya (default), comfyui or xlabs"
+    )
+    extract.set_defaults(run=_extract)
+    arguments.add_verbose(inspect_lora)
+    arguments.add_verbose(convert)
+    arguments.add_verbose(merge)
+    arguments.add_verbose(extract)
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from miniflux.lora import inspect
+
+    print(inspect(options.file, options.model))
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from miniflux.lora import convert
+
+    count = convert(options.file, options.output, options.to, options.model)
+    print(f"{options.output}: {count} tensors, {options.to}")
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from miniflux.lora import merge_files
+
+    receipts = merge_files(options.base, options.lora, options.output, pack=options.pack)
+    applied, size = sum(receipt.applied for receipt in receipts), os.path.getsize(options.output)
+    print(f"{options.output}: {applied} changes merged, {size:,} bytes")
+
+
+def _extract(options: argparse.Namespace) -> None:
+    from miniflux.lora import extract
+
+    found = extract(options.base, options.tuned, options.output, options.rank, options.to)
+    worst = min(found, key=lambda module: module.captured, default=None)
+    held = "" if worst is None else f"; at least {100 * worst.captured:.2f} % of each difference ({worst.target})"
+    print(f"{options.output}: {len(found)} modules at rank {options.rank}{held}")
