@@ -28,6 +28,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from miniflux.checkpoints.folders import files_in, is_litter
 from miniflux.checkpoints.origin import Stamp
 from miniflux.errors import CheckpointError, OutputError
 from miniflux.plan import Plan
@@ -232,7 +233,7 @@ class ResultCache:
         for entry in os.scandir(folder):
             try:
                 about = entry.stat()
-                if entry.name.endswith(ENDING):
+                if entry.name.endswith(ENDING) and not is_litter(entry.name):
                     kept.append((about.st_mtime, about.st_size, entry.path))
                 elif entry.name.endswith(".part") and time.time() - about.st_mtime > STALE:
                     os.unlink(entry.path)
@@ -256,7 +257,7 @@ class ResultCache:
         if self.folder is None:
             with self._change:
                 return list(self._memory)
-        found = sorted(self.folder.glob("*" + ENDING), key=lambda path: path.stat().st_mtime)
+        found = sorted(files_in(self.folder, (ENDING,)), key=lambda path: path.stat().st_mtime)
         return [path.stem for path in found]
 
     def clear(self) -> None:

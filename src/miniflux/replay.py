@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from miniflux import lora
+from miniflux.checkpoints.folders import models
 from miniflux.checkpoints.origin import Stamp
 from miniflux.errors import InputError, ReplayError, SettingsError
 from miniflux.lora.attaching import BUNDLED_LORAS
@@ -213,7 +214,7 @@ def _found_loras(uses: Sequence[LoraUse], beside: Path, wrong: list[str]) -> lis
 def _tensors(place: Path) -> list[Path]:
     """The file at a place, or the one in the folder."""
     if place.is_dir():
-        return sorted(place.glob("*.safetensors"))[:1]
+        return [path for model in models(place) for path in model.paths][:1]
     return [place] if place.is_file() else []
 
 

@@ -9,20 +9,20 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from miniflux.checkpoints.files import INDEX_SUFFIX
 from miniflux.checkpoints.gguf import MAX_ITEMS, MAX_TEXT
-from miniflux.checkpoints.jsonfiles import MAX_JSON, MAX_MARKS
+from miniflux.checkpoints.jsonfiles import MAX_HEADER, MAX_MARKS
 from tests.checkpoints.raw import entry
 
+INDEX_SUFFIX = ".safetensors.index.json"
 F32 = 0  # a type of tensors in GGUF files
 U8, TEXT, ARRAY = 0, 8, 9  # types of fields
 MANY, MAX_TEXTS = 200_000, MAX_TEXT // 8 - 9
 
 
-def filled(text: bytes, unit: bytes) -> bytes:
+def filled(text: bytes, unit: bytes, size: int = MAX_HEADER) -> bytes:
     """`text` with its `%` replaced by as many `unit`s as JSON of the largest size holds."""
     begin, _, end = text.partition(b"%")
-    return begin + unit * ((MAX_JSON - len(text)) // len(unit)) + end
+    return begin + unit * ((size - len(text)) // len(unit)) + end
 
 
 def many(text: bytes, unit: bytes) -> bytes:
@@ -34,12 +34,18 @@ def many(text: bytes, unit: bytes) -> bytes:
 ENTRIES = {f"tensor{i}": entry(i, i + 1, "U8", [1]) for i in range(MAX_MARKS // 10 - 10)}
 ENTRIES["last"] = entry(7, 8, "U8", [1])
 HEADERS: dict[str, tuple[bytes, str]] = {
-    "100 MB": (b"{" + b" " * 100_000_000 + b"}", "header claims 100,000,002 bytes; more than 8,000,000 are not read"),
+    "100 MB": (b"{" + b" " * 100_000_000 + b"}", "its header has 100,000,002 bytes, of which at most 20,000,000"),
     "as long as may be": (filled(b'{"a": %}', b"1"), "header is no JSON"),
-    "one name": (filled(b'{"%": 1}', b"a"), r"entry of 'aaa.*\(7,999,99\d characters\) is malformed"),
+    "one name": (filled(b'{"%": 1}', b"a"), r"entry of 'aaa.*\(19,999,99\d characters\) is malformed"),
     "one name, in four bytes each": (filled(b'{"%": 1}', "\U0001f600".encode()), "is malformed"),
     "escapes": (filled(b'{"%": 1}', rb"\u00e9"), "is malformed"),
     "lists": (many(b'{"a": [%0]}', b"[],"), "entry of 'a' is malformed"),
+    "too many strings": (filled(b'{"a": [%0]}', b'"",'), "more than 250,000 items"),
+    "a string without an end": (filled(b'{"%', rb"\""), "header is no JSON"),
+    "a metadata string of one character in four bytes": (
+        filled('{"__metadata__": {"a": "😀%"}}'.encode(), b"a"),
+        r"19,999,9\d\d characters, some of which take four bytes",
+    ),
     "too many lists": (filled(b'{"a": [%0]}', b"[],"), "more than 250,000 items"),
     "objects": (many(b'{"a": [%0]}', b"{},"), "entry of 'a' is malformed"),
     "numbers": (many(b'{"a": {"dtype": "U8", "shape": [%1], "data_offsets": [0, 1]}}', b"9999999999999,"), "malformed"),

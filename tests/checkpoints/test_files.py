@@ -25,10 +25,9 @@ from miniflux.checkpoints.files import (
     TensorFile,
     TensorSource,
     open_tensors,
-    shard_paths,
-    tensor_paths,
     write_tensors,
 )
+from miniflux.checkpoints.folders import shard_paths, tensor_paths
 from miniflux.errors import CheckpointError
 from tests.checkpoints.raw import entry, raw
 from tests.tiny import randn
@@ -330,9 +329,9 @@ def test_a_folder_must_hold_exactly_one_model(tmp_path: Path) -> None:
     """Guessing between several would load the wrong one some day."""
     with pytest.raises(CheckpointError, match="found none"):
         tensor_paths(tmp_path)
-    for name in ("model.safetensors", "model.fp16.safetensors"):
+    for name in ("model.safetensors", "another.safetensors"):
         save_file({"a": torch.ones(1)}, tmp_path / name)
-    with pytest.raises(CheckpointError, match=r"found model\.fp16\.safetensors, model\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"found another\.safetensors, model\.safetensors"):
         tensor_paths(tmp_path)
 
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from miniflux.checkpoints.finding import BUNDLED, PARTS, find, hub_cache, places, snapshot
+from miniflux.checkpoints import hubcache
+from miniflux.checkpoints.finding import BUNDLED, PARTS, find, places
+from miniflux.checkpoints.hubcache import hub_cache, snapshot
 from miniflux.errors import InputError, WeightsNotFoundError
 from miniflux.variants import VARIANTS
 
 DEV, SCHNELL, NANO = VARIANTS["flux1-dev"], VARIANTS["flux1-schnell"], VARIANTS["nano-dev"]
-VARIABLES = ("MINIFLUX_WEIGHTS", "HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME")
+VARIABLES = ("MINIFLUX_WEIGHTS", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME")
 FOLDERS = {"transformer": "transformer", "vae": "autoencoder", "text_encoder": "clip", "text_encoder_2": "t5"}
 
 
@@ -35,7 +40,8 @@ def touch(*paths: Path) -> None:
 
 
 def tokenizers(folder: Path) -> None:
-    touch(folder / "tokenizer" / "vocab.json", folder / "tokenizer_2" / "spiece.model")
+    clip = folder / "tokenizer"
+    touch(clip / "vocab.json", clip / "merges.txt", folder / "tokenizer_2" / "spiece.model")
 
 
 def folders(root: Path) -> Path:
@@ -106,14 +112,32 @@ def test_the_single_file_comes_before_the_folder(tmp_path: Path) -> None:
         ({"HF_HUB_CACHE": "{}/hub", "HF_HOME": "{}/hf"}, "hub"),
         ({"HF_HUB_CACHE": "", "HF_HOME": "~/hf"}, "home/hf/hub"),
         ({"HF_HUB_CACHE": "~/hub"}, "home/hub"),
+        ({"HUGGINGFACE_HUB_CACHE": "{}/old", "HF_HOME": "{}/hf"}, "old"),
+        ({"HUGGINGFACE_HUB_CACHE": "~/old"}, "home/old"),
+        ({"HF_HUB_CACHE": "{}/hub", "HUGGINGFACE_HUB_CACHE": "{}/old"}, "hub"),
+        ({"HF_HOME": "$PLACE/hf"}, "disk/hf/hub"),
+        ({"HF_HUB_CACHE": "${{PLACE}}/hub"}, "disk/hub"),
+        ({"HUGGINGFACE_HUB_CACHE": "$HOME/old"}, "home/old"),
+        ({"XDG_CACHE_HOME": "$PLACE/xdg"}, "disk/xdg/huggingface/hub"),
+        ({"XDG_CACHE_HOME": "~/xdg"}, "home/xdg/huggingface/hub"),
     ],
 )
+@pytest.mark.parametrize("package", [True, False], ids=["huggingface_hub is here", "and not here"])
 def test_the_hugging_face_cache(
-    variables: dict[str, str], place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    variables: dict[str, str], place: str, package: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its variables mean what they mean to the Hugging Face library."""
+    """Its variables mean what they mean to the Hugging Face library, whose constants were set when it was imported."""
+    monkeypatch.setenv("PLACE", str(tmp_path / "disk"))
     for name, value in variables.items():
         monkeypatch.setenv(name, value.format(tmp_path))
+    if package:
+        pytest.importorskip("huggingface_hub", reason="compares with huggingface_hub: pip install miniflux[test]")
+        if "" not in variables.values():  # which the package takes for the folder it runs in
+            code = "from huggingface_hub import constants; print(constants.HF_HUB_CACHE)"
+            run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+            assert Path(run.stdout.strip()) == tmp_path / place
+    else:
+        monkeypatch.setattr(hubcache, "_as_the_package_says", lambda: None)
     assert hub_cache() == tmp_path / place
     assert snapshot(DEV.repository) is None
     found = cached(tmp_path / place, DEV.repository)
@@ -186,7 +210,9 @@ def test_a_home_in_the_variable(home: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_sharded_folders_count_by_their_index(tmp_path: Path) -> None:
     root = folders(tmp_path)
-    (root / "transformer" / "model.safetensors").rename(root / "transformer" / "model.safetensors.index.json")
+    (root / "transformer" / "model.safetensors").rename(root / "transformer" / "part.safetensors")
+    index = {"weight_map": {"a": "part.safetensors"}}
+    (root / "transformer" / "model.safetensors.index.json").write_text(json.dumps(index))
     assert find(DEV, [root]).transformer == root / "transformer"
 
 
@@ -264,3 +290,103 @@ def test_finding_changes_nothing(tmp_path: Path, home: Path) -> None:
     with pytest.raises(WeightsNotFoundError):
         find(DEV, [tmp_path])
     assert dict(os.environ) == before and list(tmp_path.iterdir()) == [home] and not list(home.iterdir())
+
+
+def test_asking_the_package_does_not_import_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It takes half a second; nor is a package that cannot be asked in the way."""
+    monkeypatch.delitem(sys.modules, "huggingface_hub", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    assert hub_cache() == tmp_path / "hub" and "huggingface_hub" not in sys.modules
+    (tmp_path / "huggingface_hub").mkdir()
+    (tmp_path / "huggingface_hub" / "__init__.py").touch()
+    (tmp_path / "huggingface_hub" / "constants.py").write_text("from . import nothing")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert hub_cache() == tmp_path / "hub"
+
+
+def test_a_cache_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Windows without developer mode snapshots hold the files themselves, and there are no blobs."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    root = tmp_path / f"models--{DEV.repository.replace('/', '--')}"
+    folders(root / "snapshots" / "abc")
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_bytes(b"abc\r\n")
+    assert find(DEV).transformer == root / "snapshots" / "abc" / "transformer"
+
+
+def test_of_several_snapshots_the_one_of_the_main_branch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    for revision in ("ffff", "aaaa", "cccc"):
+        found = cached(tmp_path, DEV.repository, revision)
+    (found.parents[1] / "refs" / "main").write_text("aaaa")
+    assert snapshot(DEV.repository) == found.parent / "aaaa" == find(DEV).t5.parent
+
+
+@pytest.mark.parametrize("gone", ["model-00001.safetensors", "model-00002.safetensors"])
+def test_a_shard_whose_blob_is_gone(gone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The part is not found, and what it lacks is said; another place that has it whole is taken."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    t5 = cached(tmp_path / "hub", DEV.repository) / "text_encoder_2"
+    (t5 / "model.safetensors").unlink()
+    for name in ("model-00001.safetensors", "model-00002.safetensors"):
+        touch(tmp_path / name)
+        (t5 / name).symlink_to(tmp_path / name)
+    index = {"weight_map": {"a": "model-00001.safetensors", "b": "model-00002.safetensors"}}
+    (t5 / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert find(DEV).t5 == t5
+    (tmp_path / gone).unlink()
+    with pytest.raises(WeightsNotFoundError, match=rf"machine: t5 \(.*; in {t5} these are missing: {gone}\)\n"):
+        find(DEV)
+    monkeypatch.setenv("MINIFLUX_WEIGHTS", str(folders(tmp_path / "weights")))
+    assert find(DEV).t5 == tmp_path / "weights" / "text_encoder_2"
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [("flux1-dev.sft", "ae.sft"), ("FLUX1-DEV.SFT", "AE.SAFETENSORS"), ("flux1-dev.safetensors", "ae.sft")],
+)
+def test_other_endings_in_the_folder_of_the_variable(
+    name: str, given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Black Forest Labs first published `flux1-dev.sft` and `ae.sft`."""
+    root = singles(tmp_path / "weights")
+    (root / "flux1-dev.safetensors").rename(root / name)
+    (root / "ae.safetensors").rename(root / given)
+    touch(root / "._flux1-dev.safetensors", root / "flux1-schnell.sft.part")
+    monkeypatch.setenv("MINIFLUX_WEIGHTS", str(root))
+    assert (find(DEV).transformer, find(DEV).autoencoder) == (root / name, root / given)
+    with pytest.raises(WeightsNotFoundError, match=r"transformer \(flux1-schnell"):
+        find(SCHNELL)
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        ("{}/nothing", "which is not there"),
+        ("{}/flux1-dev.safetensors", "a file; it must name the folder, {}"),
+        (os.pathsep.join(("{}/a", "{}/b")), "several folders; it must name one"),
+        ("$NOWHERE/weights", "which is not there"),
+    ],
+)
+def test_a_variable_that_names_no_folder(
+    value: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Said in one line, also where the model is found elsewhere."""
+    touch(tmp_path / "flux1-dev.safetensors", tmp_path / "a" / "x", tmp_path / "b" / "x")
+    value = value.format(tmp_path, tmp_path)
+    monkeypatch.setenv("MINIFLUX_WEIGHTS", value)
+    said = f"MINIFLUX_WEIGHTS names {value}, {why.format(tmp_path)}"
+    with pytest.raises(WeightsNotFoundError) as caught:
+        find(DEV)
+    assert said in str(caught.value).splitlines()
+    caplog.clear()
+    monkeypatch.setenv("MINIFLUX_WEIGHTS", value + "2" if "several" not in why else value + os.pathsep)
+    assert find(NANO).transformer.parent == BUNDLED
+    assert len(caplog.messages) == 1 and caplog.messages[0].endswith("it is passed over")
+
+
+def test_a_variable_in_the_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISK", str(tmp_path))
+    monkeypatch.setenv("MINIFLUX_WEIGHTS", "$DISK/weights")
+    root = singles(tmp_path / "weights")
+    assert find(DEV).transformer == root / "flux1-dev.safetensors"

@@ -25,13 +25,14 @@ from safetensors.torch import save, save_file
 
 from miniflux.checkpoints import TensorSource, inspect, open_tensors
 from miniflux.checkpoints.assembly import locate
-from miniflux.checkpoints.files import INDEX_SUFFIX, TensorFile, shard_paths
+from miniflux.checkpoints.files import TensorFile
 from miniflux.checkpoints.finding import BUNDLED
+from miniflux.checkpoints.folders import shard_paths
 from miniflux.checkpoints.jsonfiles import MAX_JSON, MAX_MARKS, json_file, json_of
 from miniflux.errors import CheckpointError, MinifluxError, TokenizerError
 from miniflux.lora import read
 from miniflux.text import load_clip_tokenizer, load_t5_tokenizer
-from tests.checkpoints.hostile import AT_THE_LIMIT, FILES, filled, made
+from tests.checkpoints.hostile import AT_THE_LIMIT, FILES, INDEX_SUFFIX, filled, made
 from tests.checkpoints.raw import entry, raw
 from tests.hanging import no_hang
 
@@ -149,7 +150,7 @@ def test_hostile_indices(tmp_path: Path) -> None:
     shards = {f"t{i}": f"{i}.s" for i in range(MAX_MARKS - 10)}
     cases = {
         "gives 't' twice": b'{"weight_map": {"t": "a.safetensors", "t": "b.safetensors"}}',
-        "250,000 items": filled(b'{"weight_map": [%0]}', b"[],"),
+        "250,000 items": filled(b'{"weight_map": [%0]}', b"[],", MAX_JSON),
         "names 249,990 files": {"weight_map": shards},
         "more than 8,000,000 bytes": b" " * 100_000_000,
         "not UTF-8": b'{"weight_map": {"t": "\xff"}}',
@@ -201,7 +202,7 @@ def test_pipes_and_devices_are_not_waited_for(tmp_path: Path) -> None:
 
 def test_hostile_files_beside_the_weights(tmp_path: Path) -> None:
     """Config files, tokenizers and what a LoRA trainer leaves behind."""
-    huge = filled(b'{"a": [%0]}', b"[],")
+    huge = filled(b'{"a": [%0]}', b"[],", MAX_JSON)
     shutil.copytree(BUNDLED, tmp_path / "model")
     for content, reason in ((huge, "250,000 items"), (b'{"d_ff": 1, "d_ff": 2}', "twice"), (b"[" * 9999, "no JSON")):
         (tmp_path / "config.json").write_bytes(content)

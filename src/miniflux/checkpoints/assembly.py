@@ -14,8 +14,9 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import nn
 
-from miniflux.checkpoints.files import TensorSource, files_in, open_tensors
+from miniflux.checkpoints.files import TensorSource, open_tensors
 from miniflux.checkpoints.finding import Files, find
+from miniflux.checkpoints.folders import models
 from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.inspection import axes_beside, describe, fits, flux1_config
 from miniflux.checkpoints.jsonfiles import json_file
@@ -210,12 +211,14 @@ def locate(name_or_path: str | Path, first: list[Path], given: dict[str, Path]) 
 
 
 def _transformer_in(folder: Path) -> Path:
-    """The transformer in a folder: its `transformer` folder, or the one single file that holds one."""
+    """The transformer in a folder: its `transformer` folder, or the one single file that holds one (if there is none,
+    the one GGUF file)."""
     if (folder / "transformer").is_dir():
         return folder / "transformer"
-    found = [file for file in files_in(folder) if Flux1 in parts_of(open_tensors(file))]
+    found = [model for model in models(folder) if Flux1 in parts_of(TensorSource(model.complete()))]
+    found = [model.path for model in found if not model.is_gguf] or [model.path for model in found]
     if len(found) != 1:
-        names = ", ".join(file.name for file in found) or "none"
+        names = ", ".join(path.name for path in found) or "none"
         raise CheckpointError(
             f"{folder}: expected a folder `transformer` or one FLUX.1 transformer file; found {names}"
         )

@@ -16,13 +16,14 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from miniflux.checkpoints.jsonfiles import MAX_JSON, json_file, json_of, open_regular, shown
+from miniflux.checkpoints.folders import tensor_paths
+from miniflux.checkpoints.jsonfiles import MAX_HEADER, json_of, open_regular, shown
 from miniflux.errors import CheckpointError
 
 DTYPES: dict[str, torch.dtype] = {
@@ -39,9 +40,7 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-INDEX_SUFFIX = ".safetensors.index.json"
 FIELDS = ("dtype", "shape", "data_offsets")  # of a tensor's entry in the header, and no others
-MAX_SHARDS = 1000  # of one model; published ones have a few dozen
 LARGE = 2**22  # bytes of a tensor that gets memory of its own from the system
 MAX_AXES = 32  # of a tensor's shape; published tensors have 5 at most
 # What other files begin with that are found under the name of a safetensors file.
@@ -53,6 +52,7 @@ STRANGERS: dict[bytes, str] = {
     b"<!DOCTYPE": "a web page, perhaps the answer to a failed download",
     b"<html": "a web page, perhaps the answer to a failed download",
     b"\x1f\x8b": "a gzip archive",
+    b"\x00\x05\x16\x07": "what macOS keeps beside a file on a foreign disk (named ._*), not the file itself",
 }
 
 
@@ -87,16 +87,14 @@ class TensorFile:
                 if len(prefix) < 8:
                     raise CheckpointError(f"{path}: {self.size} bytes are too few for a safetensors file")
                 (length,) = struct.unpack("<Q", prefix)
-                if length > self.size - 8 or length > MAX_JSON:
-                    raise CheckpointError(
-                        f"{path}: not a safetensors file{self._stranger(prefix + file.read(32), length)}"
-                    )
+                if length > self.size - 8 or length > MAX_HEADER:
+                    raise CheckpointError(f"{path}: {self._stranger(prefix + file.read(32), length)}")
                 text = file.read(length)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-        header = json_of(text, f"{path}: not a safetensors file: its header")
+        header = json_of(text, f"{path}: its header", MAX_HEADER)
         if not isinstance(header, dict):
-            raise CheckpointError(f"{path}: not a safetensors file: its header is no JSON object")
+            raise CheckpointError(f"{path}: its header is no JSON object, as that of a safetensors file is")
         metadata = header.pop("__metadata__", None)
         metadata = {} if metadata is None else metadata
         if not isinstance(metadata, dict) or any(not isinstance(value, str) for value in metadata.values()):
@@ -109,13 +107,16 @@ class TensorFile:
         self._bytes: Tensor | None = None
 
     def _stranger(self, begin: bytes, length: int) -> str:
-        """What else a file seems to be whose first bytes are no length of a header."""
+        """What is wrong with a file whose first bytes are no length of a header that is read."""
         for start, what in STRANGERS.items():
-            if begin.startswith(start) and (len(start) > 2 or length > MAX_JSON):  # else it may be a length
-                return f": it looks like {what}"
+            if begin.startswith(start) and (len(start) > 2 or length > MAX_HEADER):  # else it may be a length
+                return f"not a safetensors file: it looks like {what}"
         if length > self.size - 8:
-            return f", or cut off: its header claims {length} bytes, {self.size - 8} follow"
-        return f": its header claims {length:,} bytes; more than {MAX_JSON:,} are not read"
+            return f"not a safetensors file, or cut off: its header claims {length} bytes, {self.size - 8} follow"
+        return (
+            f"its header has {length:,} bytes, of which at most {MAX_HEADER:,} are read; where a trainer wrote all its "
+            "tags there, save the file without them"
+        )
 
     def _entry(self, key: str, about: Any, offset: int) -> Entry:
         fields: list[Any] = [about.get(field) for field in FIELDS] if isinstance(about, dict) else [None] * 3
@@ -337,59 +338,6 @@ class Selection(TensorSource):
 
     def __str__(self) -> str:
         return self.title
-
-
-def shard_paths(index: Path) -> list[Path]:
-    """The files that an index (`*.safetensors.index.json`) names, which lie beside it.
-
-    Raises:
-        CheckpointError: the index is malformed, names files of other folders, or shards are missing; all are named.
-    """
-    content = json_file(index)
-    shards = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(shards, dict) or not shards or any(not isinstance(name, str) for name in shards.values()):
-        raise CheckpointError(f"{index}: not a safetensors index: expected a weight_map from tensors to file names")
-    names = sorted(set(shards.values()))
-    if len(names) > MAX_SHARDS:
-        raise CheckpointError(f"{index}: names {len(names):,} files; more than {MAX_SHARDS:,} are not looked for")
-    for name in names:
-        if name in ("", ".", "..") or "\0" in name or {PurePosixPath(name).name, PureWindowsPath(name).name} != {name}:
-            raise CheckpointError(f"{index}: names {shown(name)}; shards are files in the folder of their index")
-    missing = [name for name in names if not os.path.isfile(index.parent / name)]
-    if missing:
-        raise CheckpointError(
-            f"{index} names {len(names)} files, of which these are missing: {', '.join(missing):.1000}"
-        )
-    return [index.parent / name for name in names]
-
-
-def tensor_paths(path: str | Path) -> list[Path]:
-    """The files of tensors behind a file, an index, or a folder with one model in it.
-
-    Raises:
-        CheckpointError: there are none, or a folder holds several models.
-    """
-    path = Path(path)
-    if path.name.endswith(INDEX_SUFFIX):
-        return shard_paths(path)
-    if not os.path.isdir(path):
-        if not os.path.exists(path):  # not path.exists(), which raises where the name is too long
-            link = "a symbolic link that leads nowhere or in a circle" if os.path.islink(path) else "no such file"
-            raise CheckpointError(f"{path}: {link}")
-        return [path]
-    indices = sorted(path.glob("*" + INDEX_SUFFIX))
-    files = files_in(path)
-    if len(indices) == 1:
-        return shard_paths(indices[0])
-    if len(files) == 1:
-        return files
-    found = ", ".join(file.name for file in [*indices, *files]) or "none"
-    raise CheckpointError(f"{path}: expected one safetensors file, or one index of shards; found {found}")
-
-
-def files_in(folder: Path) -> list[Path]:
-    """The safetensors files of a folder; if it has none, those of other kinds that can be read."""
-    return sorted(folder.glob("*.safetensors")) or sorted(f for end in READERS for f in folder.glob("*" + end))
 
 
 def open_tensors(path: str | Path) -> TensorSource:

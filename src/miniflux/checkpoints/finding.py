@@ -5,18 +5,23 @@ Nothing is downloaded here.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
-from miniflux.checkpoints.files import INDEX_SUFFIX, files_in
-from miniflux.errors import InputError, WeightsNotFoundError
+from miniflux.checkpoints.folders import SAFETENSORS, models, named
+from miniflux.checkpoints.hubcache import hub_cache, snapshot
+from miniflux.errors import CheckpointError, InputError, WeightsNotFoundError
 from miniflux.variants import VARIANTS, Variant
+
+log = logging.getLogger(__name__)
 
 WEIGHTS_VARIABLE = "MINIFLUX_WEIGHTS"
 BUNDLED = Path(__file__).parent.parent / "nano" / "weights"
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model")
+TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))  # any of these sets will do
 
 # For each part of a model: the names under which releases keep it, a file or a folder. `{file}` is the variant's own.
 PARTS: dict[str, tuple[str, ...]] = {
@@ -57,23 +62,26 @@ class Files:
     tiny: Path | None = None
 
 
-def hub_cache() -> Path:
-    """The Hugging Face cache: `HF_HUB_CACHE`, `HF_HOME`/hub, or huggingface/hub in `XDG_CACHE_HOME` or ~/.cache."""
-    if os.environ.get("HF_HUB_CACHE"):
-        return Path(os.environ["HF_HUB_CACHE"]).expanduser()
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    return Path(home).expanduser() / "hub"
+def weights_folder() -> Path | None:
+    """The folder that `MINIFLUX_WEIGHTS` names; None if it is not set, or names none."""
+    said = os.environ.get(WEIGHTS_VARIABLE)
+    path = Path(os.path.expandvars(os.path.expanduser(said))) if said else None
+    return path if path is not None and path.is_dir() else None
 
 
-def snapshot(repository: str) -> Path | None:
-    """The cached snapshot of a repository's main branch, if there is one."""
-    folder = hub_cache() / ("models--" + repository.replace("/", "--"))
-    try:
-        revision = (folder / "refs" / "main").read_text("utf-8").strip()
-    except OSError:
+def misnamed() -> str | None:
+    """What is wrong with `MINIFLUX_WEIGHTS`, in one line; None if it names a folder or is not set."""
+    said = os.environ.get(WEIGHTS_VARIABLE)
+    if not said or weights_folder() is not None:
         return None
-    found = folder / "snapshots" / revision
-    return found if found.is_dir() else None
+    path = Path(os.path.expandvars(os.path.expanduser(said)))
+    if path.is_file():
+        why = f"a file; it must name the folder, {path.parent}"
+    elif os.pathsep in said and any(Path(one).expanduser().is_dir() for one in said.split(os.pathsep) if one):
+        why = "several folders; it must name one"
+    else:
+        why = "which is not there"
+    return f"{WEIGHTS_VARIABLE} names {said}, {why}"
 
 
 def places(variant: Variant, first: Iterable[Path] = ()) -> list[Path]:
@@ -81,19 +89,45 @@ def places(variant: Variant, first: Iterable[Path] = ()) -> list[Path]:
     found = list(first)
     if variant.bundled:
         found.append(BUNDLED)
-    if os.environ.get(WEIGHTS_VARIABLE):
-        root = Path(os.environ[WEIGHTS_VARIABLE]).expanduser()
+    if wrong := misnamed():
+        _warned(wrong)
+    if root := weights_folder():
         found += [root / variant.name, root]
     cached = snapshot(variant.repository) if variant.repository else None
     return found if cached is None else [*found, cached]
 
 
+@cache
+def _warned(wrong: str) -> None:
+    """Say it once."""
+    log.warning("%s: it is passed over", wrong)
+
+
+def _held(folder: Path, name: str, part: str) -> Path | None:
+    """What a folder holds of a part under a name: a file, or a folder with a tokenizer or with one whole model in it.
+    Links that lead nowhere, as to blobs that are gone, are nothing."""
+    path = named(folder, name)
+    return path if path is not None and (path.is_file() or _holds(path, part)) else None
+
+
 def _holds(path: Path, part: str) -> bool:
-    if path.is_file():
-        return True
+    if path.is_file() or not path.is_dir():
+        return path.is_file()
     if part.endswith("tokenizer"):
-        return any((path / name).is_file() for name in TOKENIZER_FILES)
-    return bool(files_in(path)) or any(path.glob("*" + INDEX_SUFFIX))
+        return any(all((path / name).is_file() for name in names) for names in TOKENIZER_FILES)
+    try:
+        return any(not model.missing for model in models(path))
+    except CheckpointError:  # an index that cannot be read: opening it says so
+        return True
+
+
+def _shards_missing(path: Path) -> str:
+    """What is not here of a folder's model, if a part of it is."""
+    try:
+        gone = [name for model in models(path) for name in model.missing] if path.is_dir() else []
+    except CheckpointError:
+        return ""
+    return f"; in {path} these are missing: {', '.join(gone)}" if gone else ""
 
 
 def found_parts(
@@ -110,16 +144,26 @@ def found_parts(
     for part, names in PARTS.items():
         wanted = [name.format(file=variant.file) for name in names]
         # ComfyUI's folders come first: its `vae` may hold many files, of which one is meant.
-        inside = [f"{at}/{name}" for at in COMFYUI.get(part, ()) for name in wanted if name.endswith(".safetensors")]
+        inside = [f"{at}/{name}" for at in COMFYUI.get(part, ()) for name in wanted if name.endswith(SAFETENSORS)]
         searched = folders if part == "transformer" else [*folders, *_relatives(variant)]
-        usual = [folder / name for folder in searched for name in (*inside, *wanted)]
-        candidates = [given[part]] if part in given else usual
-        chosen = next((path for path in candidates if _holds(path, part)), None)
-        if chosen is None:
-            missing[part] = str(given[part]) if part in given else " or ".join(wanted)
+        usual = [(folder, name) for folder in searched for name in (*inside, *wanted)]
+        if part in given:
+            chosen = given[part] if _is_given(given[part], part) else None
         else:
+            chosen = next((path for folder, name in usual if (path := _held(folder, name, part))), None)
+        if chosen is not None:
             found[part] = chosen
+        elif part in given:
+            missing[part] = str(given[part])
+        else:
+            gone = dict.fromkeys(_shards_missing(folder / name) for folder, name in usual)
+            missing[part] = " or ".join(wanted) + "".join(gone)
     return found, missing
+
+
+def _is_given(path: Path, part: str) -> bool:
+    """Whether a part is where somebody says. Of one that lacks shards, opening it says which."""
+    return _holds(path, part) or bool(_shards_missing(path))
 
 
 def _relatives(variant: Variant) -> list[Path]:
@@ -149,10 +193,10 @@ def find(variant: Variant, first: Iterable[Path] = (), given: Mapping[str, Path]
     found, missing = found_parts(variant, first, {part: given[part] for part in given if part in PARTS})
     for part, names in OPTIONAL.items():
         usual = [
-            folder / name.format(tiny_file=variant.tiny_file) for folder in places(variant, first) for name in names
+            (folder, name.format(tiny_file=variant.tiny_file)) for folder in places(variant, first) for name in names
         ]
-        candidates = [given[part]] if part in given else usual
-        chosen = next((path for path in candidates if _holds(path, part)), None)
+        held = (path for folder, name in usual if name and (path := _held(folder, name, part)))
+        chosen = next(held, None) if part not in given else given[part] if _is_given(given[part], part) else None
         if chosen is not None:
             found[part] = chosen
         elif part in given:
@@ -165,7 +209,9 @@ def find(variant: Variant, first: Iterable[Path] = (), given: Mapping[str, Path]
 def _not_found(variant: Variant, missing: Mapping[str, str], folders: list[Path]) -> str:
     lines = [f"{variant.name}: not on this machine: {'; '.join(f'{part} ({name})' for part, name in missing.items())}"]
     lines.append("looked in: " + (", ".join(str(folder) for folder in folders) or "no folder at all"))
-    if not os.environ.get(WEIGHTS_VARIABLE):
+    if wrong := misnamed():
+        lines.append(wrong)
+    elif not os.environ.get(WEIGHTS_VARIABLE):
         lines.append(f"the variable {WEIGHTS_VARIABLE} is not set; it names the folder your weights are in")
     if variant.repository:
         if snapshot(variant.repository) is None:

@@ -22,8 +22,9 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from miniflux.checkpoints.files import tensor_paths
-from miniflux.checkpoints.finding import found_parts, hub_cache
+from miniflux.checkpoints.finding import found_parts
+from miniflux.checkpoints.folders import tensor_paths
+from miniflux.checkpoints.hubcache import repository_folder
 from miniflux.checkpoints.saving import write_beside
 from miniflux.errors import CheckpointError, FetchError, InputError, MissingExtraError
 from miniflux.variants import Variant
@@ -84,7 +85,11 @@ class Plan:
     @property
     def wanted(self) -> list[RemoteFile]:
         """The files that are not in the cache."""
-        return [file for file in self.files if not self.blob(file).is_file()]
+        return [file for file in self.files if not self.blob(file).is_file() and not self.is_copied(file)]
+
+    def is_copied(self, file: RemoteFile) -> bool:
+        """Whether a snapshot has the file itself, as on systems without links, where there are no blobs."""
+        return _size(self.folder / "snapshots" / self.commit / file.path) == file.size
 
     @property
     def begun(self) -> int:
@@ -109,7 +114,7 @@ def plan(variant: Variant) -> Plan:
     if not variant.downloads:
         raise InputError(f"{variant.name} is inside the package: there is nothing to fetch")
     hub = _hub()
-    folder = hub_cache() / ("models--" + variant.repository.replace("/", "--"))
+    folder = repository_folder(variant.repository)
     with _refusals(variant):
         try:
             about = hub.HfApi(endpoint=hub.constants.ENDPOINT).model_info(
@@ -172,6 +177,8 @@ def fetch(plan: Plan, progress: Callable[[int], object] = lambda count: None) ->
         raise FetchError(f"{plan.folder}: {plan.bytes:,} bytes are needed, {free:,} are free; nothing was fetched")
     found = plan.folder / "snapshots" / plan.commit
     for file in plan.files:
+        if plan.is_copied(file):
+            continue
         _ensure(plan, file, progress)
         with _disk(plan.folder):
             _link(plan.blob(file), found / file.path)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from miniflux.checkpoints.files import INDEX_SUFFIX, Entry, Selection, TensorSource, open_tensors
+from miniflux.checkpoints.files import Entry, Selection, TensorSource, open_tensors
+from miniflux.checkpoints.folders import Model, walk
 from miniflux.checkpoints.formats.reading import contents_of, format_of, formats_in
 from miniflux.checkpoints.jsonfiles import json_file, json_of
 from miniflux.checkpoints.loading import bare, compare, is_finite
@@ -109,20 +110,32 @@ def inspect(path: str | Path, *, data: bool = False) -> Inspection:
         CheckpointError: nothing readable is there.
     """
     path = Path(path)
-    folders = [path / name for name in FOLDERS if (path / name).is_dir()]
-    files = sorted([*path.glob("*.safetensors"), *path.glob("*.gguf")]) if path.is_dir() else []
-    indexed = any(path.glob("*" + INDEX_SUFFIX)) if path.is_dir() else False
-    if folders:
-        sources = [open_tensors(place) for place in [*files, *folders]]
-    elif len(files) > 1 and not indexed:
-        sources = [open_tensors(file) for file in files]
-    else:
-        sources = [open_tensors(path)]
+    found = models_in(path)
+    sources = [TensorSource(model.complete()) for model in found] if found else [open_tensors(path)]
+    folders = [name for name in FOLDERS if (path / name).is_dir()]
     parts = [part for source in sources for part in _parts(source, data)]
     absent = _absent(parts, path if folders else None)
     if absent:
         parts[0].problems.append(f"missing beside it: {', '.join(absent)}")
     return Inspection(parts)
+
+
+def models_in(path: Path) -> list[Model]:
+    """The models in a folder and its sub-folders: single files first, then those of a pipeline in its order; none if it
+    is no folder.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    if not path.is_dir():
+        return []
+    order = {name: number for number, name in enumerate(["", *FOLDERS])}
+
+    def rank(model: Model) -> tuple[int, str]:
+        above = model.path.relative_to(path).parts[:-1]
+        return order.get(above[0] if above else "", len(order)), str(model.path)
+
+    return sorted(walk(path), key=rank)
 
 
 def _parts(source: TensorSource, data: bool) -> list[Part]:

@@ -10,40 +10,58 @@ import json
 import os
 import reprlib
 import stat
+import sys
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from miniflux.errors import CheckpointError
 
-# Bytes. Published headers have 0.15 MB, with all side tensors of nf4 0.6 MB; trainers add statistics of their data, a
-# few MB at most. 100 MB, the limit of the reference implementation, would take seconds and gigabytes.
-MAX_JSON = 8_000_000
+MAX_JSON = 8_000_000  # bytes
+# Published headers have 0.15 MB, with all side tensors of nf4 0.6 MB; sd-scripts writes every tag of its data there,
+# some MB of one string. 100 MB, the limit of the reference implementation, would take seconds and gigabytes.
+MAX_HEADER = 20_000_000
+MAX_MEMORY = 48_000_000  # bytes of the text in memory, where one rare character makes all of them wide
 MAX_MARKS = 250_000  # brackets and commas: how many objects become of the text; published headers have 45,000 at most
 
 
-def json_of(text: bytes, what: str) -> Any:
+def json_of(text: bytes, what: str, most: int = MAX_JSON) -> Any:
     """The value of a JSON text.
 
     Args:
         what: a name for the text, which messages begin with.
+        most: bytes that are read.
 
     Raises:
         CheckpointError: it is too large, not UTF-8, not JSON, or gives a key twice.
     """
-    if len(text) > MAX_JSON:
-        raise CheckpointError(f"{what} has more than {MAX_JSON:,} bytes, which are not read")
-    if sum(map(text.count, (b"[", b"{", b","))) > MAX_MARKS:
+    if len(text) > most:
+        raise CheckpointError(f"{what} has more than {most:,} bytes, which are not read")
+    if _marks(text) > MAX_MARKS and _marks(_without_strings(text)) > MAX_MARKS:
         raise CheckpointError(f"{what} is JSON of more than {MAX_MARKS:,} items, which is not read")
     try:
         decoded = text.decode("utf-8")
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{what} is no JSON: not UTF-8 at byte {error.start}") from error
+    if sys.getsizeof(decoded) > MAX_MEMORY:
+        raise CheckpointError(f"{what} has {len(decoded):,} characters, some of which take four bytes; it is not read")
     try:
         return json.loads(decoded, object_pairs_hook=_object, parse_int=_whole)
     except _DuplicateKey as error:
         raise CheckpointError(f"{what} {error}") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{what} is no JSON: {str(error) or type(error).__name__:.200}") from error
+
+
+def _marks(text: bytes) -> int:
+    return sum(map(text.count, (b"[", b"{", b",")))
+
+
+def _without_strings(text: bytes) -> bytes:
+    """What of a JSON text is outside of its strings: commas in a trainer's tags make no objects."""
+    text = text.replace(b"\\\\", b"").replace(b'\\"', b"")  # what is left of quotes begins and ends strings
+    if text.count(b'"') > 4 * MAX_MARKS:  # a string has two, and a mark beside it for every key and value
+        return b"," * (MAX_MARKS + 1)
+    return b"".join(text.split(b'"')[::2])
 
 
 def json_file(path: Path) -> Any:

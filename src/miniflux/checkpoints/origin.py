@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from miniflux.checkpoints.files import tensor_paths
 from miniflux.checkpoints.finding import PARTS, Files
+from miniflux.checkpoints.folders import tensor_paths
 from miniflux.checkpoints.saving import write_beside
 from miniflux.errors import CheckpointError, OutputError
 

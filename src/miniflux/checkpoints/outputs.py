@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from miniflux.checkpoints.files import INDEX_SUFFIX, TensorSource, open_tensors
+from miniflux.checkpoints.files import TensorSource, open_tensors
 from miniflux.checkpoints.formats import Format
 from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.formats.scaled import METADATA
@@ -217,7 +217,10 @@ def extras(
         homes = {part: Path(file.name).name for file in group for _, item in file.items for part in item.parts}
         homes |= {key: Path(file.name).name for file in group for key in file.markers}
         total = sum(size_of(list(item.parts.values())) for file in group for _, item in file.items)
-        made[stem + INDEX_SUFFIX] = {"metadata": {"total_size": total}, "weight_map": dict(sorted(homes.items()))}
+        made[stem + ".safetensors.index.json"] = {
+            "metadata": {"total_size": total},
+            "weight_map": dict(sorted(homes.items())),
+        }
     folders = {type(net.network): Path(file.name).parent for file in files for net, _ in file.items}
     for part, network in zip(found, networks, strict=True):
         folder = folders[type(part.network)]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from miniflux.checkpoints.finding import BUNDLED
+from miniflux.checkpoints.folders import SAFETENSORS, files_in
 from miniflux.checkpoints.origin import stamps
 from miniflux.checkpoints.quantized import QuantizedLinear, device_of, lender_of
 from miniflux.errors import LoraError
@@ -51,7 +52,7 @@ def resolved(path_or_tensors: str | Path | Mapping[str, Tensor]) -> Path | Mappi
     if not path.exists() and bundled.is_file():
         return bundled
     if not path.exists():
-        names = ", ".join(sorted(file.stem for file in BUNDLED_LORAS.glob("*.safetensors"))) or "none"
+        names = ", ".join(file.stem for file in files_in(BUNDLED_LORAS, SAFETENSORS)) or "none"
         raise LoraError(f"{path}: no such file, and no bundled LoRA of this name (bundled: {names})")
     return path
 

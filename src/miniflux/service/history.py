@@ -21,6 +21,7 @@ from typing import Any
 
 from PIL import Image
 
+from miniflux.checkpoints.folders import files_in
 from miniflux.checkpoints.saving import write_beside
 from miniflux.errors import InputError, OutputError, SettingsError
 from miniflux.result import Result, checked_output, save_picture
@@ -107,7 +108,7 @@ class History:
             raise OutputError(f"{folder}: no folder for a history: {error.strerror}") from error
         self._lock = threading.RLock()
         self._sessions: OrderedDict[str, list[Entry]] = OrderedDict()  # those that were asked for last
-        found = [(picture, picture.stat()) for picture in self.pictures.glob("*.png")]
+        found = [(picture, picture.stat()) for picture in files_in(self.pictures, (".png",))]
         found.sort(key=lambda x: x[1].st_mtime)
         self._sizes = {picture.stem: about.st_size for picture, about in found}  # the oldest first
         self._bytes = sum(self._sizes.values())
