@@ -21,7 +21,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # Rooms and what of the project each may import; every room may import itself. Arrows point one way: from the apps down.
 NETWORKS = {"errors", "models", "sampling"}
 PARTS = NETWORKS | {"version", "variants", "checkpoints", "text", "conditions", "lora", "memory"}
-LIBRARY = PARTS | {"plan", "settings", "cache", "pipeline", "pictures", "result", "root"}
+LIBRARY = PARTS | {"plan", "loaded", "settings", "cache", "pipeline", "pictures", "result", "root"}
 MAY_IMPORT = {
     "errors": set(),
     "version": set(),
@@ -34,11 +34,12 @@ MAY_IMPORT = {
     "lora": PARTS,
     "memory": PARTS,
     "plan": PARTS,
+    "loaded": PARTS,
     "settings": PARTS | {"plan"},
     "pictures": {"errors"},
     "result": PARTS | {"plan", "settings"},
     "cache": PARTS | {"plan", "settings", "result"},
-    "pipeline": PARTS | {"plan", "settings", "pictures", "result", "cache"},
+    "pipeline": PARTS | {"plan", "loaded", "settings", "pictures", "result", "cache"},
     "root": LIBRARY,  # miniflux/__init__.py
     "study": LIBRARY | {"nano"},  # for captions
     "training": LIBRARY,

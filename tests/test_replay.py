@@ -234,6 +234,24 @@ def test_other_weights_are_refused_by_name(pipes: Pipes, picture: Path) -> None:
     assert made.same and any("autoencoder" in line for line in made.differences)
 
 
+def test_a_model_changed_in_memory_is_refused_by_name(pipes: Pipes, tmp_path: Path, picture: Path) -> None:
+    """A picture that it drew says so; and it makes no picture again while it is changed."""
+    handle = pipes["nano-dev", None].transformer.final_layer.register_forward_hook(lambda m, x, y: y * 0.5)
+    path = drawn(pipes, Request(prompt="a star", model="nano-dev", steps=2, width=32, height=32)).save(
+        tmp_path / "hooked.png"
+    )
+    with pytest.raises(ReplayError, match="changed in memory: transformer: final_layer: a forward hook"):
+        again(picture, pipes)
+    handle.remove()
+    (record,) = read_picture(path).records
+    assert record.doubts == ("the model had been changed in memory: transformer: final_layer: a forward hook",)
+    assert all(file.sha256 is None for file in record.files if file.part == "transformer")
+    with pytest.raises(ReplayError, match="or what was loaded from it, when the picture was made"):
+        again(path, pipes)
+    made = again(path, pipes, force=True)
+    assert not made.same and any("changed in memory" in line for line in made.differences)
+
+
 def test_versions_and_precision_are_told(pipes: Pipes, picture: Path) -> None:
     """They are no reason to refuse: the pixels tell."""
 

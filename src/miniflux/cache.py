@@ -87,6 +87,8 @@ def not_keyed(
     """Why no key can tell what makes the pictures of a call; None if one can."""
     if not files:
         return "the pipeline was not loaded from files"
+    if "changed" in settings:
+        return f"changed in memory since it was loaded: {'; '.join(settings['changed'])}"
     if callback:
         return "a callback may replace the latents (watch only looks on)"
     if plan.resume is not None:
@@ -97,6 +99,8 @@ def not_keyed(
         return "the step cache is to be compared with the run without it"
     if isinstance(plan.cache, Measure):
         return "the step cache measures"
+    if not plan.method.step.__module__.startswith("miniflux."):
+        return f"the solver {plan.method.name} is one of your own"
     functions = callable(plan.guidance) or callable(getattr(plan.guide, "scale", None))
     if functions and plan.method.calls > 1 and plan.method.name != "heun":
         return f"guidance is a function, and {plan.method.name} asks it between the noise levels"

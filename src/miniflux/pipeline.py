@@ -21,6 +21,7 @@ from miniflux.cache import Drawn, ResultCache, not_keyed, picture_key, result_ca
 from miniflux.checkpoints.assembly import assemble
 from miniflux.checkpoints.origin import Origin, Stamp
 from miniflux.errors import InputError, MinifluxError
+from miniflux.loaded import Baseline, claimed, summary
 from miniflux.lora.adapters import described, files_of
 from miniflux.memory.modes import Memory
 from miniflux.models.autoencoder import Autoencoder
@@ -101,6 +102,7 @@ class Pipeline:
         self.variant = variant
         self.transformer, self.autoencoder, self.text, self.tiny = transformer, autoencoder, text, tiny
         self.origin, self.results, self.memory = origin, results, memory
+        self._baseline = None if origin is None else origin.kept.setdefault("baseline", Baseline(self))
 
     @property
     def device(self) -> torch.device:
@@ -109,6 +111,11 @@ class Pipeline:
     @property
     def dtype(self) -> torch.dtype:
         return next(self.transformer.parameters()).dtype  # of a bias, where weights are packed
+
+    def changed(self) -> tuple[str, ...]:
+        """What has been changed in memory since the files were loaded, a part and a name each; what LoRAs and memory
+        modes do is no change. Nothing, if it was not loaded from files."""
+        return () if self._baseline is None else self._baseline.changes(self)
 
     @torch.inference_mode()
     def generate(
@@ -219,7 +226,8 @@ class Pipeline:
         )
 
         # 3. What will be said of the pictures: also the key under which those drawn before are kept.
-        files = self._files()
+        changed = self.changed()
+        files = self._files(changed)
         said: dict[str, Any] = {
             "version": __version__,
             "torch": str(torch.__version__),
@@ -238,6 +246,7 @@ class Pipeline:
             "negative": negative,
             "image": None if image is None else digest_of(image),
             "strength": strength,
+            **({"changed": summary(changed)} if changed else {}),
         }
         unkeyed = None if self.results is None else not_keyed(plan, said, files, callback is not None, check_cache)
 
@@ -289,12 +298,13 @@ class Pipeline:
             "loras": described(self),
         }
 
-    def _files(self) -> tuple[tuple[str, Stamp], ...]:
-        """Every file that the next picture is made from, LoRAs last; none if it cannot be known."""
+    def _files(self, changed: Sequence[str]) -> tuple[tuple[str, Stamp], ...]:
+        """Every file that the next picture is made from, LoRAs last; none if it cannot be known. `changed`: what claims
+        no hash."""
         if self.origin is None:
             return ()
         loras = tuple((f"lora {name}", stamp) for name, stamps in files_of(self).items() for stamp in stamps)
-        return self.origin.files + loras
+        return claimed(self.origin.files + loras, changed)
 
     def _begin(
         self,

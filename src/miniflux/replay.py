@@ -17,6 +17,7 @@ from miniflux import lora
 from miniflux.checkpoints.folders import models
 from miniflux.checkpoints.origin import Stamp
 from miniflux.errors import InputError, ReplayError, SettingsError
+from miniflux.loaded import summary
 from miniflux.lora.attaching import BUNDLED_LORAS
 from miniflux.memory.compute import choose_device
 from miniflux.pictures import digest_of, on_white, open_picture
@@ -175,10 +176,11 @@ def _loaded(record: Record, weights: str | Path | None, device: str | None) -> P
 
 
 def _wrong_files(record: Record, pipe: Pipeline) -> list[str]:
-    """Files of the model that are not those of the record."""
+    """Files of the model that are not those of the record, and what has been changed since they were loaded."""
     assert pipe.origin is not None
+    changed = pipe.changed()
     here = {(part, Path(stamp.path).name): stamp for part, stamp in pipe.origin.files}
-    wrong: list[str] = []
+    wrong = [f"the loaded pipeline has been changed in memory: {'; '.join(summary(changed))}"] if changed else []
     for file in record.files:
         if file.part.startswith("lora "):
             continue
@@ -187,7 +189,7 @@ def _wrong_files(record: Record, pipe: Pipeline) -> list[str]:
         if stamp is None:
             wrong.append(f"{file.part}: {file.file} is missing")
         elif file.sha256 is None:
-            wrong.append(f"{file.part}: {file.file} had changed while the picture was made")
+            wrong.append(f"{file.part}: {file.file} had changed, or what was loaded from it, when the picture was made")
         elif stamp.sha256() != file.sha256:
             wrong.append(f"{file.part}: {stamp.path} is not the {file.file} that the picture was made with")
     return wrong

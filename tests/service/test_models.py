@@ -230,6 +230,11 @@ def test_answers_are_given_only_while_they_are_true(tmp_path: Path) -> None:
     assert own.answer(request) is None
     own.draw(request, quiet)
     assert own.answer(request) is not None
+    with own.use(request) as pipe:
+        handle = pipe.transformer.register_forward_hook(lambda *_: None)
+        assert own.answer(request) is None  # changed in memory
+        handle.remove()
+    assert own.answer(request) is not None
     file.write_bytes(file.read_bytes() + b"")
     file.touch()
     assert own.answer(request) is None

@@ -8,7 +8,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,23 @@ class Stamp:
         return _HASHES.of(self)
 
 
+class Edited(Stamp):
+    """A file whose contents were changed in memory after it was loaded: its hash is not that of what is used."""
+
+    @classmethod
+    def like(cls, stamp: Stamp) -> Edited:
+        """The same file."""
+        return cls(stamp.path, stamp.size, stamp.modified)
+
+    def sha256(self) -> str:
+        """None can be given.
+
+        Raises:
+            CheckpointError: always.
+        """
+        raise CheckpointError(f"{self.path}: what was loaded from it has been changed in memory")
+
+
 @dataclass(frozen=True)
 class Origin:
     """What a pipeline was loaded from.
@@ -69,11 +86,13 @@ class Origin:
         name: the variant's name, or the path that `load` was given.
         dtype: the precision that `load` was asked for; None if it chose.
         files: (part, file) of everything it was read from, weights first.
+        kept: what `miniflux.loaded` remembers of it.
     """
 
     name: str
     dtype: str | None
     files: tuple[tuple[str, Stamp], ...]
+    kept: dict[str, Any] = field(default_factory=dict[str, Any], compare=False, repr=False)
 
 
 def stamped(files: Files) -> tuple[tuple[str, Stamp], ...]:

@@ -82,12 +82,17 @@ class QuantizedLinear(nn.Module):
             del self._buffers[name]
         self.stored, self.origins, self._names = [stored for stored, _ in stacks], dict[str, str](), []
         for i, (layer, (stored, parts)) in enumerate(zip(self.layers, stacks, strict=True)):
-            names = {part: part.replace(".", "_") + (f"_{i}" if len(stacks) > 1 else "") for part in stored.parts}
+            names = self.buffers_of(i, stored, len(stacks))
             for part, name in names.items():
                 self.register_buffer(name, parts[part])
                 self.origins[name] = f"{layer}.{part}"
             self._names.append(names)
         self.packed_features = self.stored[0].shape[1]  # a control LoRA may give the layer more inputs than it has
+
+    @staticmethod
+    def buffers_of(i: int, stored: Stored, stacks: int) -> dict[str, str]:
+        """The buffers that hold the parts of stack i of so many, by their suffixes."""
+        return {part: part.replace(".", "_") + (f"_{i}" if stacks > 1 else "") for part in stored.parts}
 
     @property
     def device(self) -> torch.device:
@@ -198,6 +203,10 @@ class Lender(Protocol):
 
     def borrowed(self) -> AbstractContextManager[None]:
         """In here the layer has its tensors."""
+        ...
+
+    def at_rest(self, owner: nn.Module, name: str) -> Tensor:
+        """The tensor of this name, or what stands in its place while the layer does not run."""
         ...
 
 

@@ -61,6 +61,7 @@ class Adapter:
         merged: whether the changes are in the weights now.
         pack: whether packed layers were to be packed again then.
         files: those it was read from; none if it was given as tensors.
+        facts: of its tensors when it was attached, see `lora.standing`.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Adapter:
     merged: bool = False
     pack: bool = False
     files: tuple[Stamp, ...] = ()
+    facts: list[Any] = field(default_factory=list[Any], repr=False)
 
     @property
     def layers(self) -> list[str]:

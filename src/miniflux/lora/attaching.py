@@ -34,6 +34,7 @@ from miniflux.lora.files import read
 from miniflux.lora.layer import add_changes, remove_changes, rescale
 from miniflux.lora.planning import WIDENED, planned
 from miniflux.lora.receipt import Receipt
+from miniflux.lora.standing import remember
 from miniflux.models.flux1 import Flux1
 
 BUNDLED_LORAS = BUNDLED / "loras"
@@ -102,6 +103,7 @@ def attach(
             device = device_of(module)
             add_changes(module, name, [change.to(device) for at, change in adapter.changes if at == layer])
         if adapter.changes or adapter.saved:
+            remember(adapter)
             adapters_of(network)[name] = adapter
     set_scale(target, name, scale)
     return plan.receipt(name, found)

@@ -107,13 +107,13 @@ class Unit:
         for piece in self.pieces:
             view = piece.within(area)
             tensor = nn.Parameter(view, requires_grad=False) if isinstance(piece.empty, nn.Parameter) else view
+            self.lent.append((piece, tensor))  # first: what others see in its place is in here at all times
             piece.swap(piece.empty, tensor)
-            self.lent.append((piece, tensor))
 
     def give_back(self) -> None:
-        while self.lent:
-            piece, tensor = self.lent.pop()
+        for piece, tensor in self.lent:
             piece.swap(tensor, piece.empty)
+        self.lent.clear()
 
     def check(self, area: Tensor, source: str) -> None:
         """Look once at every value.
@@ -275,6 +275,15 @@ class _Lender:
 
     def borrowed(self) -> Any:
         return self.chain.loaded(self.unit)
+
+    def at_rest(self, owner: nn.Module, name: str) -> Tensor:
+        while True:
+            tensor = cast(Tensor, getattr(owner, name))
+            for piece, lent in tuple(self.unit.lent):
+                if lent is tensor:
+                    return piece.empty
+            if getattr(owner, name) is tensor:  # else another thread has come to the end of the unit meanwhile
+                return tensor
 
 
 class Streamed:

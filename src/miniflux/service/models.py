@@ -256,7 +256,9 @@ class Models:
     def answer(self, request: Request) -> Result | None:
         """What was drawn for the same request before, if the cache still holds it: for `Queue(answer=...)`."""
         with self._lock:
-            known = self._answers.get(request)
+            known, loaded = self._answers.get(request), self._loaded.get(self._key(request))
+        if loaded is not None and loaded.pipe.changed():
+            return None
         if known is None or self.results is None or not all(_unchanged(stamp) for _, stamp in known.files):
             return None
         pictures = [self.results.get(key) for key in known.keys]

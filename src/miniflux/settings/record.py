@@ -11,6 +11,7 @@ from miniflux.settings import strict
 from miniflux.settings.request import MAX_LEVELS, MAX_LORAS, Request, taken
 
 MAX_FILES = 4096
+MAX_CHANGES = 16  # that are named
 TAKEN = (
     *("prompt", "negative", "seed", "variation", "width", "height", "t5_length", "padding"),
     *("solver", "schedule", "shift", "restart", "image", "strength", "stop"),
@@ -19,7 +20,7 @@ TAKEN = (
 FACTS = (
     *("version", "torch", "model", "model_path", "dtype", "dtype_asked", "device", "threads", "memory"),
     *("loras", "files", "steps", "steps_asked", "sigmas", "guidance", "guide", "cache"),
-    *("cached", "not_cached", "replaced", "resumed", "sheet"),
+    *("cached", "not_cached", "replaced", "resumed", "changed", "sheet"),
 )
 BILL = ("evaluated", "skipped", "latent_l2", "psnr")  # what a step cache did, beside its settings
 
@@ -95,6 +96,9 @@ def record_of(value: object) -> Record:
         doubts.append("a callback replaced its latents on the way")
     if about.get("resumed"):
         doubts.append(f"it went on from step {strict.integer('resumed', about['resumed'])} of an earlier run")
+    if about.get("changed"):
+        lines = [strict.text("changed", line) for line in strict.items("changed", about["changed"], MAX_CHANGES)]
+        doubts.append(f"the model had been changed in memory: {'; '.join(lines)}")
     steps = about.get("steps_asked", None if isinstance(fields.get("schedule"), tuple) else about.get("steps"))
     request = Request(
         **fields,
