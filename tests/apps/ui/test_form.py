@@ -81,6 +81,12 @@ def test_request_comes_back_from_the_controls(site: Site, data: st.DataObject) -
     assert form.request_from(json.loads(json.dumps(filled)), shelf, site.listed) == request
 
 
+@pytest.mark.parametrize("empty", ["", "  ", "-1", " -1 ", -1, None])
+def test_empty_or_minus_one_is_a_random_seed(site: Site, empty: Any) -> None:
+    seeds = {form.request_from(values(site, seed=empty), site.shelf(ANN), site.listed).seed for _ in range(4)}
+    assert len(seeds) == 4 and all(0 <= seed < 2**32 for seed in seeds)
+
+
 def test_strength_at_noise_levels_is_kept(site: Site) -> None:
     request = Request(prompt="a", steps=2, guidance=AtLevels((1.0, 0.5), (3.0, 2.0)), width=128, height=128)
     filled, _ = form.values_from(request, site.shelf(ANN), site.listed)
@@ -91,7 +97,9 @@ def test_strength_at_noise_levels_is_kept(site: Site) -> None:
     ("wrong", "named"),
     [
         ({"model": "/etc/passwd"}, "model '/etc/passwd'"),
-        ({"seed": "-1"}, "seed"),
+        ({"seed": "-2"}, "seed"),
+        ({"seed": "- 1"}, "seed"),
+        ({"seed": "1.5"}, "seed"),
         ({"seed": "1e3"}, "seed"),
         ({"seed": str(MAX_SEED + 1)}, "seed"),
         ({"steps": 2.5}, "steps"),
@@ -129,6 +137,11 @@ def test_only_ids_and_strengths_of_loras_are_believed(site: Site) -> None:
     request = form.request_from(values(site, loras=rows), site.shelf(ANN), site.listed)
     assert [(use.file, use.scale) for use in request.loras] == [("realism", 2.0)]
     assert form.request_from(values(site, loras="nonsense"), site.shelf(ANN), site.listed).loras == ()
+
+
+def test_no_lora_is_on_at_first(site: Site) -> None:
+    assert [(row["id"], row["on"]) for row in form.rows(site.shelf("d" * 32), "nano-dev")] == [("realism", False)]
+    assert form.request_from(values(site), site.shelf(ANN), site.listed).loras == ()
 
 
 def test_path_in_a_picture_is_not_opened(site: Site, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from miniflux.apps.cli import main
 from miniflux.apps.ui import form
 from miniflux.apps.ui.handlers import Handlers, _telling
 from miniflux.apps.ui.launch import blocks
@@ -92,6 +93,31 @@ def test_without_the_lock_every_press_has_its_own_seed(people: People) -> None:
     seeds = {people.does("draw", lock=False, seed="5")["seed"] for _ in range(3)}
     assert len(seeds) == 3 and "5" not in seeds
     people.drawn()
+
+
+@pytest.mark.parametrize("empty", ["", "-1", None])
+def test_empty_or_minus_one_is_a_random_seed_also_while_locked(people: People, empty: str | None) -> None:
+    """And the field goes on saying so; in batches and grids too."""
+    seeds: set[int] = set()
+    for name, more in (
+        ("draw", {}),
+        ("draw", {}),
+        ("draw_all", {"prompts": "a"}),
+        ("draw_grid", {"x": "steps", "y": ""}),
+    ):
+        answer = people.does(name, seed=empty, x_values="1", **more)
+        assert answer["stage"]["kind"] != "error" and answer.get("seed", empty) == empty
+        seeds.add(people.drawn().request.seed)
+    assert len(seeds) == 4
+
+
+def test_page_and_command_line_draw_the_same(people: People, tmp_path: Path) -> None:
+    """The controls as they are at first, and `generate` without any option but the seed: pixel by pixel."""
+    first = {"steps": people.c.steps.value, "width": people.c.width.value, "height": people.c.height.value}
+    people.does("draw", seed="7", prompt=people.c.prompt.value, **first)
+    main(["generate", people.c.prompt.value, "--seed", "7", "-o", str(tmp_path / "cli.png")])
+    with Image.open(tmp_path / "cli.png") as cli, Image.open(people.site.history.path(ANN, people.drawn().id)) as page:
+        assert np.array_equal(np.asarray(cli), np.asarray(page))
 
 
 @pytest.mark.parametrize(
@@ -263,11 +289,12 @@ def test_dropped_lora_is_drawn_with(people: People, tmp_path: Path) -> None:
     copy.write_bytes(Path(people.site.models.lora("realism").source).read_bytes())
     answer = people.does("files", BOB, files=[str(copy)])
     assert "8 of 8 modules" in answer["stage"]["text"]
-    assert [(row["label"], row["on"]) for row in answer["loras"]] == [("Realism", True), ("mine", True)]
+    assert [(row["label"], row["on"]) for row in answer["loras"]] == [("Realism", False), ("mine", True)]
+    answer["loras"][0]["on"] = True
     people.does("draw", BOB, loras=answer["loras"], seed="1")
     assert len(people.drawn(BOB).request.loras) == 2
     late = people.does("arrive", BOB)["loras"]
-    assert [(row["label"], row["on"], row["late"]) for row in late] == [("Realism", True, True), ("mine", False, True)]
+    assert [(row["label"], row["on"], row["late"]) for row in late] == [("Realism", False, True), ("mine", False, True)]
 
 
 def test_picture_is_that_of_the_library(people: People) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+import secrets
 from collections.abc import Collection, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from miniflux.apps.ui.site import BUNDLED, Shelf
+from miniflux.apps.ui.site import Shelf
 from miniflux.errors import InputError
 from miniflux.plan import AUTO, cache_for
 from miniflux.sampling import GUIDES
@@ -45,6 +46,8 @@ CARRIED = ("variation", "t5_length", "padding", "stop")
 KEPT = (*CARRIED, "guidance", "guide", "cache")  # the last three where they are more than their controls show
 
 FAR = 2**53  # larger numbers are no longer exact in a browser
+SEEDS = 2**32  # new seeds are below it: short enough to be written down
+RANDOM = ("", "-1")
 SIDE = 16  # width and height are multiples of it, in pixels
 
 
@@ -185,7 +188,7 @@ def rows(
     found: list[dict[str, Any]] = []
     for lora in shelf.loras.values():
         old = before.get(lora.id, {})
-        switched, strength = old.get("on", lora.id == BUNDLED), old.get("strength", 1.0)
+        switched, strength = old.get("on", False), old.get("strength", 1.0)
         if uses is not None:
             switched, strength = lora.id in uses, uses[lora.id].strength if lora.id in uses else strength
         found.append({
@@ -291,11 +294,25 @@ def guide_as_json(method: str, scale: Any) -> dict[str, Any]:
     return {**listed, "method": method, "scale": scale}
 
 
+def new_seed() -> int:
+    """A random seed."""
+    return secrets.randbelow(SEEDS)
+
+
+def is_random(given: Any) -> bool:
+    """Whether the field for the seed leaves it to chance: it is empty, or -1 as other programs write it."""
+    return given is None or str(given).strip() in RANDOM
+
+
 def seed_from(given: Any) -> int:
-    """A seed, as the field of text gives it."""
+    """A seed, as the field of text gives it; a random one where the field leaves it to chance."""
+    if is_random(given):
+        return new_seed()
     text = str(given).strip()
     if not re.fullmatch("[0-9]{1,20}", text, re.ASCII):
-        raise InputError(f"seed must be a whole number from 0 to {MAX_SEED}, got {shown(given)}")
+        raise InputError(
+            f"seed must be a whole number from 0 to {MAX_SEED}, or empty or -1 for a random one, got {shown(given)}"
+        )
     return int(text)
 
 

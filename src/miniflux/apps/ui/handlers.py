@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from miniflux.apps.ui.layout import HELP, MOST, Controls
 from miniflux.apps.ui.routes import COOKIE, valid
 from miniflux.apps.ui.site import Shelf, Site
 from miniflux.errors import InputError, MinifluxError
-from miniflux.sampling.latents import MAX_SEED
 from miniflux.service import Axis, Grid, Job, batch, parse_prompts
 from miniflux.settings import Request, read_picture
 
@@ -26,8 +24,10 @@ log = logging.getLogger(__name__)
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_LIST_BYTES = 2**20  # of a file with prompts
 GREYED = ("guidance", "scale", "negative", "window_from", "window_to")  # controls that are without effect at times
-SEEDS = 2**32  # new seeds are below it: short enough to be written down
 _count = itertools.count(1)
+
+LOCK = "(seed) => !['', '-1'].includes((seed ?? '').trim())"
+"""Who writes a seed means it: it is kept for the next picture. In the browser, so that typing asks nobody."""
 
 Given = dict[Any, Any]
 """What Gradio gives a handler, and what it takes from it: values or updates by their components."""
@@ -36,10 +36,6 @@ Given = dict[Any, Any]
 def said(kind: str, text: str) -> dict[str, Any]:
     """A message for the stage; `count` tells two equal ones apart."""
     return {"kind": kind, "text": text, "count": next(_count)}
-
-
-def new_seed() -> int:
-    return secrets.randbelow(min(SEEDS, MAX_SEED))
 
 
 def connect(page: gr.Blocks, site: Site, c: Controls) -> None:
@@ -56,6 +52,7 @@ def connect(page: gr.Blocks, site: Site, c: Controls) -> None:
     on(c.draw.click, handlers.draw, {*form_in, c.lock}, [c.seed, c.stage])
     on(c.draw_all.click, handlers.draw_all, {*form_in, c.prompts}, [c.stage])
     on(c.draw_grid.click, handlers.draw_grid, {*form_in, c.x, c.x_values, c.y, c.y_values}, [c.stage])
+    c.seed.input(None, c.seed, c.lock, js=LOCK, **quick)
     on(c.die.click, handlers.roll, None, [c.seed])
     on(c.forget.click, handlers.forget, None, [c.rest, c.also, c.forget])
     on(c.model.input, handlers.model, form_in, [
@@ -125,9 +122,10 @@ class Handlers:
 
     def draw(self, given: Given, web: gr.Request) -> Given:
         session, shelf = self._who(web)
-        seed = given[self.c.seed] if given[self.c.lock] else str(new_seed())
+        seed = given[self.c.seed] if given[self.c.lock] else ""
         request = self._request(given, shelf, seed=seed)
-        return {self.c.stage: self._begun(self.site.submit(session, [request])), self.c.seed: seed}
+        drawn = seed if given[self.c.lock] else str(request.seed)  # a locked field that says -1 goes on saying it
+        return {self.c.stage: self._begun(self.site.submit(session, [request])), self.c.seed: drawn}
 
     def draw_all(self, given: Given, web: gr.Request) -> Given:
         session, shelf = self._who(web)
@@ -153,7 +151,7 @@ class Handlers:
     def again(self, event: gr.EventData, web: gr.Request) -> Given:
         session, _ = self._who(web)
         request = self.site.history.get(session, str(event.id)).request
-        return {self.c.stage: self._begun(self.site.submit(session, [form.with_new_seed(request, new_seed())]))}
+        return {self.c.stage: self._begun(self.site.submit(session, [form.with_new_seed(request, form.new_seed())]))}
 
     def cancel(self, event: gr.EventData, web: gr.Request) -> Given:
         job = self.site.job(self._who(web)[0], str(event.id))
@@ -227,7 +225,7 @@ class Handlers:
         return {self.c.aspect: form.aspect_of(given[self.c.width], given[self.c.height], base) or "own size"}
 
     def roll(self) -> Given:
-        return {self.c.seed: str(new_seed())}
+        return {self.c.seed: str(form.new_seed())}
 
     def forget(self) -> Given:
         return {self.c.rest: {}, self.c.also: gr.update(visible=False), self.c.forget: gr.update(visible=False)}

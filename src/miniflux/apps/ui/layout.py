@@ -31,7 +31,7 @@ HELP = {
     "shift": "Moves the noise levels, as 3; empty: as the model was made",
     "step_cache": "Quicker, and a little different",
     "restart": "Go back to more noise: low, high, times, as 0.3, 0.6, 2",
-    "seed": "The same seed and settings give the same picture",
+    "seed": "The same seed and settings give the same picture; empty or -1: a random one",
     "lock": "Keep the seed for the next picture",
     "aspect": "Shape of the picture, at the size the model likes best",
     "width": "In pixels",

@@ -17,7 +17,7 @@ from miniflux.errors import InputError, MinifluxError
 from miniflux.lora.attaching import BUNDLED_LORAS
 from miniflux.result import Result
 from miniflux.service import Grid, History, Job, Listed, Models, Queue
-from miniflux.settings import LoraUse, Request
+from miniflux.settings import Request
 from miniflux.variants import ALIASES
 
 log = logging.getLogger(__name__)
@@ -97,11 +97,9 @@ class Site:
             return self._shelves[session]
 
     def prepare(self) -> None:
-        """Load the first model and its LoRA, if it is a bundled one: they are small, and will be wanted soon."""
+        """Load the first model, if it is a bundled one: it is small, and will be wanted soon."""
         if self.listed[self.first].bundled:
-            lora = self.bundled[BUNDLED]
-            uses = () if self.first in lora.reasons else (LoraUse(lora.file, 1.0, lora.sha256),)
-            with self.models.use(Request(prompt="", model=self.first, loras=uses)):
+            with self.models.use(Request(prompt="", model=self.first)):
                 log.info("%s is loaded", self.first)
 
     # LoRAs
