@@ -270,3 +270,17 @@ def test_noise_of_a_stochastic_step_is_not_the_first_noise(pipe: Pipeline) -> No
     """The seed's own noise is not drawn again by a solver: steps have a generator of their own."""
     fresh = miniflux.sampling.step_noise([4])(0, torch.empty(1, 16, 64))
     assert abs(float(torch.corrcoef(torch.stack([fresh.flatten(), initial_noise(64, 64, 4).flatten()]))[0, 1])) < 0.2
+
+
+def test_noise_left_in_the_picture_and_unlearned_sizes_are_said(
+    pipe: Pipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    draw(pipe, steps=None, schedule=[1, 0.5])
+    assert "the noise levels end at 0.5, not at 0" in caplog.text and "48" not in caplog.text
+    caplog.clear()
+    draw(pipe, steps=2, width=48)
+    assert "48x64 is not a size that nano-dev was trained on" in caplog.text
+    assert "it learned sides of 64 to 192 pixels" in caplog.text and "noise levels" not in caplog.text
+    caplog.clear()
+    draw(pipe, steps=2)
+    assert not caplog.records

@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 
 from miniflux.errors import InputError
+from miniflux.nano.recipe import flow
+from miniflux.plan import warn_of_result
+from miniflux.sampling import custom_schedule
 from miniflux.variants import ALIASES, OTHER_TRANSFORMERS, VARIANTS, names, variant, variant_of
 
 OFFICIAL = ("flux1-dev", "flux1-schnell", "flux1-krea-dev")
@@ -105,3 +108,32 @@ def test_every_official_file_is_in_the_list_of_weights() -> None:
     for name in OFFICIAL:
         found = VARIANTS[name]
         assert found.file in text and found.repository in text and found.licence.removeprefix("FLUX.1 [dev] ") in text
+
+
+@pytest.mark.parametrize(
+    ("name", "inside", "outside"),
+    [
+        ("nano-dev", [(64, 64), (192, 64), (128, 176)], [(512, 512), (48, 128), (128, 208)]),
+        ("nano-schnell", [(192, 192)], [(32, 192)]),
+        ("flux1-dev", [(1024, 1024), (1920, 1088), (320, 320), (2752, 512)], [(2048, 2048), (256, 256), (8192, 1024)]),
+        ("flux1-schnell", [(512, 512)], [(128, 128)]),
+    ],
+)
+def test_sizes_that_a_model_learned(
+    name: str, inside: list[tuple[int, int]], outside: list[tuple[int, int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Known of every model, in its record; what is outside is said with what was learned."""
+    chosen = VARIANTS[name]
+    assert all(size in chosen.learned for size in inside) and not any(size in chosen.learned for size in outside)
+    for size in inside:
+        warn_of_result(chosen, *size, custom_schedule([1, 0]))
+    assert not caplog.records
+    for width, height in outside:
+        warn_of_result(chosen, width, height, custom_schedule([1, 0]))
+        assert f"{width}x{height}" in caplog.text and f"it learned {chosen.learned}" in caplog.text
+    assert str(VARIANTS["nano-dev"].learned) == "sides of 64 to 192 pixels"
+    assert str(VARIANTS["flux1-dev"].learned) == "0.1 to 2 megapixels"
+
+
+def test_nano_learned_the_sizes_of_its_recipe() -> None:
+    assert VARIANTS["nano-dev"].learned.sides == (min(flow.SIDES), max(flow.SIDES))

@@ -41,6 +41,7 @@ from miniflux.plan import (
     levels_for,
     size_for,
     spacing_for,
+    warn_of_result,
 )
 from miniflux.result import Result, checked_output, psnr, to_image
 from miniflux.sampling import (
@@ -248,6 +249,7 @@ class Pipeline:
             "strength": strength,
             **({"changed": summary(changed)} if changed else {}),
         }
+        warn_of_result(self.variant, width, height, plan.levels)
         unkeyed = None if self.results is None else not_keyed(plan, said, files, callback is not None, check_cache)
 
         # 4. Each picture on its own: text, noise from its seed, denoising, decoding - unless it was drawn before.

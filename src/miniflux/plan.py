@@ -208,6 +208,20 @@ def size_for(
     return given
 
 
+def warn_of_result(variant: Variant, width: int, height: int, levels: Schedule) -> None:
+    """Say what is allowed and seldom meant: a size that the model never learned, noise that is left in the picture."""
+    if (width, height) not in variant.learned:
+        log.warning(
+            "%dx%d is not a size that %s was trained on, and may come out wrong; it learned %s",
+            width,
+            height,
+            variant.name,
+            variant.learned,
+        )
+    if levels[-1] > 0:
+        log.warning("the noise levels end at %g, not at 0: so much noise is left in the picture", levels[-1])
+
+
 def _side(name: str, side: int | None, default: int, multiple: int) -> int:
     side = default if side is None else whole(name, side, multiple, MAX_SIDE)
     rounded = multiple * math.ceil(side / multiple)

@@ -118,6 +118,34 @@ NANO_MAG_RATIOS = (
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """Which sizes of pictures a model learned. `(width, height) in sizes` asks; `str()` says it in words.
+
+    Attributes:
+        sides: the shortest and the longest side in pixels; None if only the area matters.
+        area: the smallest and the largest width times height in pixels; None if only the sides matter.
+    """
+
+    sides: tuple[int, int] | None = None
+    area: tuple[int, int] | None = None
+
+    def __contains__(self, size: tuple[int, int]) -> bool:
+        width, height = size
+        if self.sides is not None and not self.sides[0] <= min(size) <= max(size) <= self.sides[1]:
+            return False
+        return self.area is None or self.area[0] <= width * height <= self.area[1]
+
+    def __str__(self) -> str:
+        said: list[str] = []
+        if self.sides is not None:
+            said.append(f"sides of {self.sides[0]} to {self.sides[1]} pixels")
+        if self.area is not None:
+            low, high = (f"{pixels / 2**20:.1f}".removesuffix(".0") for pixels in self.area)
+            said.append(f"{low} to {high} megapixels")
+        return " and ".join(said)
+
+
+@dataclass(frozen=True)
 class Download:
     """What of a repository makes one part of a model.
 
@@ -161,6 +189,7 @@ class Variant:
         shift: whether the noise levels depend on the size of the picture.
         steps, guidance: defaults; guidance is None for models without a guidance input.
         size: default width and height in pixels.
+        learned: the sizes that it was trained on; others are drawn, with a warning.
         bundled: whether the weights are inside the package.
         preview: the table of `sampling.previews` for its autoencoder; empty if none was fitted.
         tiny, tiny_file: the tiny decoder for its latents, if there is one, and the file that holds it.
@@ -182,6 +211,7 @@ class Variant:
     steps: int
     guidance: float | None
     size: int = 1024
+    learned: Sizes
     bundled: bool = False
     preview: tuple[tuple[float, float, float], ...] = ()
     tiny: TinyDecoderConfig | None = None
@@ -201,6 +231,9 @@ _DEV = Variant(
     t5=T5_XXL,
     steps=50,
     guidance=3.5,  # the model card's; the release's own command line later went to 2.5
+    # "resolutions in 0.1 and 2.0 megapixels" for all of FLUX.1 (Black Forest Labs' announcement of 1 August 2024); a
+    # megapixel being 1024x1024, so that 1920x1088 is inside.
+    learned=Sizes(area=(100_000, 2 * 2**20)),
     preview=FLUX1_PREVIEW,
     tiny=FLUX1_TINY,
     tiny_file="taef1_decoder.safetensors",
@@ -247,6 +280,7 @@ _NANO = Variant(
     steps=20,
     guidance=3.0,
     size=128,
+    learned=Sizes(sides=(64, 192)),  # `SIDES` in `nano/recipe/flow.py`
     bundled=True,
     preview=NANO_PREVIEW,
     # Half the autoencoder's size: at the full one it would cost a third of a step.
