@@ -33,14 +33,15 @@ MAY_IMPORT = {
     "conditions": PARTS,
     "lora": PARTS,
     "memory": PARTS,
-    "plan": PARTS,
     "loaded": PARTS,
-    "settings": PARTS | {"plan"},
     "pictures": {"errors"},
+    "plan": PARTS | {"pictures"},
+    "settings": PARTS | {"plan"},
     "result": PARTS | {"plan", "settings"},
     "cache": PARTS | {"plan", "settings", "result"},
     "pipeline": PARTS | {"plan", "loaded", "settings", "pictures", "result", "cache"},
-    "root": LIBRARY,  # miniflux/__init__.py
+    "testing": LIBRARY,
+    "root": LIBRARY | {"testing"},  # miniflux/__init__.py
     "study": LIBRARY | {"nano"},  # for captions
     "training": LIBRARY,
     "nano": LIBRARY | {"training"},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,9 @@ from miniflux.models.flux1 import Flux1Config
 from miniflux.models.t5 import T5Config
 from miniflux.models.tiny_autoencoder import TinyDecoderConfig
 from miniflux.sampling import image_ids, text_ids
+from miniflux.testing import randomise
 
-M = TypeVar("M", bound=nn.Module)
+__all__ = ["AUTOENCODER", "CLIP", "FLUX1", "T5", "TINY", "flux1_inputs", "randn", "randomise", "shapes"]
 
 FLUX1 = Flux1Config(
     in_channels=16,
@@ -56,18 +57,6 @@ TINY = TinyDecoderConfig(z_channels=4, out_ch=3, width=6, blocks=(1, 2, 0))
 def randn(*shape: int, seed: int = 0) -> Tensor:
     """Normal numbers that do not depend on what ran before."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def randomise(module: M, seed: int = 0) -> M:
-    """Give every parameter a value that matters: matrices keep the variance, norms and biases are far from 1 and 0."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in module.parameters():
-            if p.ndim > 1:
-                p.copy_(torch.randn(p.shape, generator=generator) / p[0].numel() ** 0.5)
-            else:
-                p.copy_(torch.rand(p.shape, generator=generator) + 0.5)
-    return module.eval()
 
 
 def flux1_inputs(config: Flux1Config, batch: int = 2, rows: int = 3, columns: int = 4, text: int = 5) -> dict[str, Any]:

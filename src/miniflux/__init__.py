@@ -16,8 +16,9 @@ from miniflux.version import __version__
 if TYPE_CHECKING:
     from miniflux import checkpoints, errors, lora, models, sampling, text, variants
     from miniflux.pipeline import Pipeline, Result, load
+    from miniflux.testing import tiny
 
-_FROM_PIPELINE = ("Pipeline", "Result", "load")
+_HOMES = {"Pipeline": "pipeline", "Result": "pipeline", "load": "pipeline", "tiny": "testing"}
 _ROOMS = ("checkpoints", "errors", "lora", "models", "sampling", "text", "variants")
 
 __all__ = [
@@ -31,13 +32,18 @@ __all__ = [
     "models",
     "sampling",
     "text",
+    "tiny",
     "variants",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _FROM_PIPELINE:
-        return getattr(import_module("miniflux.pipeline"), name)
+    if name in _HOMES:
+        return getattr(import_module(f"miniflux.{_HOMES[name]}"), name)
     if name in _ROOMS:
         return import_module(f"miniflux.{name}")
     raise AttributeError(f"module 'miniflux' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({name for name in globals() if name.startswith("__")} | set(__all__))

@@ -89,6 +89,8 @@ def not_keyed(
         return "the pipeline was not loaded from files"
     if "changed" in settings:
         return f"changed in memory since it was loaded: {'; '.join(settings['changed'])}"
+    if plan.wrapped:
+        return f"functions of the caller's take part: {', '.join(plan.wrapped)}"
     if callback:
         return "a callback may replace the latents (watch only looks on)"
     if plan.resume is not None:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,22 +25,34 @@ from miniflux.loaded import Baseline, claimed, summary
 from miniflux.lora.adapters import described, files_of
 from miniflux.memory.modes import Memory
 from miniflux.models.autoencoder import Autoencoder
-from miniflux.models.flux1 import Flux1
+from miniflux.models.flux1 import Attend, Flux1, RunBlock, run_block
+from miniflux.models.layers import attention
 from miniflux.models.tiny_autoencoder import TinyDecoder
 from miniflux.pictures import digest_of, from_image
 from miniflux.plan import (
     AUTO,
     MAX_IMAGES,
+    MAX_STEPS,
+    MAX_TEXT,
     Callback,
     Plan,
     Progress,
+    Source,
     Watch,
     Watcher,
     cache_for,
+    check_called,
+    check_negative,
+    check_resumed,
     guidance_for,
+    guide_for,
+    image_for,
     levels_for,
+    prompts_for,
+    seed_for,
     size_for,
     spacing_for,
+    variation_for,
     warn_of_result,
 )
 from miniflux.result import Result, checked_output, psnr, to_image
@@ -49,6 +61,7 @@ from miniflux.sampling import (
     Moment,
     Words,
     add_noise,
+    custom_schedule,
     denoise,
     from_strength,
     image_ids,
@@ -63,10 +76,10 @@ from miniflux.sampling import (
 )
 from miniflux.sampling import solver as find_solver
 from miniflux.sampling.caches import Cache
-from miniflux.sampling.checks import whole
+from miniflux.sampling.checks import plain, several, shown, whole
 from miniflux.sampling.denoising import model_calls
 from miniflux.sampling.guidance import Cfg, Scale
-from miniflux.sampling.latents import MAX_SEED, PATCH, PIXELS_PER_TOKEN
+from miniflux.sampling.latents import PATCH, PIXELS_PER_TOKEN
 from miniflux.text import Padding, Text
 from miniflux.variants import Variant
 from miniflux.version import __version__
@@ -121,7 +134,7 @@ class Pipeline:
     @torch.inference_mode()
     def generate(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Iterable[str],
         *,
         seed: int = 0,
         steps: int | None = None,
@@ -135,10 +148,10 @@ class Pipeline:
         schedule: str | Sequence[float] = AUTO,
         shift: float | None = None,
         restart: tuple[float, float, int] | None = None,
-        guide: Cfg | None = None,
+        guide: Cfg | str | None = None,
         negative: str | None = None,
         variation: tuple[int, float] | None = None,
-        image: Image.Image | Tensor | None = None,
+        image: Source | None = None,
         strength: float = 1.0,
         cache: Cache | str | None = None,
         check_cache: bool = False,
@@ -147,6 +160,8 @@ class Pipeline:
         watch: Watch | None = None,
         resume: Moment | None = None,
         stop: int | None = None,
+        run: RunBlock | None = None,
+        attend: Attend | None = None,
     ) -> Result:
         """Draw.
 
@@ -169,10 +184,11 @@ class Pipeline:
                 solver; `settings` then names it.
             shift: a static shift of the noise levels, 1 for none; None for the model's own, which depends on the size.
             restart: (low, high, times), see `sampling.with_restarts`.
-            guide: how other texts steer, see `sampling.guide`.
+            guide: how other texts steer, see `sampling.guide`; or its name, for a usual strength.
             negative: what the picture should not show; for guides only. None for the empty prompt.
             variation: (another seed, how far to go towards its noise, 0 to 1); picture i goes towards that seed + i.
-            image: a picture to change, of the size to be drawn; or latents (1, C, h, w) as in `Result.latents`.
+            image: a picture to change, of the size to be drawn: a path, a Pillow picture, an array (H, W, 3) of uint8,
+                pixels (3, H, W) in [-1, 1]; or latents (1, C, h, w) as in `Result.latents`.
             strength: how much of it to change, above 0 up to 1; 1 keeps nothing. Of the steps of a whole picture, this
                 last share is made.
             cache: a step cache or its name, see `sampling.cache`; `settings` then says what it spared.
@@ -184,36 +200,43 @@ class Pipeline:
             resume: a moment of an earlier run with the same arguments, to go on from, bit for bit; for one picture,
                 and without a step cache.
             stop: end after so many steps: latents are as they then are, the picture is the one they point to.
+            run, attend: called in place of every block that is computed, and of attention, see `Flux1.forward`; step
+                caches and guides work around them. `settings` then says so, and the result cache keeps nothing.
+
+        Numbers may be those of numpy and torch.
 
         Raises:
-            InputError: an argument is out of its range; the message names it and its value.
+            InputError: an argument is out of its range or of another kind; the message names it and its value.
             MinifluxError: the numbers overflowed in this dtype.
         """
         # 1. Check everything before anything is computed.
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts:
-            raise InputError("prompt must be a string or a list of at least one, got an empty list")
-        images = whole("images", images, 1, MAX_IMAGES)
+        prompts, images = prompts_for(prompt), whole("images", images, 1, MAX_IMAGES)
         total = images * len(prompts)
-        seed = whole("seed", seed, 0, MAX_SEED + 1 - total)
+        seed, variation = seed_for(seed, total), variation_for(variation, total)
+        image = image_for(image, self.autoencoder.config)
         width, height = size_for(self.variant, self.autoencoder.config, width, height, image)
         rows, columns = (side // (self.autoencoder.config.downscale * PATCH) for side in (height, width))
-        if negative is not None and guide is None:
-            raise InputError(
-                f"negative {negative!r} has no effect without a guide, such as sampling.guide('cfg', scale=3)"
-            )
-        if resume is not None and total > 1:
-            raise InputError(f"resume is for a single picture, got {total}")
+        steps = None if steps is None else whole("steps", steps, 1, MAX_STEPS)
+        t5_length = self.text.length if t5_length is None else whole("t5_length", t5_length, 1, MAX_TEXT)
+        strength, shift = plain(strength), plain(shift)
+        guide, cache = guide_for(guide), cache_for(self.variant, cache)
+        check_called(progress=progress, callback=callback, watch=watch, run=run, attend=attend)
+        check_negative(negative, guide)
+        check_resumed(resume, stop, total, rows * columns)
         if check_cache and cache is None:
             raise InputError("check_cache compares with the run without a cache, and no cache is given")
         if image is None and strength != 1:
-            raise InputError(f"strength {strength!r} says how much of an image to change, and no image is given")
+            raise InputError(f"strength {shown(strength)} says how much of an image to change, and no image is given")
 
         # 2. Noise levels, from 1 to 0, and how to step from each to the next.
         method = find_solver(solver)
-        levels = levels_for(self.variant, schedule, steps, rows * columns, shift, method)
+        named = isinstance(schedule, str)
+        spacing = spacing_for(self.variant, method, schedule) if named else list(custom_schedule(schedule))
+        levels = levels_for(self.variant, spacing, steps, rows * columns, shift, method)
         levels = levels if image is None else from_strength(levels, strength)
-        levels = levels if restart is None else with_restarts(levels, *restart)
+        if restart is not None:
+            restart = several("restart", restart, "low, high, times")
+            levels = with_restarts(levels, *restart)
         plan = Plan(
             rows=rows,
             columns=columns,
@@ -221,9 +244,11 @@ class Pipeline:
             guidance=guidance_for(self.variant, self.transformer.config.guidance_embed, guidance),
             method=method,
             guide=guide,
-            cache=cache_for(self.variant, cache),
+            cache=cache,
             resume=resume,
-            stop=stop,
+            stop=plain(stop),
+            run=run,
+            attend=attend,
         )
 
         # 3. What will be said of the pictures: also the key under which those drawn before are kept.
@@ -235,13 +260,11 @@ class Pipeline:
             **self._described(),
             "width": width,
             "height": height,
-            "t5_length": self.text.length if t5_length is None else t5_length,
+            "t5_length": t5_length,
             "padding": padding,
             **plan.described(),
-            "steps_asked": self.variant.steps if steps is None and isinstance(schedule, str) else steps,
-            "schedule": spacing_for(self.variant, method, schedule)
-            if isinstance(schedule, str)
-            else [float(level) for level in schedule],
+            "steps_asked": self.variant.steps if steps is None and named else steps,
+            "schedule": spacing,
             "shift": shift,
             "restart": None if restart is None else list(restart),
             "negative": negative,
@@ -254,7 +277,7 @@ class Pipeline:
 
         # 4. Each picture on its own: text, noise from its seed, denoising, decoding - unless it was drawn before.
         begun: list[_Begun] = []
-        needs = plan.needs(width, height, said["t5_length"])
+        needs = plan.needs(width, height, t5_length)
 
         def draw(i: int) -> Drawn:
             with nullcontext() if self.memory is None else self.memory.checked(needs):
@@ -396,6 +419,8 @@ class Pipeline:
                 rng=step_noise([seed]),
                 cache=plan.cache,
                 bill=bill,
+                run=plan.run or run_block,
+                attend=plan.attend or attention,
                 **options,
             )
         assert watch.moment is not None
@@ -448,10 +473,11 @@ class Pipeline:
 
     def _encode(self, image: Image.Image | Tensor) -> Tensor:
         """Latents (1, C, h, w) of a picture, float32 on the CPU; latents are themselves."""
-        if isinstance(image, Tensor):
+        if isinstance(image, Tensor) and image.ndim == 4:
             return image.float().cpu()
         weight = self.autoencoder.encoder.conv_in.weight
-        return self.autoencoder.encode(from_image(image)[None].to(weight.device, weight.dtype)).float().cpu()
+        pixels = image if isinstance(image, Tensor) else from_image(image)
+        return self.autoencoder.encode(pixels[None].to(weight.device, weight.dtype)).float().cpu()
 
 
 @dataclass(frozen=True)

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
 from miniflux.errors import InputError
 from miniflux.memory.ledger import Run
 from miniflux.models.autoencoder import AutoencoderConfig
+from miniflux.models.flux1 import Attend, RunBlock
+from miniflux.pictures import open_picture
 from miniflux.sampling import CACHES, GUIDES, Moment, Schedule, Solver, custom_schedule
 from miniflux.sampling import cache as find_cache
 from miniflux.sampling import schedule as make_schedule
 from miniflux.sampling.caches import Cache
-from miniflux.sampling.checks import check_number, whole
-from miniflux.sampling.guidance import Cfg, Nag, Scale
-from miniflux.sampling.latents import PATCH, PIXELS_PER_TOKEN
+from miniflux.sampling.checks import check_number, finite, several, shown, whole
+from miniflux.sampling.guidance import Cfg, Nag, Scale, named_guide
+from miniflux.sampling.latents import MAX_SEED, PATCH, PIXELS_PER_TOKEN
 from miniflux.sampling.schedules import SPACINGS, dynamic_shift, flux1_mu, static_shift, unshifted
 from miniflux.variants import Variant
 
@@ -29,6 +35,7 @@ log = logging.getLogger(__name__)
 MAX_SIDE = 8192  # pixels; far beyond what the models were trained on, small enough to catch a slip of the finger
 MAX_STEPS = 1000
 MAX_IMAGES = 1000
+MAX_TEXT = 16384  # T5 tokens; the ledger refuses far fewer of the full-size encoder
 
 Progress = Callable[[int, int], None]
 """Called after every step with (steps done, steps in all), over all pictures of a call. May raise to stop the run."""
@@ -40,9 +47,99 @@ Watch = Callable[[int, Moment], None]
 """As `Callback`, but it only looks on."""
 
 
+def prompts_for(prompt: str | Iterable[str]) -> list[str]:
+    """One prompt or several - a list, tuple, array, generator - as a list of Python's own strings.
+
+    Raises:
+        InputError: there is none, or one is no string.
+    """
+    several = [prompt] if isinstance(prompt, str) else prompt
+    if isinstance(several, (bytes, Mapping, AbstractSet)) or not isinstance(several, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InputError(f"prompt must be a string or a list of strings, got {shown(several)}")
+    prompts = list(several)
+    for text in prompts:
+        if not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InputError(f"a prompt must be a string, got {shown(text)}")
+    if not prompts:
+        raise InputError("prompt must be a string or a list of at least one, got an empty list")
+    return [str(text) for text in prompts]
+
+
+def seed_for(seed: int, total: int) -> int:
+    """The seed of the first of so many pictures.
+
+    Raises:
+        InputError: it is none, or that of the last picture would be too large.
+    """
+    if isinstance(seed, torch.Generator):
+        raise InputError(
+            "seed must be a whole number, got a torch.Generator, whose place in its numbers no file can keep: give "
+            "generator.initial_seed()"
+        )
+    return whole("seed", seed, 0, MAX_SEED + 1 - total)
+
+
+def guide_for(guide: Cfg | str | None) -> Cfg | None:
+    """A guide, given or by its name; then at the usual strength of its kind (`sampling.guidance.USUAL`).
+
+    Raises:
+        InputError: it is neither.
+    """
+    if isinstance(guide, str):
+        return named_guide(guide)
+    if guide is not None and type(guide) not in GUIDES.values():
+        raise InputError(f"guide must be one of {', '.join(GUIDES)}, or made by sampling.guide, got {shown(guide)}")
+    return guide
+
+
+def variation_for(variation: tuple[int, float] | None, total: int) -> tuple[int, float] | None:
+    """(the other seed of the first picture, how far to go towards its noise)."""
+    if variation is None:
+        return None
+    seed, amount = several("variation", variation, "seed, amount")
+    if not finite(amount) or not 0 <= amount <= 1:
+        raise InputError(f"the amount of variation must be a number from 0 to 1, got {shown(amount)}")
+    return whole("the seed of variation", seed, 0, MAX_SEED + 1 - total), amount
+
+
+def check_negative(negative: str | None, guide: Cfg | None) -> None:
+    """Raises InputError unless it is a string for a guide to read, or None."""
+    if negative is not None and not isinstance(negative, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InputError(f"negative must be a string, got {shown(negative)}")
+    if negative is not None and guide is None:
+        raise InputError(
+            f"negative {shown(negative)} has no effect without a guide, such as sampling.guide('cfg', scale=3)"
+        )
+
+
+def check_resumed(resume: Moment | None, stop: int | None, total: int, tokens: int) -> None:
+    """Raises InputError unless a run of so many pictures and tokens may go on from there, and stop at a whole step."""
+    if stop is not None:
+        whole("stop", stop, 1)
+    if resume is None:
+        return
+    if not isinstance(resume, Moment):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InputError(f"resume must be the moment of an earlier result, got {shown(resume)}")
+    if total > 1:
+        raise InputError(f"resume is for a single picture, got {total}")
+    if resume.x.shape[:2] != (1, tokens):
+        raise InputError(f"resume is from a picture of {resume.x.shape[1]} tokens; this one has {tokens}")
+
+
+def check_called(**functions: object) -> None:
+    """Raises InputError unless each is a function or None."""
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise InputError(f"{name} must be a function, got {shown(function)}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What all pictures of a call share."""
+    """What all pictures of a call share.
+
+    Attributes:
+        run, attend: functions of the caller's in place of those that run a block and attend, see `Flux1.forward`.
+    """
 
     rows: int
     columns: int
@@ -53,11 +150,18 @@ class Plan:
     cache: Cache | None
     resume: Moment | None
     stop: int | None
+    run: RunBlock | None = None
+    attend: Attend | None = None
 
     @property
     def sides(self) -> tuple[int, int]:
         """Height and width in the pixels that `initial_noise` and `unpack` count in."""
         return self.rows * PIXELS_PER_TOKEN, self.columns * PIXELS_PER_TOKEN
+
+    @property
+    def wrapped(self) -> list[str]:
+        """Which of the network's functions the caller replaced."""
+        return [name for name, function in (("run", self.run), ("attend", self.attend)) if function is not None]
 
     def needs(self, width: int, height: int, text_tokens: int) -> Run:
         """What the memory that a picture takes depends on."""
@@ -85,6 +189,7 @@ class Plan:
             "guide": guide,
             "stop": self.stop,
             **({} if self.cache is None else {"cache": self.cache_described()}),
+            **({"wrapped": self.wrapped} if self.wrapped else {}),
         }
 
     def tell(self, progress: Progress | None, done: int, total: int) -> None:
@@ -117,6 +222,9 @@ class Watcher:
 
     def __call__(self, moment: Moment) -> Tensor | None:
         replacement = None if self.callback is None else self.callback(self.index, moment)
+        if replacement is not None and getattr(replacement, "shape", None) != moment.x.shape:
+            given = shown(getattr(replacement, "shape", replacement))
+            raise InputError(f"callback must return None or latents {tuple(moment.x.shape)}, got {given}")
         self.moment = moment if replacement is None else replace(moment, x=replacement.to(moment.x))
         self.replaced |= replacement is not None
         if self.watch is not None:
@@ -132,7 +240,7 @@ AUTO = "auto"
 def spacing_for(variant: Variant, method: Solver, spacing: str) -> str:
     """How the steps are spread: of `auto`, the way that suits the solver. Models made for a few levels keep those."""
     if spacing not in (AUTO, *SPACINGS):
-        raise InputError(f"unknown schedule {spacing!r}; known: {', '.join((AUTO, *SPACINGS))}")
+        raise InputError(f"unknown schedule {shown(spacing)}; known: {', '.join((AUTO, *SPACINGS))}")
     if spacing != AUTO:
         return spacing
     return method.spacing if variant.shift else "uniform"
@@ -153,7 +261,7 @@ def levels_for(
         if levels.steps != (steps or levels.steps):
             raise InputError(f"steps {steps} and a schedule of {levels.steps} steps contradict each other")
         if shift is not None:
-            raise InputError(f"shift {shift!r} cannot be applied to noise levels of your own")
+            raise InputError(f"shift {shown(shift)} cannot be applied to noise levels of your own")
         return levels
     own = dynamic_shift(flux1_mu(tokens)) if variant.shift else unshifted
     curve = own if shift is None else static_shift(shift)
@@ -164,21 +272,64 @@ def guidance_for(variant: Variant, embedded: bool, guidance: Scale | None) -> Sc
     """What the guidance input is told; None for networks without one."""
     if not embedded:
         if guidance is not None:
-            raise InputError(f"{variant.name} has no guidance input: leave guidance out, got {guidance!r}")
+            raise InputError(f"{variant.name} has no guidance input: leave guidance out, got {shown(guidance)}")
         return None
     if guidance is None:
         return variant.guidance
     if callable(guidance):
         return guidance
-    check_number("guidance", guidance, 0)
-    return float(guidance)
+    return float(check_number("guidance", guidance, 0))
 
 
 def cache_for(variant: Variant, cache: Cache | str | None) -> Cache | None:
-    """A step cache, given or by its name; MagCache with the table of the variant."""
+    """A step cache, given or by its name; MagCache with the table of the variant.
+
+    Raises:
+        InputError: it is neither.
+    """
     if not isinstance(cache, str):
+        if cache is not None and type(cache) not in CACHES.values():
+            raise InputError(f"cache must be one of {', '.join(CACHES)}, or made by sampling.cache, got {shown(cache)}")
         return cache
     return find_cache(cache, ratios=variant.mag_ratios) if cache == "mag" else find_cache(cache)
+
+
+Source = str | os.PathLike[str] | Image.Image | np.ndarray[Any, Any] | Tensor
+"""A picture to change: a path, a Pillow picture, an array (H, W, 3) of 8-bit RGB, pixels (3, H, W) in [-1, 1]; or
+latents (1, C, h, w)."""
+
+
+def image_for(image: Source | None, config: AutoencoderConfig) -> Image.Image | Tensor | None:
+    """A picture as `open_picture` gives it; pixels and latents are themselves.
+
+    Raises:
+        InputError: it is none of what `Source` says, or its numbers are not in their range.
+    """
+    if image is None or isinstance(image, (str, os.PathLike, bytes, Image.Image)):
+        return None if image is None else open_picture(image)
+    if isinstance(image, np.ndarray):
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
+            raise InputError(
+                f"an image as an array must be (H, W, 3) of uint8, RGB from 0 to 255, got {image.shape} of "
+                f"{image.dtype}; pixels in [-1, 1] are given as a tensor (3, H, W)"
+            )
+        return open_picture(Image.fromarray(image))
+    if not isinstance(image, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InputError(
+            f"image must be a path, a Pillow picture, an array (H, W, 3) of uint8, pixels (3, H, W) in [-1, 1] or "
+            f"latents (1, {config.z_channels}, h, w), got {shown(image)}"
+        )
+    is_latent, shape = image.ndim == 4, tuple(image.shape)
+    if shape[: image.ndim - 2] != ((1, config.z_channels) if is_latent else (3,)) or not image.numel():
+        raise InputError(
+            f"pixels must be (3, H, W), and latents must be (1, {config.z_channels}, h, w), got a tensor {shape}"
+        )
+    if not image.is_floating_point() or not bool(torch.isfinite(image).all()):
+        raise InputError(f"image must be of finite floating-point numbers, got a tensor {shape} of {image.dtype}")
+    low, high = image.min().item(), image.max().item()
+    if not is_latent and (low < -1 or high > 1):
+        raise InputError(f"pixels must lie in [-1, 1] (levels from 0 to 255: / 127.5 - 1), got {low:g} to {high:g}")
+    return image.detach()
 
 
 def size_for(
@@ -188,15 +339,15 @@ def size_for(
     height: int | None,
     image: Image.Image | Tensor | None = None,
 ) -> tuple[int, int]:
-    """Width and height to draw, in pixels: as asked for and rounded up to whole tokens, or those of the image."""
+    """Width and height to draw, in pixels: as asked for and rounded up to whole tokens, or those of the image, which is
+    of the kinds that `image_for` gives."""
     scale = config.downscale
     multiple = scale * PATCH
     if image is None:
         return _side("width", width, variant.size, multiple), _side("height", height, variant.size, multiple)
     if isinstance(image, Tensor):
-        if image.ndim != 4 or image.shape[:2] != (1, config.z_channels):
-            raise InputError(f"latents must be (1, {config.z_channels}, h, w), got {tuple(image.shape)}")
-        given = image.shape[3] * scale, image.shape[2] * scale
+        scale = scale if image.ndim == 4 else 1
+        given = image.shape[-1] * scale, image.shape[-2] * scale
     else:
         given = image.size
     if any(side % multiple for side in given) or (width or given[0], height or given[1]) != given:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from miniflux.sampling import Moment
 from miniflux.settings.pictures import options_for
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """What a call of `generate` made.
 
@@ -42,6 +43,18 @@ class Result:
     moment: Moment | None = None
     files: tuple[tuple[str, Stamp], ...] = ()
     keys: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        size, seeds = "x".join(map(str, self.images[0].size)), [about["seed"] for about in self.settings]
+        count = "1 picture" if len(self.images) == 1 else f"{len(self.images)} pictures"
+        span = f"seed {seeds[0]}" if len(set(seeds)) == 1 else f"seeds {min(seeds)} to {max(seeds)}"
+        return f"<Result: {count} of {size}, {self.settings[0]['model']}, {span}>"
+
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows: the picture, or the grid of several."""
+        data = io.BytesIO()
+        self.grid().save(data, "PNG", compress_level=1)
+        return data.getvalue()
 
     @property
     def cached(self) -> bool:

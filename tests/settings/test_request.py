@@ -84,7 +84,7 @@ def test_every_field_is_read_and_written() -> None:
     names = {f.name for f in fields(Request)}
     assert set(READ) == names
     arguments = set(Pipeline.generate.__annotations__) - {"return"}
-    watching = {"progress", "callback", "watch", "resume", "check_cache"}
+    watching = {"progress", "callback", "watch", "resume", "check_cache", "run", "attend"}
     assert arguments - watching == names - {"model", "loras", "dtype"}
 
 
@@ -264,4 +264,8 @@ def test_a_strength_at_levels() -> None:
     with pytest.raises(InputError, match="noise level 0.7 is not known"):
         strength(0.7)
     with pytest.raises(InputError, match="lists"):
-        Request(prompt="a", guide=guide("skip-layer", layers=["double_blocks.0"]))
+        Request(prompt="a", schedule=[1.0, 0.0])  # type: ignore[arg-type]
+    skipping = (
+        Request(prompt="a", guide=guide("skip-layer", layers=kind(["double_blocks.0"]))) for kind in (list, tuple)
+    )
+    assert next(skipping) == next(skipping)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from miniflux.errors import InputError
-from miniflux.models.flux1 import Flux1, run_block
-from miniflux.sampling.checks import check_number, made, whole
+from miniflux.models.flux1 import Flux1, RunBlock, run_block
+from miniflux.sampling.checks import check_number, made, plain_fields, whole
 
 
 @dataclass
@@ -38,10 +38,12 @@ class Branch:
         after_first: decide after the first block, and take the addition from there.
         call: number of the run's call of the network, from 0; set from outside before each. A text that is wanted in a
             part of the steps only does not see all of them.
+        inner: what runs the blocks that are computed.
     """
 
     after_first = False
     call = 0
+    inner: RunBlock = staticmethod(run_block)
 
     def __init__(self, network: Flux1, calls: int, bill: Bill) -> None:
         names = [f"double_blocks.{i}" for i in range(len(network.double_blocks))]
@@ -85,7 +87,7 @@ class Branch:
             out = streams
         else:
             self.bill.evaluated += 1
-            out = run_block(name, block, streams, context)
+            out = self.inner(name, block, streams, context)
         if first and self.after_first:
             self.base = out[0]
             self.reusing = self.reuse(out[0] - streams[0], block, context[0])
@@ -204,6 +206,7 @@ class FirstBlockCache:
     threshold: float = 0.1
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         check_number("threshold", self.threshold, 0)
 
     def start(self, network: Flux1, calls: int, bill: Bill) -> Branch:
@@ -234,6 +237,7 @@ class TeaCache:
     )
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         check_number("threshold", self.threshold, 0)
         for coefficient in self.coefficients:
             check_number("a coefficient", coefficient, -math.inf)
@@ -263,6 +267,7 @@ class MagCache:
     retention: float = 0.2
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         check_number("threshold", self.threshold, 0)
         whole("longest", self.longest, 1)
         check_number("retention", self.retention, 0, 1)
@@ -291,6 +296,7 @@ class TaylorSeer:
     warmup: int = 3
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         whole("interval", self.interval, 1)
         whole("order", self.order, 0)
         whole("warmup", self.warmup, 1)

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from miniflux.errors import InputError
-from miniflux.models.flux1 import Flux1, RunBlock, run_block
+from miniflux.models.flux1 import Attend, Flux1, RunBlock, run_block
+from miniflux.models.layers import attention
 from miniflux.sampling.caches import Bill, Branch, Cache
+from miniflux.sampling.checks import shown
 from miniflux.sampling.guidance import Cfg, Nag, Scale, SkipLayer, scale_at
 from miniflux.sampling.running import advance, start
 from miniflux.sampling.schedules import Schedule, custom_schedule
@@ -92,6 +94,8 @@ def denoise(
     bill: Bill | None = None,
     resume: Moment | None = None,
     stop: int | None = None,
+    run: RunBlock = run_block,
+    attend: Attend = attention,
 ) -> Tensor:
     """Integrate the flow from the first to the last of `timesteps`.
 
@@ -115,6 +119,8 @@ def denoise(
         bill: counts blocks computed and skipped.
         resume: go on from here; `img` only says the dtype then.
         stop: end after so many steps.
+        run: called in place of every block that is computed, see `Flux1.forward`; inside step caches and guides.
+        attend: called in place of `attention`, likewise.
 
     Returns:
         (B, L, C), of float32 at least: rounding the sum of many small steps to bfloat16 would cost visible detail.
@@ -148,6 +154,8 @@ def denoise(
         cache,
         method.model_calls(schedule.falling),
         bill,
+        run,
+        attend,
     )
     x, state, memory = img.float(), start(schedule), None
     if resume is not None:
@@ -269,7 +277,7 @@ def _check(
     if done == schedule.steps:
         raise InputError(f"resume is at the end of its run of {schedule.steps} steps: nothing is left to do")
     if stop is not None and not done < stop <= schedule.steps:
-        raise InputError(f"stop must be a number of steps from {done + 1} to {schedule.steps}, got {stop!r}")
+        raise InputError(f"stop must be a number of steps from {done + 1} to {schedule.steps}, got {shown(stop)}")
 
 
 def _on_accelerator(x: Tensor) -> bool:
@@ -296,6 +304,8 @@ class _Network:
     cache: Cache | None
     calls: int
     bill: Bill | None
+    run: RunBlock
+    attend: Attend
     call: int = -1
     branches: dict[tuple[str, ...], Branch] = field(default_factory=dict[tuple[str, ...], Branch])
 
@@ -312,13 +322,17 @@ class _Network:
             parts |= zip(names, self.predict(names, x, sigma).chunk(len(names)), strict=True)
         if "skipped" in wanted and isinstance(self.guide, SkipLayer):
             layers = self.guide.layers or (f"double_blocks.{len(self.model.double_blocks) // 2}",)
-            parts["skipped"] = self.predict(("positive",), x, sigma, partial(_skip, layers, self.bill or Bill()))
+            parts["skipped"] = self.predict(("positive",), x, sigma, partial(_skip, layers, self.counted()))
         if "attended" in wanted and isinstance(self.guide, Nag):
             _needed("negative", self.words)
-            attend = self.guide.attend(sigma, self.words["positive"].txt.shape[1])
+            attend = self.guide.attend(sigma, self.words["positive"].txt.shape[1], self.attend)
             v = self.predict(("positive", "negative"), x, sigma, attend=attend)
             parts["attended"] = v.chunk(2)[0]
         return self.guide.combine(parts, sigma, step, memory)
+
+    def counted(self) -> RunBlock:
+        """What runs a block, and writes it on the bill."""
+        return self.run if self.bill is None else partial(_count, self.bill, self.run)
 
     def predict(
         self, names: tuple[str, ...], x: Tensor, sigma: float, run: RunBlock | None = None, **more: Any
@@ -328,11 +342,12 @@ class _Network:
             if names not in self.branches:
                 self.branches[names] = self.cache.start(self.model, self.calls, self.bill or Bill())
             run = branch = self.branches[names]
-            branch.call = self.call
-        elif run is None and self.bill is not None:
-            run = partial(_count, self.bill)
-        if run is not None:
+            branch.call, branch.inner = self.call, self.run
+        run = self.counted() if run is None else run
+        if run is not run_block:
             more["run"] = run
+        if self.attend is not attention:
+            more.setdefault("attend", self.attend)
         tokens = x.to(self.dtype)
         if self.img_cond is not None:
             tokens = torch.cat((tokens, self.img_cond), dim=-1)
@@ -364,12 +379,14 @@ def _all_seen(txt: Tensor) -> Tensor:
     return torch.ones(txt.shape[:2], dtype=torch.bool, device=txt.device)
 
 
-def _count(bill: Bill, name: str, block: Any, streams: tuple[Tensor, ...], context: tuple[Any, ...]) -> Any:
+def _count(
+    bill: Bill, run: RunBlock, name: str, block: Any, streams: tuple[Tensor, ...], context: tuple[Any, ...]
+) -> Any:
     bill.evaluated += 1
-    return run_block(name, block, streams, context)
+    return run(name, block, streams, context)
 
 
 def _skip(
-    layers: Sequence[str], bill: Bill, name: str, block: Any, streams: tuple[Tensor, ...], context: tuple[Any, ...]
+    layers: Sequence[str], run: RunBlock, name: str, block: Any, streams: tuple[Tensor, ...], context: tuple[Any, ...]
 ) -> Any:
-    return streams if name in layers else _count(bill, name, block, streams, context)
+    return streams if name in layers else run(name, block, streams, context)

@@ -26,7 +26,7 @@ from torch import Tensor
 from miniflux.errors import InputError
 from miniflux.models.flux1 import Attend
 from miniflux.models.layers import attention
-from miniflux.sampling.checks import check_number, check_window, made, whole
+from miniflux.sampling.checks import check_number, check_window, made, plain_fields, shown, whole
 
 Scale = float | Callable[[float], float]
 """A strength, or a function from the noise level to it."""
@@ -39,9 +39,7 @@ def scale_at(scale: Scale, sigma: float) -> float:
     """The strength at a noise level; what a function gives is checked as a number would be."""
     if not callable(scale):
         return scale
-    value = scale(sigma)
-    check_number("scale", value, 0)
-    return value
+    return check_number("scale", scale(sigma), 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +61,7 @@ class Cfg:
     rescale: float = 0.0
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         if not callable(self.scale):
             check_number("scale", self.scale, 0)
         check_window("window", self.window)
@@ -208,8 +207,8 @@ class SkipLayer(Cfg):
         super().__post_init__()
         check_number("skip_scale", self.skip_scale, 0)
         check_window("skip_window", self.skip_window)
-        if isinstance(self.layers, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise InputError(f"layers must be a tuple of names, got the string {self.layers!r}")
+        if not isinstance(self.layers, tuple) or not all(isinstance(layer, str) for layer in self.layers):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InputError(f"layers must be a tuple of names, got {shown(self.layers)}")
 
     def wants(self, sigma: float, step: int, steps: int) -> tuple[str, ...]:
         start, stop = self.skip_window
@@ -254,13 +253,13 @@ class Nag(Cfg):
         (v,) = parts.values()
         return v, memory
 
-    def attend(self, sigma: float, text_tokens: int) -> Attend:
+    def attend(self, sigma: float, text_tokens: int, inner: Attend = attention) -> Attend:
         """Attention over a batch of pictures with the positive text and then the same ones with the negative: all image
-        tokens get the guided features, so both halves see the same picture."""
+        tokens get the guided features, so both halves see the same picture. `inner` attends for each half."""
         scale = scale_at(self.scale, sigma)
 
         def guided(q: Tensor, k: Tensor, v: Tensor, pe: Tensor, mask: Tensor | None = None) -> Tensor:
-            x = attention(q, k, v, pe, mask)
+            x = inner(q, k, v, pe, mask)
             text, image = x[:, :text_tokens], x[:, text_tokens:]
             positive, negative = rearrange(image, "(N B) L D -> N B L D", N=2)
             pushed = scale * positive - (scale - 1) * negative
@@ -289,3 +288,17 @@ def guide(method: str, **settings: Any) -> Cfg:
         InputError: an unknown name or setting, or a value out of its range.
     """
     return made("guidance method", GUIDES, method, settings)
+
+
+USUAL: dict[str, float] = {"cfg": 3.0, "cfg-zero": 3.0, "apg": 3.0, "perp-neg": 3.0, "nag": 5.0}
+"""Scales of guides that are asked for by name alone: at their own default, 1, they would do nothing. That of NAG is its
+authors' (https://github.com/ChenDarYen/Normalized-Attention-Guidance); skip-layer has one of its own, 2.8."""
+
+
+def named_guide(method: str) -> Cfg:
+    """A guide by name alone, at a usual strength.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    return guide(method, **({"scale": USUAL[method]} if method in USUAL else {}))

@@ -36,7 +36,7 @@ def initial_noise(height: int, width: int, seed: int, channels: int = 16) -> Ten
     Raises:
         InputError: the seed is not a whole number in its range, or the picture has no pixels.
     """
-    whole("seed", seed, 0, MAX_SEED)
+    seed = whole("seed", seed, 0, MAX_SEED)
     if height < 1 or width < 1:
         raise InputError(f"height and width must be at least 1, got {height}x{width}")
     rows, columns = (PATCH * math.ceil(side / PIXELS_PER_TOKEN) for side in (height, width))

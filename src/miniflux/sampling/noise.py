@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from miniflux.errors import InputError
-from miniflux.sampling.checks import whole
+from miniflux.sampling.checks import finite, several, shown, whole
 from miniflux.sampling.latents import MAX_SEED, initial_noise, slerp
 from miniflux.sampling.solvers import StepNoise
 
@@ -28,8 +28,7 @@ def step_noise(seeds: Sequence[int]) -> StepNoise:
     Raises:
         InputError: a seed is not a whole number in its range.
     """
-    for seed in seeds:
-        whole("seed", seed, 0, MAX_SEED)
+    seeds = [whole("seed", seed, 0, MAX_SEED) for seed in seeds]
 
     def draw(step: int, x: Tensor) -> Tensor:
         if len(seeds) != len(x):
@@ -53,9 +52,9 @@ def varied_noise(height: int, width: int, seed: int, variation: tuple[int, float
     Raises:
         InputError: as `initial_noise`, or the amount is not from 0 to 1.
     """
-    other, amount = variation
-    if not 0 <= amount <= 1:
-        raise InputError(f"the amount of variation must be a number from 0 to 1, got {amount!r}")
+    other, amount = several("variation", variation, "seed, amount")
+    if not finite(amount) or not 0 <= amount <= 1:
+        raise InputError(f"the amount of variation must be a number from 0 to 1, got {shown(amount)}")
     first = initial_noise(height, width, seed, channels)
     if amount == 0:
         return first

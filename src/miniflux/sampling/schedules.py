@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import overload
 
 from miniflux.errors import InputError
-from miniflux.sampling.checks import whole
+from miniflux.sampling.checks import finite, plain, shown, whole
 
 Curve = Callable[[float], float]
 """How far the noise levels are moved towards 1: from an evenly spaced level in [0, 1] to the one that is used."""
@@ -126,7 +126,7 @@ def uniform_sigmas(steps: int) -> list[float]:
     Raises:
         InputError: steps is not a whole number of at least 1.
     """
-    whole("steps", steps, 1)
+    steps = whole("steps", steps, 1)
     return [1 - i / steps for i in range(steps)] + [0.0]
 
 
@@ -154,8 +154,9 @@ def static_shift(shift: float) -> Curve:
     Raises:
         InputError: shift is not a positive, finite number.
     """
-    if not math.isfinite(shift) or shift <= 0:
-        raise InputError(f"shift must be a positive number, got {shift!r}")
+    shift = plain(shift)
+    if not finite(shift) or shift <= 0:
+        raise InputError(f"shift must be a positive number, got {shown(shift)}")
     return lambda t: shift * t / (1 + (shift - 1) * t)
 
 
@@ -319,7 +320,7 @@ def schedule(spacing: str, steps: int, curve: Curve = unshifted, terminal: float
     Raises:
         InputError: an unknown spacing, steps below 1, or a terminal that the spacing cannot have.
     """
-    uniform_sigmas(steps)  # refuses what is no number of steps
+    steps = whole("steps", steps, 1)
     if spacing not in SPACINGS:
         raise InputError(f"unknown schedule {spacing!r}; known: {', '.join(SPACINGS)}")
     if terminal is not None and (spacing not in EVEN or steps < 2):
@@ -338,7 +339,13 @@ def custom_schedule(sigmas: Sequence[float], name: str = "custom") -> Schedule:
     Raises:
         InputError: fewer than two, one that is not a number from 0 to 1, or one that is not below the one before.
     """
-    made = Schedule(name, tuple(float(sigma) for sigma in sigmas))
+    if isinstance(sigmas, str) or not isinstance(sigmas, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InputError(f"a schedule must be a name or a list of noise levels, got {shown(sigmas)}")
+    levels = [plain(sigma) for sigma in sigmas]
+    for i, level in enumerate(levels):
+        if not finite(level):
+            raise InputError(f"noise level {i} is {shown(level)}; expected a number from 0 to 1")
+    made = Schedule(name, tuple(float(level) for level in levels))
     for i, (above, sigma) in enumerate(pairwise(made), start=1):
         if sigma > above:
             raise InputError(f"noise level {i} is {sigma!r}, not below the one before, {above!r}")
@@ -355,8 +362,9 @@ def from_strength(schedule: Schedule, strength: float) -> Schedule:
     Raises:
         InputError: strength is not a number above 0 and up to 1, or the schedule has restarts.
     """
-    if not 0 < strength <= 1:
-        raise InputError(f"strength must be a number above 0 and at most 1, got {strength!r}")
+    strength = plain(strength)
+    if not finite(strength) or not 0 < strength <= 1:
+        raise InputError(f"strength must be a number above 0 and at most 1, got {shown(strength)}")
     if schedule.restarts:
         raise InputError("a schedule with restarts cannot be entered in the middle")
     place = round((1 - strength) * schedule.steps, 9)  # (1 - 0.56) * 25 is 11, not a step of 1e-15 before it
@@ -375,10 +383,10 @@ def with_restarts(schedule: Schedule, low: float, high: float, times: int) -> Sc
     Raises:
         InputError: not 0 < low < high < 1, both nearest to the same level, or times below 1.
     """
-    if not 0 < low < high < 1 or isinstance(times, bool) or not isinstance(times, int) or times < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InputError(
-            f"a restart needs 0 < low < high < 1 and times of at least 1, got {low!r}, {high!r}, {times!r}"
-        )
+    low, high, times = plain(low), plain(high), plain(times)
+    levels = finite(low) and finite(high) and 0 < low < high < 1
+    if not levels or not finite(times) or not isinstance(times, int) or times < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InputError(f"a restart needs 0 < low < high < 1 and times of at least 1, got {shown((low, high, times))}")
     inner = schedule.sigmas[1:-1]
     ends = [min(range(len(inner)), key=lambda i: abs(inner[i] - level)) + 1 if inner else 0 for level in (high, low)]
     if ends[0] == ends[1]:

@@ -437,8 +437,8 @@ def solver(name: str) -> Solver:
     Raises:
         InputError: an unknown name, or an eta that is not a number from 0 to 1.
     """
-    base, colon, text = name.partition(":")
-    if base not in SOLVERS or (colon and base not in WITH_ETA):
+    base, colon, text = str(name).partition(":")
+    if not isinstance(name, str) or base not in SOLVERS or (colon and base not in WITH_ETA):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError(f"unknown solver {name!r}; known: {', '.join(SOLVERS)}, ddim:ETA, euler-ancestral:ETA")
     if not colon:
         return SOLVERS[base]

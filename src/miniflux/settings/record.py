@@ -20,7 +20,7 @@ TAKEN = (
 FACTS = (
     *("version", "torch", "model", "model_path", "dtype", "dtype_asked", "device", "threads", "memory"),
     *("loras", "files", "steps", "steps_asked", "sigmas", "guidance", "guide", "cache"),
-    *("cached", "not_cached", "replaced", "resumed", "changed", "sheet"),
+    *("cached", "not_cached", "replaced", "resumed", "changed", "wrapped", "sheet"),
 )
 BILL = ("evaluated", "skipped", "latent_l2", "psnr")  # what a step cache did, beside its settings
 
@@ -94,6 +94,8 @@ def record_of(value: object) -> Record:
     loras, doubts = _loras(about, files)
     if about.get("replaced"):
         doubts.append("a callback replaced its latents on the way")
+    for name in strict.items("wrapped", about.get("wrapped") or [], 2):
+        doubts.append(f"a function of the caller's was given as {strict.text('wrapped', name, 100)}")
     if about.get("resumed"):
         doubts.append(f"it went on from step {strict.integer('resumed', about['resumed'])} of an earlier run")
     if about.get("changed"):
