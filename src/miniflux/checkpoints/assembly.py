@@ -7,25 +7,25 @@ import math
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
 
+from miniflux.checkpoints.configs import autoencoder_config, json_object, text_config
 from miniflux.checkpoints.files import TensorSource, open_tensors
 from miniflux.checkpoints.finding import Files, find
 from miniflux.checkpoints.folders import models
 from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.inspection import axes_beside, describe, fits, flux1_config
-from miniflux.checkpoints.jsonfiles import json_file
 from miniflux.checkpoints.layouts import detect, origins
 from miniflux.checkpoints.loading import bare, compare, load_into, take_packed_layers
 from miniflux.checkpoints.origin import Origin, stamped
+from miniflux.checkpoints.pipelines import SCHEDULER
 from miniflux.checkpoints.prefixes import network_of, open_part, parts_of
-from miniflux.checkpoints.sizes import checked, stated
-from miniflux.errors import CheckpointError, ConfigError, InputError
+from miniflux.errors import CheckpointError, InputError
 from miniflux.memory.compute import choose_device, choose_dtype
 from miniflux.memory.ledger import Part, Run, resident_size
 from miniflux.memory.modes import Memory, check_mode, choose
@@ -42,23 +42,7 @@ from miniflux.variants import ALIASES, VARIANTS, Variant, variant, variant_of
 
 log = logging.getLogger(__name__)
 
-# Settings of diffusers' scheduler that `flux1_schedule` has built in: where they differ, pictures would.
-SCHEDULER: dict[str, Any] = {
-    "_class_name": "FlowMatchEulerDiscreteScheduler",
-    "base_shift": 0.5,
-    "max_shift": 1.15,
-    "base_image_seq_len": 256,
-    "max_image_seq_len": 4096,
-    "time_shift_type": "exponential",
-    "shift_terminal": None,
-    "invert_sigmas": False,
-    "stochastic_sampling": False,
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-}
 NAMES: dict[type[nn.Module], str] = {Autoencoder: "autoencoder", ClipTextEncoder: "clip", T5Encoder: "t5"}  # of parts
-Config = TypeVar("Config", ClipTextConfig, T5Config)
 
 
 class Parts(NamedTuple):
@@ -100,9 +84,9 @@ def assemble(
     # 2. Which sizes: of the text encoders from their config files where there are any, else those of the variant.
     chosen = replace(
         chosen,
-        clip=_config(files.clip, ClipTextConfig, chosen.clip),
-        t5=_config(files.t5, T5Config, chosen.t5),
-        autoencoder=_autoencoder_config(files.autoencoder, chosen.autoencoder),
+        clip=text_config(files.clip, ClipTextConfig, chosen.clip),
+        t5=text_config(files.t5, T5Config, chosen.t5),
+        autoencoder=autoencoder_config(files.autoencoder, chosen.autoencoder),
     )
     _check_widths(chosen, files)
 
@@ -242,7 +226,7 @@ def _variant_in(transformer: Path, folder: Path) -> Variant:
         base = VARIANTS["flux1-dev" if config.guidance_embed else "flux1-schnell"]
         name = folder.resolve().name if transformer.is_dir() else transformer.stem
         known = replace(base, name=name, repository="", file=transformer.name, transformer=config)
-    scheduler = _json(folder / "scheduler" / "scheduler_config.json")
+    scheduler = json_object(folder / "scheduler" / "scheduler_config.json")
     if scheduler:
         if not scheduler.get("use_dynamic_shifting") and scheduler.get("shift", 1.0) != 1.0:
             raise CheckpointError(
@@ -253,66 +237,6 @@ def _variant_in(transformer: Path, folder: Path) -> Variant:
                 raise CheckpointError(f"{folder}: its scheduler has {name} {scheduler[name]!r}; FLUX.1's is {value!r}")
         known = replace(known, shift=bool(scheduler.get("use_dynamic_shifting")))
     return known
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """The content of a config file; empty if there is none."""
-    if not path.is_file():
-        return {}
-    content = json_file(path)
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object")
-    return content
-
-
-def _config(path: Path, kind: type[Config], default: Config) -> Config:
-    """A text encoder's config from the `config.json` beside its weights, else from the header of its file; `default`
-    where neither is there."""
-    content = _json(path / "config.json") if path.is_dir() else {}
-    content = content.get("text_config") or content
-    if not content:
-        return stated(_header(path), default)
-    try:
-        if kind is T5Config and content.get("feed_forward_proj", "gated-gelu") != "gated-gelu":
-            raise ConfigError(f"feed_forward_proj {content['feed_forward_proj']!r} is not gated-gelu")
-        known = {field.name for field in fields(kind)}
-        return checked(kind(**{key: value for key, value in content.items() if key in known}))
-    except (TypeError, AttributeError, ArithmeticError, ConfigError) as error:
-        raise CheckpointError(f"{path / 'config.json'}: not a {kind.__name__}: {error}") from error
-
-
-def _header(path: Path) -> Mapping[str, str]:
-    """The metadata in the header of a single file."""
-    return open_tensors(path).metadata if path.is_file() else {}
-
-
-def _autoencoder_config(path: Path, default: AutoencoderConfig) -> AutoencoderConfig:
-    """The autoencoder's config from diffusers' `config.json`, else from the header of its file; `default` where neither
-    is there."""
-    content = _json(path / "config.json") if path.is_dir() else {}
-    if not content:
-        return stated(_header(path), default)
-    if content.get("use_quant_conv") or content.get("use_post_quant_conv"):
-        raise CheckpointError(f"{path / 'config.json'}: an autoencoder with quant convolutions is not FLUX.1's")
-    try:
-        widths = content["block_out_channels"]
-        if any(type(width) is not int or width % widths[0] for width in widths):
-            raise ConfigError(f"block_out_channels must be multiples of the first, got {widths!r}")
-        return checked(
-            AutoencoderConfig(
-                in_channels=content["in_channels"],
-                ch=widths[0],
-                out_ch=content["out_channels"],
-                ch_mult=tuple(width // widths[0] for width in widths),
-                num_res_blocks=content["layers_per_block"],
-                z_channels=content["latent_channels"],
-                scale_factor=content["scaling_factor"],
-                shift_factor=content.get("shift_factor") or 0.0,
-                num_groups=content["norm_num_groups"],
-            )
-        )
-    except (KeyError, TypeError, IndexError, ArithmeticError, ConfigError) as error:
-        raise CheckpointError(f"{path / 'config.json'}: not an AutoencoderKL: {error}") from error
 
 
 def _built(

@@ -22,12 +22,15 @@ from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.layouts import ALL_IN_ONE, DIFFUSERS, ORIGINAL, hidden_size, layouts_of, to_theirs
 from miniflux.checkpoints.loading import compare, fetch, is_finite
 from miniflux.checkpoints.moving import moved
-from miniflux.checkpoints.outputs import Input, Output, extras, inputs, names_file, outputs
+from miniflux.checkpoints.outputs import Output, extras, names_file, outputs
 from miniflux.checkpoints.prefixes import PartSource, part_of
 from miniflux.checkpoints.readback import difference, rows
+from miniflux.checkpoints.sources import Input, inputs
 from miniflux.checkpoints.targets import Encoding, Target, Targets, find_format, targets
+from miniflux.checkpoints.tokenizerfiles import Content
 from miniflux.checkpoints.unfinished import JOURNAL, Frame, Unfinished, gguf_frame, safetensors_frame
 from miniflux.errors import CheckpointError, InputError, OutputError
+from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.clip import ClipTextEncoder
 from miniflux.models.flux1 import Flux1
 from miniflux.models.t5 import T5Encoder
@@ -63,33 +66,44 @@ class Conversion:
 
     Attributes:
         path: the file or folder.
+        networks: what was written, in words.
         bytes_before, bytes_after: of all tensors.
         formats: number of tensors by how they are stored now.
         layers: those whose numbers changed, the worst first.
         kept: weights that the format cannot hold, with what was done instead.
-        left_out: tensors that no network needs, with the reason.
+        left_out: tensors that no network needs, and files that are none of a pipeline's networks, with the reason.
+        missing: what a pipeline would need beside the networks that were written, with the reason.
+        beside: what was written beside them: tokenizers, scheduler, index.
         resumed: how many tensors an earlier, interrupted run had written.
     """
 
     path: Path
+    networks: list[str]
     bytes_before: int
     bytes_after: int = 0
     formats: Counter[str] = field(default_factory=Counter)
     layers: list[Layer] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    beside: list[str] = field(default_factory=list)
     resumed: int = 0
 
     def report(self, worst: int | None = None) -> str:
         """Sums, then the error of every layer (or of the `worst` ones)."""
         formats = ", ".join(f"{count} x {name}" for name, count in self.formats.most_common())
         share = f"{100 * self.bytes_after / self.bytes_before:.0f} %"
-        lines = [f"{self.path}: {formats}; {self.bytes_after:,} bytes, {share} of {self.bytes_before:,}; read back"]
+        written = ", ".join(self.networks)
+        sizes = f"{self.bytes_after:,} bytes, {share} of {self.bytes_before:,}"
+        lines = [f"{self.path}: {written}; {formats}; {sizes}; read back"]
+        if self.beside:
+            lines.append(f"beside: {', '.join(self.beside)}")
         if self.resumed:
             lines.append(f"{self.resumed} tensors were there from an interrupted run")
         counts = Counter(self.kept.values())
         lines += [f"{count} weights {reason}" for reason, count in counts.items()]
         lines += [f"left out: {key} ({why})" for key, why in self.left_out.items()]
+        lines += [f"missing for a whole pipeline: {what} ({why})" for what, why in self.missing.items()]
         if not self.layers:
             return "\n".join([*lines, "every number is the same"])
         shown = self.layers[:worst]
@@ -133,18 +147,22 @@ def convert(
         MissingExtraError: GGUF without the package `gguf`.
     """
     # 1. Which networks, and what becomes of them.
-    target, found = Path(target), inputs(source)
+    target, read = Path(target), inputs(source)
+    found = read.networks
     encoding = None if format is None else find_format(format)
-    gguf = _is_gguf(target, encoding, found)
-    networks = [_targets(part, layout, encoding, gguf, together=len(found) > 1) for part in found]
-    result = Conversion(target, sum(entry.size for part in found for entry in part.source.entries.values()))
+    several = len(found) > 1
+    networks = [_targets(part, layout, encoding, _is_gguf(target, encoding, part, several)) for part in found]
+    before = sum(entry.size for part in found for entry in part.source.entries.values())
+    result = Conversion(target, [part.word for part in found], before, left_out=read.left_out)
     for part, network in zip(found, networks, strict=True):
         result.left_out |= compare(network.network, part.source).redundant
         result.kept |= network.kept
     # 2. Which files, and where every tensor lies in them.
-    files = outputs(target, found, networks, layout, gguf, shard_bytes)
+    files = outputs(target, found, networks, layout, shard_bytes)
     _check_place(target, found)
-    frames = {file.name: _frame(file, encoding, gguf, found) for file in files}
+    frames = {file.name: _frame(file, encoding, found) for file in files}
+    beside, result.missing = ({}, {}) if names_file(target) else extras(files, read, networks, layout)
+    result.beside = list(dict.fromkeys(place.partition("/")[0] for place in beside if _is_shared(place, networks)))
     job = _fingerprint(found, frames)
     work = Unfinished.open(target.with_name(target.name + ".part"), frames, job)
     result.resumed = work.resumed
@@ -161,9 +179,8 @@ def convert(
             names = dict.fromkeys(home[id(network), item.key] for item in network.tensors)
             written = TensorSource([work.folder / name for name in names])
             _read_back(network, part, written, work, home, result, done)
-        if not names_file(target):
-            for place, content in extras(files, found, networks).items():
-                _extra(work.folder / place, content)
+        for place, content in beside.items():
+            _extra(work.folder / place, content)
         result.bytes_after = sum(frame.size - len(frame.head) for frame in frames.values())
         result.layers.sort(key=lambda layer: -layer.error)
         _finish(work, target, [file.name for file in files])
@@ -173,12 +190,19 @@ def convert(
     return result
 
 
-def _is_gguf(target: Path, encoding: Encoding | None, found: list[Input]) -> bool:
-    """Which kind of file is asked for, by the ending of its name; of folders, by the format."""
+def _is_shared(place: str, networks: list[Targets]) -> bool:
+    """Whether a file beside the networks is the whole model's: not a network's config or index."""
+    return (len(networks) > 1 and not place.endswith(("config.json", ".index.json"))) or place.startswith("scheduler/")
+
+
+def _is_gguf(target: Path, encoding: Encoding | None, part: Input, several: bool) -> bool:
+    """Which kind of file a network becomes, by the ending of the name; in folders by the format. The autoencoder, which
+    is never packed, stays out of GGUF there."""
     block = isinstance(encoding, Ggml)
     if not names_file(target):
-        kept = [stored.format for part in found for stored in contents_of(part.source).stored.values()]
-        return block or (encoding is None and any(isinstance(form, Ggml) for form in kept))
+        kept = [stored.format for stored in contents_of(part.source).stored.values()]
+        packed = block and not (several and isinstance(part.network, Autoencoder))
+        return packed or (encoding is None and any(isinstance(form, Ggml) for form in kept))
     gguf = target.suffix == ".gguf"
     if gguf and isinstance(encoding, Format) and not block:
         raise InputError(f"{target}: {encoding.name} is written to .safetensors files")
@@ -187,13 +211,13 @@ def _is_gguf(target: Path, encoding: Encoding | None, found: list[Input]) -> boo
     return gguf
 
 
-def _targets(part: Input, layout: str | None, encoding: Encoding | None, gguf: bool, together: bool) -> Targets:
+def _targets(part: Input, layout: str | None, encoding: Encoding | None, gguf: bool) -> Targets:
     """What becomes of one network, checked against its file."""
     report = compare(part.network, part.source)
     if report.problems:
         raise CheckpointError(str(report))
     if layout is None:
-        after = ALL_IN_ONE if report.layout == ALL_IN_ONE or (together and part.folder is None) else report.layout
+        after = ALL_IN_ONE if report.layout == ALL_IN_ONE or part.together else report.layout
     elif layout == DIFFUSERS and DIFFUSERS not in layouts_of(part.network):
         after = ORIGINAL  # of the text encoders: diffusers' folders hold them so
     else:
@@ -217,8 +241,9 @@ def _check_place(target: Path, found: list[Input]) -> None:
         raise OutputError(f"{target}: cannot be written: there is no folder {target.parent}")
 
 
-def _frame(file: Output, encoding: Encoding | None, gguf: bool, found: list[Input]) -> Frame:
+def _frame(file: Output, encoding: Encoding | None, found: list[Input]) -> Frame:
     """Head and places of a file."""
+    inside = {type(network.network) for network, _ in file.items}
     kinds = {part: kind for _, item in file.items for part, kind in item.parts.items()}
     kinds |= {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in file.markers.items()}
     layers: dict[Format, list[str]] = {}
@@ -227,13 +252,13 @@ def _frame(file: Output, encoding: Encoding | None, gguf: bool, found: list[Inpu
             layers.setdefault(item.encoding, []).append(item.layer)
     metadata: dict[str, str] = {}
     for part in found:
-        metadata |= part.metadata
+        metadata |= part.metadata if type(part.network) in inside else {}
     for form, names in layers.items():
         metadata |= form.header(names)
-    if not gguf:
+    if not file.name.endswith(".gguf"):
         return safetensors_frame(file.name, kinds, {"format": "pt", **metadata})
     blocks = {item.key: item.encoding.name for _, item in file.items if isinstance(item.encoding, Ggml)}
-    kind = next(iter({type(network.network) for network, _ in file.items}))
+    kind = next(iter(inside))
     most = Counter(item.encoding for _, item in file.items if len(item.shape) > 1).most_common(1)[0][0]
     called = encoding if isinstance(encoding, Ggml) else most
     return gguf_frame(file.name, kinds, blocks, metadata, (ARCHITECTURES.get(kind, "flux"), file_type(called)))
@@ -358,13 +383,13 @@ def _errors(
     return found
 
 
-def _extra(path: Path, content: Path | dict[str, Any]) -> None:
-    if isinstance(content, dict):
-        path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-    elif content.is_dir():
-        shutil.copytree(content, path)
-    else:
+def _extra(path: Path, content: Content) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, Path):
         shutil.copyfile(content, path)
+    else:
+        text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        path.write_text(text, "utf-8")
 
 
 def _finish(work: Unfinished, target: Path, names: list[str]) -> None:

@@ -204,13 +204,19 @@ def _bad_data(source: TensorSource) -> list[str]:
     return problems
 
 
+def is_lora(source: TensorSource) -> bool:
+    """Whether a file has tensors that only LoRA files have."""
+    from miniflux.lora.dialects import split
+
+    return any((part := split(key)) and part[1] in LORA_SIGNS for key in source.entries)
+
+
 def _lora(source: TensorSource) -> tuple[str, str, str, list[str]] | None:
     """Of a LoRA file: its dialect, and which models have its widths. None if it is none."""
-    from miniflux.lora.dialects import split  # they import this room themselves
-    from miniflux.lora.files import read
+    from miniflux.lora.files import read  # they import this room themselves
     from miniflux.lora.models import fitting_models
 
-    if not any((part := split(key)) and part[1] in LORA_SIGNS for key in source.entries):
+    if not is_lora(source):
         return None
     shapes = {key: torch.empty(e.shape, dtype=e.dtype, device="meta") for key, e in source.entries.items()}
     try:

@@ -1,38 +1,38 @@
-"""What a conversion reads, and the files it writes: which networks, under which names."""
+"""The files that a conversion writes: which networks, under which names, and what lies beside them."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
-from miniflux.checkpoints.files import TensorSource, open_tensors
+from miniflux.checkpoints.configs import as_diffusers, json_object
 from miniflux.checkpoints.formats import Format
-from miniflux.checkpoints.formats.reading import contents_of
-from miniflux.checkpoints.formats.scaled import METADATA
-from miniflux.checkpoints.inspection import FOLDERS, axes_beside, flux1_config
+from miniflux.checkpoints.formats.ggml import Ggml
+from miniflux.checkpoints.inspection import WORDS
 from miniflux.checkpoints.layouts import ALL_IN_ONE, DIFFUSERS, PREFIXES
-from miniflux.checkpoints.loading import bare, plan_for
-from miniflux.checkpoints.prefixes import parts_of
-from miniflux.checkpoints.sizes import config_in
+from miniflux.checkpoints.pipelines import (
+    INDEX,
+    SCHEDULER_FILE,
+    TOKENIZERS,
+    copied,
+    scheduler,
+    tokenizers_of,
+)
+from miniflux.checkpoints.sources import Input, Inputs
 from miniflux.checkpoints.targets import Target, Targets, size_of
-from miniflux.errors import CheckpointError, InputError
+from miniflux.checkpoints.tokenizerfiles import Content
+from miniflux.errors import InputError
 from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.clip import ClipTextEncoder
-from miniflux.models.flux1 import Flux1, Flux1Config
+from miniflux.models.flux1 import Flux1
 from miniflux.models.t5 import T5Encoder
-from miniflux.variants import VARIANTS, variant_of
+from miniflux.variants import variant_of
 
-DEFAULTS: dict[type[nn.Module], Any] = {
-    Autoencoder: VARIANTS["flux1-dev"].autoencoder,
-    ClipTextEncoder: VARIANTS["flux1-dev"].clip,
-    T5Encoder: VARIANTS["flux1-dev"].t5,
-}
 # Of a diffusers folder: the sub-folder of each network, and what its files are called.
 PLACES: dict[type[nn.Module], tuple[str, str]] = {
     Flux1: ("transformer", "diffusion_pytorch_model"),
@@ -46,32 +46,6 @@ SINGLE: dict[type[nn.Module], str] = {
     ClipTextEncoder: "clip_l",
     T5Encoder: "t5xxl_fp16",
 }
-# What else is in a diffusers folder.
-BESIDE = ("model_index.json", "scheduler", "tokenizer", "tokenizer_2")
-# Of a source's header: what is told anew, or no more true.
-NOT_CARRIED = ("format", METADATA)
-GGUF_OWN = ("GGUF.", "general.", "comfy.gguf.")
-
-
-@dataclass(frozen=True)
-class Input:
-    """One network to be converted.
-
-    Attributes:
-        network: on the meta device, of the sizes in the file.
-        source: its tensors.
-        layout: how they are named.
-        folder: of diffusers' layout that it lies in, beside its `config.json`; None for files.
-        root: the whole model folder, if it is one of several networks there.
-        metadata: of its file, for the header of the new one.
-    """
-
-    network: nn.Module
-    source: TensorSource
-    layout: str
-    folder: Path | None
-    root: Path | None
-    metadata: dict[str, str]
 
 
 @dataclass
@@ -100,66 +74,38 @@ def names_file(target: Path) -> bool:
     return target.suffix in (".safetensors", ".gguf")
 
 
-def inputs(path: str | Path) -> list[Input]:
-    """The networks of a file, a folder with shards, or a model folder in diffusers' layout.
-
-    Raises:
-        CheckpointError: nothing readable is there, or no network that is known here.
-    """
-    path = Path(path)
-    folders = [path / name for name in FOLDERS if (path / name).is_dir()]
-    found: list[Input] = []
-    for place in folders or [path]:
-        for kind, source in parts_of(open_tensors(place)).items():
-            folder = place if place.is_dir() else None
-            found.append(_input(kind, source, folder, path if folders else None))
-    if not found:
-        raise CheckpointError(f"{path}: no network known here")
-    kinds = [type(part.network) for part in found]
-    if len(set(kinds)) < len(kinds):
-        raise CheckpointError(f"{path}: holds a network twice: {', '.join(kind.__name__ for kind in kinds)}")
-    return found
-
-
-def _input(kind: type[nn.Module], source: TensorSource, folder: Path | None, root: Path | None) -> Input:
-    entries = contents_of(source).entries
-    metadata = {
-        key: value for key, value in source.metadata.items() if key not in NOT_CARRIED and not key.startswith(GGUF_OWN)
-    }
-    axes = axes_beside(folder) if folder and kind is Flux1 else None
-    try:
-        if kind is Flux1:
-            config: Any = flux1_config(entries, source.metadata, axes, to_run=False)
-            if axes:
-                metadata["axes_dim"] = json.dumps(axes)
-        else:
-            config = config_in(entries, source.metadata, DEFAULTS[kind])
-    except CheckpointError as error:
-        raise CheckpointError(f"{source}: {error}") from error
-    network = bare(kind, config)
-    return Input(network, source, plan_for(network, source).layout, folder, root, metadata)
-
-
 def outputs(
-    target: Path, found: Sequence[Input], networks: Sequence[Targets], layout: str | None, gguf: bool, shard: int
+    target: Path, found: Sequence[Input], networks: Sequence[Targets], layout: str | None, shard: int
 ) -> list[Output]:
     """The files that become of networks.
 
     Raises:
-        InputError: several networks would be one file whose layout has no prefixes, or one GGUF file each.
+        InputError: several networks would be one file whose layout has no prefixes, or one GGUF file.
     """
-    ending, several = ".gguf" if gguf else ".safetensors", len(networks) > 1
+    several = len(networks) > 1
     everything = [(network, item) for network in networks for item in network.tensors]
-    if several and not all(_prefix(network) for network in networks):
-        if names_file(target) or gguf:
-            what = "a name without ending makes a folder" if not gguf else "or one network of them at a time"
-            raise InputError(f"{target}: {len(networks)} networks in one file need the layout {ALL_IN_ONE}; {what}")
-        folders = layout == DIFFUSERS or (layout is None and found[0].root is not None)
-        made = [file for network in networks for file in _shards(network, several, folders, ending, shard)]
-    elif names_file(target) or several:
-        made = [Output(target.name if names_file(target) else "model" + ending, everything)]
+    together = all(_prefix(network) for network in networks)
+    gguf = any(network.gguf for network in networks)
+    if several and not (together and not gguf) and (names_file(target) or together):
+        words = ", ".join(part.word for part in found)
+        what = "a name without ending makes a folder" if not gguf else "or one network of them at a time"
+        raise InputError(
+            f"{target}: {len(networks)} networks in one file need the layout {ALL_IN_ONE}; {what} ({words})"
+        )
+    if names_file(target) or (several and together):
+        made = [Output(target.name if names_file(target) else "model.safetensors", everything)]
+    elif several:
+        folders = [
+            layout == DIFFUSERS or (layout is None and part.in_folder) or (network.gguf and not _is_flux1(network))
+            for part, network in zip(found, networks, strict=True)
+        ]  # a text encoder in GGUF is found by its folder alone
+        made = [
+            file
+            for network, own in zip(networks, folders, strict=True)
+            for file in _shards(network, several, own, shard)
+        ]
     else:
-        made = _shards(networks[0], several, True, ending, shard)
+        made = _shards(networks[0], several, True, shard)
     for file in made:
         for network in {id(net): net for net, _ in file.items}.values():
             for form in {item.encoding for net, item in file.items if net is network}:
@@ -168,15 +114,20 @@ def outputs(
     return made
 
 
+def _is_flux1(network: Targets) -> bool:
+    return isinstance(network.network, Flux1)
+
+
 def _prefix(network: Targets) -> str:
     """What the names of a network's tensors begin with in the new file."""
     prefix = PREFIXES[type(network.network)]
     return prefix if all(item.key.startswith(prefix) for item in network.tensors) else ""
 
 
-def _shards(network: Targets, several: bool, folders: bool, ending: str, shard: int) -> list[Output]:
+def _shards(network: Targets, several: bool, folders: bool, shard: int) -> list[Output]:
     """The file or the shards of one network in a folder: named as in diffusers' folders, or a single file."""
     place, stem = PLACES[type(network.network)]
+    ending = ".gguf" if network.gguf else ".safetensors"
     if not folders:
         return [Output(_single(network.network) + ending, [(network, item) for item in network.tensors])]
     shards: list[list[Target]] = [[]]
@@ -205,10 +156,16 @@ def _single(network: nn.Module) -> str:
 
 
 def extras(
-    files: Sequence[Output], found: Sequence[Input], networks: Sequence[Targets]
-) -> dict[str, Path | dict[str, Any]]:
-    """What lies beside the files of a folder: indices of shards; configs and whatever else the source's folder has."""
-    made: dict[str, Path | dict[str, Any]] = {}
+    files: Sequence[Output], found: Inputs, networks: Sequence[Targets], layout: str | None
+) -> tuple[dict[str, Content], dict[str, str]]:
+    """What lies beside the files of a folder: indices of shards, configs, and of a model of several networks its
+    tokenizers, its scheduler and its index.
+
+    Returns:
+        The files by their places; and what a pipeline needs and is not there, with the reason.
+    """
+    made: dict[str, Content] = {}
+    missing: dict[str, str] = {}
     shards: dict[str, list[Output]] = {}
     for file in files:
         if (stem := re.sub(r"-\d{5}-of-\d{5}\.safetensors$", "", file.name)) != file.name:
@@ -221,33 +178,57 @@ def extras(
             "metadata": {"total_size": total},
             "weight_map": dict(sorted(homes.items())),
         }
+    several = len(networks) > 1
     folders = {type(net.network): Path(file.name).parent for file in files for net, _ in file.items}
-    for part, network in zip(found, networks, strict=True):
+    for part, network in zip(found.networks, networks, strict=True):
         folder = folders[type(part.network)]
-        if folder == Path() and len(found) > 1:  # single files side by side
+        if folder == Path() and several:  # single files side by side: their headers tell
             continue
-        if part.folder is not None and (part.folder / "config.json").is_file():
-            made[str(folder / "config.json")] = part.folder / "config.json"
-        elif isinstance(part.network, Flux1) and network.layout == DIFFUSERS:
-            made[str(folder / "config.json")] = diffusers_config(part.network.config)
-        if part.root is not None and len(found) > 1:
-            made |= {name: part.root / name for name in BESIDE if (part.root / name).exists()}
-    return made
+        place = str(folder / "config.json")
+        diffusers = layout == DIFFUSERS or network.layout == DIFFUSERS
+        if part.untold and diffusers and not part.config:
+            missing[place] = f"{part.untold} is not in {part.source}, and no config.json is beside it"
+        elif part.config or diffusers:
+            made[place] = _config(part, diffusers)
+    if several and not all(_prefix(network) for network in networks):
+        extra, absent = _pipeline(found, layout)
+        missing |= absent
+        made |= extra
+        packed = {item.label for net in networks for item in net.tensors if _is_packed(item)}
+        if layout == DIFFUSERS and packed:
+            missing["weights that are not packed"] = f"miniflux opens {', '.join(sorted(packed))}, diffusers does not"
+        if layout == DIFFUSERS and not missing:
+            made["model_index.json"] = INDEX
+    return made, missing
 
 
-def diffusers_config(config: Flux1Config) -> dict[str, Any]:
-    """What diffusers' `FluxTransformer2DModel` wants to know (its `register_to_config`)."""
-    return {
-        "_class_name": "FluxTransformer2DModel",
-        "patch_size": 1,
-        "in_channels": config.in_channels,
-        "out_channels": config.out_channels,
-        "num_layers": config.depth,
-        "num_single_layers": config.depth_single_blocks,
-        "attention_head_dim": config.hidden_size // config.num_heads,
-        "num_attention_heads": config.num_heads,
-        "joint_attention_dim": config.context_in_dim,
-        "pooled_projection_dim": config.vec_in_dim,
-        "guidance_embeds": config.guidance_embed,
-        "axes_dims_rope": list(config.axes_dim),
+def _is_packed(item: Target) -> bool:
+    """Whether a tensor is stored as more than its numbers in a dtype."""
+    return isinstance(item.encoding, Format) and (isinstance(item.encoding, Ggml) or list(item.parts) != [item.key])
+
+
+def _config(part: Input, diffusers: bool) -> Content:
+    """The config of a network: its own, and what diffusers wants to know of what is read here."""
+    if not diffusers:
+        assert part.config is not None
+        return part.config
+    own = json_object(part.config) if part.config else {}
+    own = {} if "text_config" in own else own  # of a whole CLIP
+    return {key: value for key, value in own.items() if key != "quantization_config"} | as_diffusers(
+        cast(Any, part.network).config
+    )
+
+
+def _pipeline(found: Inputs, layout: str | None) -> tuple[dict[str, Content], dict[str, str]]:
+    """Tokenizers and scheduler of a model, and what it lacks to be a whole one."""
+    kinds = {type(part.network): part for part in found.networks}
+    config = cast(Flux1, kinds[Flux1].network).config if Flux1 in kinds else None
+    tokenizers = tokenizers_of(found.root, config)
+    made = copied(tokenizers)
+    missing = {word: "not in what was converted" for kind, word in WORDS.items() if kind not in kinds}
+    missing |= {
+        name: f"not in {found.root}, nor where weights are looked for" for name in TOKENIZERS if name not in tokenizers
     }
+    if config is not None and (layout == DIFFUSERS or (found.root / SCHEDULER_FILE).is_file()):
+        made[SCHEDULER_FILE] = scheduler(found.root, config)
+    return made, missing

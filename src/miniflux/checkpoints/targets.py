@@ -109,6 +109,7 @@ class Targets:
         shapes: of the network's tensors.
         tensors: in the order of the network's own; some of those become several.
         before, after: which keys of the old and the new file each tensor of the network has.
+        gguf: whether it is written to a GGUF file.
         kept: weights that the format was meant for and cannot hold, with what is done instead.
     """
 
@@ -119,6 +120,7 @@ class Targets:
     tensors: list[Target]
     before: dict[str, Origin]
     after: dict[str, Origin]
+    gguf: bool = False
     kept: dict[str, str] = field(default_factory=dict)
 
 
@@ -163,7 +165,7 @@ def targets(
     """
     before, after = (origins(network, layout) for layout in layouts)
     shapes = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
-    made = Targets(network, source, layouts[1], shapes, [], before, after)
+    made = Targets(network, source, layouts[1], shapes, [], before, after, gguf)
     linears = {f"{name}.{WEIGHT}" for name, module in network.named_modules() if isinstance(module, nn.Linear)}
     for ours, tensor in network.state_dict().items():
         origin, was = after[ours], _dtype_of(source, before[ours])

@@ -20,9 +20,9 @@ from miniflux.checkpoints.formats.reading import COMFY, PREFIX, SIDES, contents_
 from miniflux.checkpoints.formats.scaled import METADATA
 from miniflux.checkpoints.layouts import hidden_size, origins, to_theirs
 from miniflux.checkpoints.loading import fetch
-from miniflux.checkpoints.outputs import GGUF_OWN
 from miniflux.checkpoints.prefixes import PartSource
 from miniflux.checkpoints.quantized import QuantizedLinear
+from miniflux.checkpoints.sources import GGUF_OWN
 from miniflux.checkpoints.targets import Encoding
 from miniflux.checkpoints.unfinished import Frame, gguf_frame, safetensors_frame
 from miniflux.errors import LoraError

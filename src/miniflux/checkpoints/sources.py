@@ -1,0 +1,205 @@
+"""What a conversion reads: every network of a file, or of a folder however it is laid out, each once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from miniflux.checkpoints.configs import autoencoder_config, text_config
+from miniflux.checkpoints.files import TensorSource, open_tensors
+from miniflux.checkpoints.folders import Model
+from miniflux.checkpoints.formats.reading import contents_of
+from miniflux.checkpoints.formats.scaled import METADATA
+from miniflux.checkpoints.inspection import WORDS, axes_beside, flux1_config, is_lora, models_in
+from miniflux.checkpoints.layouts import origins
+from miniflux.checkpoints.loading import bare, fetch, plan_for
+from miniflux.checkpoints.others import others_in
+from miniflux.checkpoints.prefixes import network_of, parts_of
+from miniflux.checkpoints.sizes import HEADER, config_in, in_header
+from miniflux.errors import CheckpointError
+from miniflux.models.autoencoder import Autoencoder
+from miniflux.models.clip import ClipTextConfig, ClipTextEncoder
+from miniflux.models.flux1 import Flux1
+from miniflux.models.t5 import T5Config, T5Encoder
+from miniflux.models.tiny_autoencoder import TinyDecoder
+from miniflux.variants import VARIANTS
+
+# Of a source's header: what is told anew, or no more true.
+NOT_CARRIED = ("format", METADATA)
+GGUF_OWN = ("GGUF.", "general.", "comfy.gguf.")
+
+
+@dataclass(frozen=True)
+class Input:
+    """One network to be converted.
+
+    Attributes:
+        network: on the meta device, of the sizes in the file.
+        source: its tensors.
+        layout: how they are named.
+        in_folder: whether it lies in a folder of its own, as in diffusers' layout; else it is a file.
+        together: whether other networks are in the same file.
+        metadata: of its file, for the header of the new one.
+        config: the `config.json` beside it, if there is one.
+        untold: what of its config is not in the file, and was guessed; empty if nothing.
+    """
+
+    network: nn.Module
+    source: TensorSource
+    layout: str
+    in_folder: bool
+    together: bool
+    metadata: dict[str, str]
+    config: Path | None = None
+    untold: str = ""
+
+    @property
+    def word(self) -> str:
+        """What people call the network."""
+        return WORDS[type(self.network)]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The networks of a file or a folder.
+
+    Attributes:
+        networks: each kind once.
+        root: where their tokenizers and their scheduler are looked for.
+        left_out: files that belong to no network of a pipeline, with the reason.
+    """
+
+    networks: list[Input]
+    root: Path
+    left_out: dict[str, str]
+
+
+def inputs(path: str | Path) -> Inputs:
+    """The networks of a file, a folder with shards, or a model folder: single files, sub-folders, or both.
+
+    Raises:
+        CheckpointError: nothing readable is there, no network that is known here, or a network twice that differs.
+    """
+    path = Path(path)
+    models = models_in(path)
+    left_out: dict[str, str] = {}
+    found: list[Input] = []
+    for model in models:
+        source = TensorSource(model.complete())
+        left_out |= {str(other.relative_to(path)): f"a variant of {model.path.name}" for other in model.others}
+        parts = parts_of(source)
+        if len(models) > 1 and (why := _no_part(source, bool(parts))):
+            left_out[str(model.path.relative_to(path))] = why
+        elif not parts:
+            raise CheckpointError(f"{source}: no network known here")
+        else:
+            found += [_input(kind, part, path, model, len(parts) > 1) for kind, part in parts.items()]
+    if not models:  # a file, an index, or a folder without any
+        parts = parts_of(open_tensors(path))
+        found = [_input(kind, part, path, None, len(parts) > 1) for kind, part in parts.items()]
+    if not found:
+        raise CheckpointError(f"{path}: no network known here")
+    return Inputs(_each_once(path, found, left_out), path if path.is_dir() else path.parent, left_out)
+
+
+def _no_part(source: TensorSource, known: bool) -> str:
+    """Why a file in a model's folder is none of the pipeline's networks, if it is known what it is."""
+    others = others_in(contents_of(source).entries)
+    if others:
+        return others[0].name
+    if known:
+        return ""
+    if network_of(source.entries) is TinyDecoder:
+        return "the tiny decoder is for previews; a pipeline has no place for it"
+    return "a LoRA is converted by itself: miniflux lora convert" if is_lora(source) else ""
+
+
+def _each_once(path: Path, found: list[Input], left_out: dict[str, str]) -> list[Input]:
+    """Of a network that is there twice, as in published repositories, the more precise file; if they are equal."""
+    kept: dict[type[nn.Module], Input] = {}
+    for part in found:
+        kind = type(part.network)
+        known = kept.setdefault(kind, part)
+        if known is part:
+            continue
+        if not _equal(known, part):
+            raise CheckpointError(
+                f"{path}: holds the {part.word} twice, {known.source} and {part.source}, which differ; the result has "
+                "one: give a folder without the other, or the file itself"
+            )
+        first, second = sorted((known, part), key=lambda one: -_bytes(one))
+        left_out[str(second.source)] = f"the same {part.word} as {first.source}"
+        told = first if first.config or not first.untold else replace(second, source=first.source)
+        kept[kind] = replace(first, network=told.network, config=first.config or second.config, untold=told.untold)
+    return sorted(kept.values(), key=lambda part: list(WORDS).index(type(part.network)))
+
+
+def _bytes(part: Input) -> int:
+    return sum(entry.size for entry in part.source.entries.values())
+
+
+def _equal(a: Input, b: Input) -> bool:
+    """Whether two files hold the same network, one perhaps rounded to the dtype of the other."""
+    if {k: tuple(t.shape) for k, t in a.network.state_dict().items()} != {
+        k: tuple(t.shape) for k, t in b.network.state_dict().items()
+    }:
+        return False
+    tables = origins(a.network, a.layout), origins(b.network, b.layout)
+    for key, tensor in a.network.state_dict().items():
+        pair = [fetch(one.source, table[key], tuple(tensor.shape)) for one, table in zip((a, b), tables, strict=True)]
+        narrow = min((one.dtype for one in pair), key=lambda dtype: (dtype.itemsize, str(dtype)))
+        if not torch.equal(*(one.to(narrow).float() for one in pair)):
+            return False
+    return True
+
+
+def _input(kind: type[nn.Module], source: TensorSource, path: Path, model: Model | None, together: bool) -> Input:
+    entries = contents_of(source).entries
+    metadata = {
+        key: value for key, value in source.metadata.items() if key not in NOT_CARRIED and not key.startswith(GGUF_OWN)
+    }
+    place = model.path.parent if model else path
+    own = model is not None and (place != path or len(source.files) > 1 or (place / "config.json").is_file())
+    beside = place / "config.json" if own and not together and (place / "config.json").is_file() else None
+    try:
+        if kind is Flux1:
+            config: Any = flux1_config(entries, source.metadata, axes_beside(place) if beside else None, to_run=False)
+            untold = ""
+        else:
+            config, untold = _config(kind, source, beside.parent if beside else None)
+    except CheckpointError as error:
+        said = str(error)
+        raise CheckpointError(said if str(place) in said else f"{source}: {error}") from error
+    network = bare(kind, config)
+    others = {"axes_dim", *HEADER.values()} - set(own_header := in_header(network))
+    metadata = {key: value for key, value in metadata.items() if key not in others}  # of networks in the same file
+    if not untold:
+        metadata |= own_header
+    in_folder = place != path and not together
+    return Input(network, source, plan_for(network, source).layout, in_folder, together, metadata, beside, untold)
+
+
+def _config(kind: type[nn.Module], source: TensorSource, folder: Path | None) -> tuple[Any, str]:
+    """The config of an autoencoder or text encoder, and what of it is guessed."""
+    getters: dict[type[nn.Module], Any] = {
+        Autoencoder: lambda v: v.autoencoder,
+        ClipTextEncoder: lambda v: v.clip,
+        T5Encoder: lambda v: v.t5,
+    }
+    known: list[Any] = [getters[kind](variant) for variant in VARIANTS.values()]
+    entries = contents_of(source).entries
+    if HEADER[type(known[0])] in source.metadata:
+        return config_in(entries, source.metadata, known[0]), ""
+    if folder is not None and kind is Autoencoder:
+        return autoencoder_config(folder, known[0]), ""
+    if folder is not None:
+        return text_config(folder, ClipTextConfig if kind is ClipTextEncoder else T5Config, known[0]), ""
+    for config in known:
+        if config_in(entries, {}, config) == config:
+            return config, ""
+    what = {Autoencoder: "the scale of its latents", ClipTextEncoder: "the number of its heads"}
+    return config_in(entries, {}, known[0]), what.get(kind, "")
