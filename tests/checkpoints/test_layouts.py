@@ -144,7 +144,8 @@ def test_every_row_of_a_table_is_used(build: type[nn.Module]) -> None:
     config = {Flux1: FLUX1, Autoencoder: AUTOENCODER, ClipTextEncoder: CLIP, T5Encoder: T5, TinyDecoder: TINY}[build]
     module = meta(build, config)
     for layout, rows in TABLES[build].items():
-        theirs = [key for origin in origins(module, layout).values() for key in origin.keys]
+        found = origins(module, layout).values()
+        theirs = [key for origin in found for key in origin.keys if origin.how not in ("second third", "last third")]
         assert len(theirs) == len(set(theirs))
         for row in rows:
             with pytest.MonkeyPatch.context() as patch:

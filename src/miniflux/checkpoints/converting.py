@@ -19,7 +19,7 @@ from miniflux.checkpoints.files import TensorSource, fresh
 from miniflux.checkpoints.formats import Format
 from miniflux.checkpoints.formats.ggml import Ggml
 from miniflux.checkpoints.formats.reading import contents_of
-from miniflux.checkpoints.layouts import ALL_IN_ONE, DIFFUSERS, ORIGINAL, hidden_size, layouts_of, to_theirs
+from miniflux.checkpoints.layouts import ALL_IN_ONE, DIFFUSERS, OPENAI, ORIGINAL, hidden_size, layouts_of, to_theirs
 from miniflux.checkpoints.loading import compare, fetch, is_finite
 from miniflux.checkpoints.moving import moved
 from miniflux.checkpoints.outputs import Output, extras, names_file, outputs
@@ -218,6 +218,10 @@ def _targets(part: Input, layout: str | None, encoding: Encoding | None, gguf: b
         raise CheckpointError(str(report))
     if layout is None:
         after = ALL_IN_ONE if report.layout == ALL_IN_ONE or part.together else report.layout
+        after = ORIGINAL if after == OPENAI else after
+    elif layout == OPENAI:
+        written = ", ".join((ORIGINAL, DIFFUSERS, ALL_IN_ONE))
+        raise InputError(f"the layout {OPENAI!r} is read, not written; written are {written}")
     elif layout == DIFFUSERS and DIFFUSERS not in layouts_of(part.network):
         after = ORIGINAL  # of the text encoders: diffusers' folders hold them so
     else:

@@ -24,10 +24,11 @@ from miniflux.models.flux1 import Flux1
 from miniflux.models.t5 import T5Encoder
 from miniflux.models.tiny_autoencoder import TinyDecoder
 
-How = Literal["same", "rows", "swap halves", "1x1", "packed"]
-"""same: equal. rows: theirs stacked along the output rows are ours. swap halves: the two halves of the rows change
-places. 1x1: theirs is the weight of a linear, ours of a 1x1 convolution (and the biases are equal). packed: a part of a
-packed weight, equal and always in its own dtype."""
+How = Literal["same", "rows", "first third", "second third", "last third", "swap halves", "1x1", "packed"]
+"""same: equal. rows: theirs stacked along the output rows are ours. first third and so on: ours are these rows of
+theirs. swap halves: the two halves of the rows change places. 1x1: theirs is the weight of a linear, ours of a 1x1
+convolution (and the biases are equal). packed: a part of a packed weight, equal and always in its own dtype."""
+THIRDS: dict[How, int] = {"first third": 0, "second third": 1, "last third": 2}
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,23 @@ T5_LLAMA_CPP = [
     _row("encoder.block.{i}.layer.1.DenseReluDense.wo.*", "enc.blk.{i}.ffn_down.*"),
 ]
 
-ORIGINAL, DIFFUSERS, ALL_IN_ONE = "original", "diffusers", "all-in-one"
+# CLIP as OpenAI published it, and as open_clip still names it (`clip/model.py` of openai/CLIP): q, k and v are one.
+CLIP_OPENAI = [
+    _row("text_model.embeddings.token_embedding.*", "token_embedding.*"),
+    _row("text_model.embeddings.position_embedding.weight", "positional_embedding"),
+    _row("text_model.final_layer_norm.*", "ln_final.*"),
+    *(
+        _row(f"text_model.encoder.layers.{{i}}.self_attn.{x}_proj.*", "transformer.resblocks.{i}.attn.in_proj_*", how=n)
+        for x, n in zip("qkv", THIRDS, strict=True)
+    ),
+    _row("text_model.encoder.layers.{i}.self_attn.out_proj.*", "transformer.resblocks.{i}.attn.out_proj.*"),
+    _row("text_model.encoder.layers.{i}.layer_norm1.*", "transformer.resblocks.{i}.ln_1.*"),
+    _row("text_model.encoder.layers.{i}.layer_norm2.*", "transformer.resblocks.{i}.ln_2.*"),
+    _row("text_model.encoder.layers.{i}.mlp.fc1.*", "transformer.resblocks.{i}.mlp.c_fc.*"),
+    _row("text_model.encoder.layers.{i}.mlp.fc2.*", "transformer.resblocks.{i}.mlp.c_proj.*"),
+]
+
+ORIGINAL, DIFFUSERS, ALL_IN_ONE, OPENAI = "original", "diffusers", "all-in-one", "openai"
 
 # Behind what ComfyUI's all-in-one files keep each network; of other spellings see `prefixes.py`.
 PREFIXES: dict[type[nn.Module], str] = {
@@ -152,6 +169,7 @@ TABLES: dict[type[nn.Module], dict[str, list[Row]]] = {
     Autoencoder: {DIFFUSERS: _autoencoder_rows(), **_behind(Autoencoder)},
     ClipTextEncoder: {
         "without prefix": [_row("text_model.**", "**")],  # as newer transformers name it in memory
+        OPENAI: CLIP_OPENAI,
         **_behind(ClipTextEncoder),
     },
     T5Encoder: {
@@ -181,21 +199,29 @@ REDUNDANT: dict[type[nn.Module], dict[str, str]] = {
         "text_projection.weight": "FLUX takes the pooled vector before CLIP's projection",
         "logit_scale": "only for comparing with images",
         "visual_projection.weight": "belongs to CLIP's image encoder",
+        "embeddings.position_ids": "the numbers 0, 1, 2 ...",
+        "text_projection": "FLUX takes the pooled vector before CLIP's projection",
+        "attn_mask": "no token looks at later ones",
+        **dict.fromkeys(("input_resolution", "context_length", "vocab_size"), "a size, which the shapes tell"),
     },
     T5Encoder: {
         "encoder.embed_tokens.weight": "a second copy of shared.weight",
         "logit_scale": "ComfyUI writes it with every text encoder; only CLIP has one",
+        "output.weight": "belongs to T5's decoder",
     },
     TinyDecoder: dict.fromkeys(_TINY_ENCODER, "previews only decode"),
 }
-VISION = "vision_model."  # what the other half of whole CLIP files begins with
+# What the other half of whole files begins with: transformers', OpenAI's and llama.cpp's names.
+OTHER_HALVES: dict[type[nn.Module], tuple[tuple[str, ...], str]] = {
+    ClipTextEncoder: (("vision_model.", "visual."), "belongs to CLIP's image encoder"),
+    T5Encoder: (("decoder.", "lm_head.", "dec."), "belongs to T5's decoder"),
+}
 
 
 def why_redundant(kind: type[nn.Module], key: str) -> str | None:
     """Why a network does not need a tensor that files of it carry; None if nothing is known of it."""
-    if kind is ClipTextEncoder and key.startswith(VISION):
-        return "belongs to CLIP's image encoder"
-    return REDUNDANT.get(kind, {}).get(key)
+    begins, why = OTHER_HALVES.get(kind, ((), ""))
+    return why if begins and key.startswith(begins) else REDUNDANT.get(kind, {}).get(key)
 
 
 @dataclass(frozen=True)
@@ -280,6 +306,8 @@ def stacked_rows(count: int, total: int, hidden: int) -> list[int]:
 
 def their_shape_fits(shapes: Sequence[tuple[int, ...]], how: How, target: tuple[int, ...], hidden: int) -> bool:
     """Whether tensors of these shapes make one of shape `target`."""
+    if how in THIRDS:
+        return bool(target) and shapes[0] == (3 * target[0], *target[1:])
     if how == "rows":
         return list(shapes) == [(rows, *target[1:]) for rows in stacked_rows(len(shapes), target[0], hidden)]
     if how == "1x1":  # some files keep the convolution's two trailing axes
@@ -291,6 +319,8 @@ def to_ours(parts: Sequence[Tensor], how: How, target: tuple[int, ...]) -> Tenso
     """Their tensors -> ours. A view wherever possible."""
     if how == "rows":
         return torch.cat(list(parts))
+    if how in THIRDS:
+        return parts[0].chunk(3)[THIRDS[how]]
     if how == "swap halves":
         return torch.cat(parts[0].chunk(2)[::-1])
     return parts[0].view(target)
@@ -317,7 +347,11 @@ def from_layout(module: nn.Module, tensors: Mapping[str, Tensor], layout: str) -
 def to_layout(module: nn.Module, tensors: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
     """The inverse of `from_layout`."""
     result: dict[str, Tensor] = {}
+    thirds: dict[str, dict[int, Tensor]] = {}
     for key, origin in origins(module, layout).items():
+        if origin.how in THIRDS:
+            thirds.setdefault(origin.keys[0], {})[THIRDS[origin.how]] = tensors[key]
+            continue
         parts = to_theirs(tensors[key], origin.how, len(origin.keys), hidden_size(module))
         result.update(zip(origin.keys, parts, strict=True))
-    return result
+    return result | {key: torch.cat([rows[n] for n in sorted(rows)]) for key, rows in thirds.items()}

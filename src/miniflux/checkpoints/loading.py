@@ -21,6 +21,7 @@ from miniflux.checkpoints.layouts import (
     ALL_IN_ONE,
     ORIGINAL,
     PREFIXES,
+    THIRDS,
     Origin,
     detect,
     hidden_size,
@@ -315,16 +316,17 @@ def _fill(source: TensorSource, origin: Origin, out: Tensor) -> None:
             _fill(source, Origin((key,), "same"), part)
         return
     (key,) = origin.keys
+    first = THIRDS.get(origin.how, 0) * out.numel()
     stored = contents_of(source).of(key) if origin.how != "packed" else None
     if stored is not None:
         stored.unpack(parts_of(source, key.removesuffix(".weight"), stored), out.view(stored.shape))
     elif isinstance(source, GivenTensors):
-        out.copy_(source[key].view(out.shape))
+        out.copy_(source[key].reshape(-1)[first : first + out.numel()].view(out.shape))
     elif source.entries[key].dtype == out.dtype and out.device.type == "cpu":
-        source.read(key, out)
+        source.read(key, out, first)
     else:  # not from the mapped file, whose pages would stay in memory
         moved = fresh(out.shape, source.entries[key].dtype)
-        source.read(key, moved)
+        source.read(key, moved, first)
         out.copy_(moved)
     if origin.how == "swap halves":
         out.copy_(to_ours([out], origin.how, tuple(out.shape)))

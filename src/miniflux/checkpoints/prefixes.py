@@ -28,7 +28,7 @@ from miniflux.models.tiny_autoencoder import TinyDecoder
 SIGNS: list[tuple[type[nn.Module], tuple[str, ...]]] = [
     (Flux1, ("img_in.weight", "x_embedder.weight")),
     (Autoencoder, ("decoder.conv_in.weight",)),
-    (ClipTextEncoder, ("text_model.final_layer_norm.weight", "embeddings.token_embedding.weight")),
+    (ClipTextEncoder, ("text_model.final_layer_norm.weight", "embeddings.token_embedding.weight", "ln_final.weight")),
     (T5Encoder, ("encoder.final_layer_norm.weight", "enc.output_norm.weight")),
 ]
 TINY_SIGNS = ("3.conv.0.weight", "decoder.layers.2.conv.0.weight")  # never behind a prefix: too short to tell

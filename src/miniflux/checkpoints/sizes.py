@@ -124,17 +124,28 @@ def _autoencoder(shapes: Shapes, default: AutoencoderConfig) -> AutoencoderConfi
 
 
 def _clip(shapes: Shapes, default: ClipTextConfig) -> ClipTextConfig:
+    openai = "ln_final.weight" in shapes
     prefix = "text_model." if "text_model.final_layer_norm.weight" in shapes else ""
-    vocabulary, hidden = shapes[f"{prefix}embeddings.token_embedding.weight"]
+    tokens, positions, mlp, block = (
+        ("token_embedding.weight", "positional_embedding", "transformer.resblocks.0.mlp.c_fc", "transformer.resblocks")
+        if openai
+        else (
+            f"{prefix}embeddings.token_embedding.weight",
+            f"{prefix}embeddings.position_embedding.weight",
+            f"{prefix}encoder.layers.0.mlp.fc1",
+            f"{prefix}encoder.layers",
+        )
+    )
+    vocabulary, hidden = shapes[tokens]
     same = hidden == default.hidden_size
     return replace(
         default,
         vocab_size=vocabulary,
         hidden_size=hidden,
-        intermediate_size=shapes[f"{prefix}encoder.layers.0.mlp.fc1.weight"][0],
-        num_hidden_layers=_count(shapes, rf"{re.escape(prefix)}encoder\.layers\.(\d+)\."),
+        intermediate_size=shapes[f"{mlp}.weight"][0],
+        num_hidden_layers=_count(shapes, rf"{re.escape(block)}\.(\d+)\."),
         num_attention_heads=default.num_attention_heads if same else 1,
-        max_position_embeddings=shapes[f"{prefix}embeddings.position_embedding.weight"][0],
+        max_position_embeddings=shapes[positions][0],
         eos_token_id=default.eos_token_id if vocabulary == default.vocab_size else vocabulary - 1,
     )
 
