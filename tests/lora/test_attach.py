@@ -429,7 +429,8 @@ PEFT = "transformer.single_transformer_blocks.0.proj_out", "transformer.single_t
 CONFIGS: list[tuple[dict[str, Any], tuple[float, float]]] = [
     ({"r": 4, "lora_alpha": 2}, (0.5, 0.5)),
     ({"r": 4, "lora_alpha": 2, "alpha_pattern": {"single_transformer_blocks.1.proj_out": 6.0}}, (0.5, 1.5)),
-    ({"r": 4, "lora_alpha": 2, "alpha_pattern": {"proj_out": 1, "1.proj_out": 8}}, (0.25, 2.0)),
+    ({"r": 4, "lora_alpha": 2, "alpha_pattern": {"proj_out": 1, "1.proj_out": 8}}, (0.25, 0.25)),
+    ({"r": 4, "lora_alpha": 2, "alpha_pattern": {"1.proj_out": 8, "proj_out": 1}}, (0.25, 2.0)),
     ({"r": 4, "lora_alpha": 2, "use_rslora": True}, (1.0, 1.0)),
     ({"r": 9, "lora_alpha": 2, "rank_pattern": {"proj_out": 4}, "use_rslora": True}, (1.0, 1.0)),
     ({"r": 4, "lora_alpha": 2, "use_rslora": False, "alpha_pattern": {}}, (0.5, 0.5)),

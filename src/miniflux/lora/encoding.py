@@ -301,7 +301,9 @@ def _form(change: Change, endings: Mapping[str, str], name: str) -> dict[str, Te
             raise _Inexact(f"{name} has no Kronecker products (LoKr)")
         first = {"lokr_w1": change.w1} if change.w1_b is None else {"lokr_w1_a": change.w1, "lokr_w1_b": change.w1_b}
         second = {"lokr_w2": change.w2} if change.w2_b is None else {"lokr_w2_a": change.w2, "lokr_w2_b": change.w2_b}
-        alpha = torch.tensor(change.factor * max(1, change.rank), dtype=torch.float32)
+        if not change.rank and change.factor != 1:  # beside whole factors alpha does not count
+            first["lokr_w1"] = change.w1.float() * change.factor
+        alpha = torch.tensor(change.factor * change.rank if change.rank else 1.0, dtype=torch.float32)
         return {**first, **second, "alpha": alpha, **bias}
     if isinstance(change, Hadamard) and "hada_w1_a" in endings:
         alpha = torch.tensor(change.factor * change.rank, dtype=torch.float32)

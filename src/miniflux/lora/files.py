@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,10 +11,10 @@ import torch
 from torch import Tensor
 
 from miniflux.checkpoints.files import TensorSource, open_tensors
-from miniflux.checkpoints.jsonfiles import json_file, json_of
 from miniflux.checkpoints.loading import is_finite
-from miniflux.errors import CheckpointError, LoraError
+from miniflux.errors import LoraError
 from miniflux.lora.dialects import Place, recognise
+from miniflux.lora.stated import Stated, config_beside
 
 Form = Literal["LoRA", "LoHa", "LoKr", "diff", "replace"]
 
@@ -27,14 +26,11 @@ FORMS: dict[Form, tuple[set[str], set[str]]] = {
         set(),
         {"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "alpha", "bias", "magnitude"},
     ),
-    "diff": (set(), {"diff", "bias"}),
+    "diff": (set(), {"diff", "bias", "alpha"}),
     "replace": ({"replace"}, set()),
 }
 WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)  # that an alpha or a shape may be stored in
 UP_BIAS = ".lora_B.bias"
-PEFT_METADATA = "lora_adapter_metadata"  # header entry of diffusers: JSON with PEFT's config per network
-PEFT_CONFIG = "adapter_config.json"  # beside the file, as PEFT itself saves it
-PEFT_PREFIXES = {"transformer": "transformer", "clip": "text_encoder", "t5": "text_encoder_2"}
 
 
 @dataclass(frozen=True)
@@ -93,16 +89,19 @@ def read(path_or_tensors: str | Path | Mapping[str, Tensor]) -> LoraFile:
         path = Path(path_or_tensors)
         source = open_tensors(path)
         metadata, name = source.metadata, str(path)
-        config = _peft_config(path if path.is_dir() else path.parent, path)
+        config = config_beside(path if path.is_dir() else path.parent, path)
     try:
         found = recognise(list(source))
     except LoraError as error:
         raise LoraError(f"{name}: {error}") from error
-    said = _StatedAlphas(metadata, config)
+    stated = Stated(name, metadata, config)
     groups: list[Group] = []
     for module, (place, keys) in sorted(found.groups.items()):
-        tensors = {what: source[key] for what, key in keys.items()}
+        form = _form(name, module, keys)
+        tensors = {what: source[key] for what, key in keys.items() if what != "alpha" or has_rank(keys)}
         for what, key in keys.items():
+            if what not in tensors:  # an alpha that does not count
+                continue
             whole = what in ("alpha", "reshape") and tensors[what].dtype in WHOLE
             if not tensors[what].is_floating_point() and not whole:
                 raise LoraError(f"{name}: {key} has the dtype {_named(tensors[what])}; expected floating-point numbers")
@@ -110,9 +109,12 @@ def read(path_or_tensors: str | Path | Mapping[str, Tensor]) -> LoraFile:
                 raise LoraError(f"{name}: {key} holds numbers that are not finite (NaN or infinite)")
             if not tensors[what].numel():
                 raise LoraError(f"{name}: {key} holds no numbers: its shape is {list(tensors[what].shape)}")
-        form = _form(name, module, keys)
         _check_ranks(name, module, form, tensors)
-        factor = _factor(name, module, form, tensors, said(place, module))
+        rank = _rank_of(tensors)
+        factor = _factor(name, module, rank, tensors.get("alpha"))
+        if factor is None:
+            factor = stated.factor(place.network, module, form, rank)
+        factor = 1.0 if factor is None else factor
         kept = {what: tensor for what, tensor in tensors.items() if what not in ("alpha", "reshape")}
         if "reshape" in tensors and not tensors["reshape"].is_meta:
             wanted, shape = tensors["reshape"].flatten().tolist(), shape_of(kept)
@@ -121,6 +123,7 @@ def read(path_or_tensors: str | Path | Mapping[str, Tensor]) -> LoraFile:
         if factor != 1 and keys.get("bias", "").endswith(UP_BIAS):  # the bias of the up projection: scaled with it
             kept["bias"] = kept["bias"].float() * factor
         groups.append(Group(module, place, form, kept, factor, dict(keys)))
+    stated.warn_of_idle_patterns()
     return LoraFile(name, found.dialect, groups, found.unmatched)
 
 
@@ -143,7 +146,7 @@ def _form(name: str, module: str, keys: Mapping[str, str]) -> Form:
         "diff": {"diff"},
     }
     forms: list[Form] = [form for form, marks in own.items() if marks & present]
-    if not forms and present == {"bias"}:
+    if not forms and present - {"alpha"} == {"bias"}:
         forms = ["diff"]
     if len(forms) != 1:
         what = " and ".join(forms) if forms else f"only {', '.join(sorted(present))}"
@@ -185,81 +188,34 @@ def _check_ranks(name: str, module: str, form: Form, tensors: Mapping[str, Tenso
             )
 
 
-def _rank_of(form: Form, tensors: Mapping[str, Tensor]) -> int | None:
+RANKED = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
+
+
+def has_rank(present: Collection[str]) -> bool:
+    """Whether the tensors of a module have a rank. Where they have none (whole factors of a Kronecker product, whole
+    differences), alpha does not count, as in LyCORIS, which writes one all the same: whatever stands there."""
+    return any(what in present for what in RANKED)
+
+
+def _rank_of(tensors: Mapping[str, Tensor]) -> int | None:
     """The rank that alpha is divided by; None where alpha does not count."""
-    for what in ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
-        if what in tensors:
-            return tensors[what].shape[0]
-    return None
+    return next((tensors[what].shape[0] for what in RANKED if what in tensors), None)
 
 
-def _factor(name: str, module: str, form: Form, tensors: Mapping[str, Tensor], said: float | None) -> float:
-    """alpha / rank. Without an alpha, alpha is the rank; whole Kronecker factors have no rank and ignore theirs.
+def _factor(name: str, module: str, rank: int | None, alpha: Tensor | None) -> float | None:
+    """alpha / rank; None where the tensors do not say.
 
     Raises:
-        LoraError: alpha is zero, not a number, or not a single one.
+        LoraError: alpha is zero, or not a single number.
     """
-    rank, alpha = _rank_of(form, tensors), tensors.get("alpha")
     if alpha is not None and alpha.numel() != 1:
         raise LoraError(f"{name}: the alpha of {module} has the shape {list(alpha.shape)}; expected one number")
-    if alpha is None or alpha.is_meta:
-        return 1.0 if said is None or rank is None else said / rank
+    if alpha is None or alpha.is_meta or rank is None:
+        return None
     value = float(alpha)
     if value == 0:
         raise LoraError(f"{name}: the alpha of {module} is 0: the change would do nothing")
-    return 1.0 if rank is None else value / rank
-
-
-def _peft_config(folder: Path, path: Path) -> dict[str, Any] | None:
-    """PEFT's own config, if it lies beside a file that PEFT named."""
-    file = folder / PEFT_CONFIG
-    if not file.is_file() or not (path.is_dir() or path.name.startswith("adapter_model")):
-        return None
-    return _object(str(file), json_file(file))
-
-
-def _object(what: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{what} is not a JSON object")
-    return value
-
-
-class _StatedAlphas:
-    """Alphas that stand in the header, or in PEFT's config: (place, module) -> alpha, or None."""
-
-    def __init__(self, metadata: Mapping[str, str], config: dict[str, Any] | None) -> None:
-        self.configs: dict[str, dict[str, Any]] = {}
-        if config is not None:
-            self.configs["transformer"] = config
-        if PEFT_METADATA in metadata:
-            what = f"the header's {PEFT_METADATA}"
-            for key, value in _object(what, json_of(metadata[PEFT_METADATA].encode(), what)).items():
-                network, dot, field = key.partition(".")
-                if dot:
-                    self.configs.setdefault(network, {})[field] = value
-
-    def __call__(self, place: Place, module: str) -> float | None:
-        config = self.configs.get(PEFT_PREFIXES[place.network])
-        if config is None:
-            return None
-        alpha = _patterned(config.get("alpha_pattern"), module, config.get("lora_alpha"))
-        if alpha is None:
-            return None
-        if not isinstance(alpha, (int, float)) or not math.isfinite(alpha) or alpha == 0:
-            raise LoraError(f"the lora_alpha of {module} in the file's metadata is {alpha!r}; expected a number, not 0")
-        rank = _patterned(config.get("rank_pattern"), module, config.get("r"))
-        if config.get("use_rslora") and isinstance(rank, int) and rank > 0:
-            return float(alpha) * math.sqrt(rank)  # divided by the rank later: alpha / sqrt(rank) in all
-        return float(alpha)
-
-
-def _patterned(patterns: Any, module: str, default: Any) -> Any:
-    """PEFT's per-module values: the longest pattern that the module's name ends with, else the default."""
-    if isinstance(patterns, dict):
-        fitting = [p for p in patterns if isinstance(p, str) and (module == p or module.endswith("." + p))]
-        if fitting:
-            return patterns[max(fitting, key=len)]
-    return default
+    return value / rank
 
 
 def squeezed(tensor: Tensor) -> Tensor:

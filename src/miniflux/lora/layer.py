@@ -268,7 +268,8 @@ class Dense(Change):
 class Magnitude(Change):
     """DoRA (arXiv 2402.09353, section 4.1): W + dW, scaled so that its rows, or its columns, have given norms.
 
-    The scale of the user goes from the layer as it was (0) to the one that was trained (1) in a straight line.
+    The scale of the user goes from the layer as it was (0) to the one that was trained (1) in a straight line. A row or
+    column of zeros has no direction: it stays what W + dW is.
 
     Args:
         inner: the change of direction.
@@ -287,18 +288,24 @@ class Magnitude(Change):
         self.inner = inner
         axis = 0 if self.by_column else 1
         wanted = magnitude.flatten()
-        norms = torch.linalg.vector_norm(weight.float() + inner.delta(weight), dim=axis)
-        self.keep(magnitude=magnitude, stretch=wanted.float() / norms)
+        changed = weight.float() + inner.delta(weight)
+        # In parts of the largest number, because the squares of the smallest ones are nothing in float32.
+        peaks = changed.abs().amax(dim=axis, keepdim=True)
+        parts = changed / torch.where(peaks == 0, 1.0, peaks)
+        norms = torch.linalg.vector_norm(parts, dim=axis) * peaks.squeeze(axis)
+        stretch = wanted.float() / norms
+        self.keep(magnitude=magnitude, stretch=torch.where(stretch.isfinite(), stretch, 1.0))
 
     @property
     def rank(self) -> int:
         return self.inner.rank
 
     def forward(self, x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
-        stretch = self.stretch.to(x.dtype)
         if self.by_column:
-            return base(x * stretch) + self.inner(x * stretch, base) - base(x)
-        return (stretch - 1) * base(x) + stretch * self.inner(x, base)
+            stretched = x * self.stretch.to(x.dtype)
+            return base(stretched) + self.inner(stretched, base) - base(x)
+        # In float32: a row of very small numbers may be stretched beyond the range of float16.
+        return ((self.stretch - 1) * base(x) + self.stretch * self.inner(x, base)).to(x.dtype)
 
     def delta(self, weight: Tensor | None = None) -> Tensor:
         assert weight is not None, "what DoRA changes depends on the layer's weight"
