@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from miniflux.checkpoints import FORMATS, convert, load_into, open_tensors, save, save_all_in_one, to_layout
+from miniflux.checkpoints import FORMATS, convert, inspect, load_into, open_tensors, save, save_all_in_one, to_layout
 from miniflux.checkpoints.formats.ggml import BLOCKS
 from miniflux.checkpoints.layouts import ALL_IN_ONE
 from miniflux.checkpoints.quantized import QuantizedLinear
@@ -569,3 +569,18 @@ def test_some_rows_of_a_packed_weight(name: str, monkeypatch: pytest.MonkeyPatch
     pieces = [unpacked(stored, parts, some) for some in rows(weight.shape)]
     assert len(pieces) == 4
     assert torch.equal(torch.cat(pieces), form.unpack(parts))
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp8", "fp8_e4m3", "nvfp4_comfy", "int8", "float16", "Q4_K", "Q8_0", "IQ4_XS"])
+def test_inspect_prints_names_that_are_accepted(name: str, tmp_path: Path) -> None:
+    """What it says of a file can be given to `--format`, and what files and people call it, too."""
+    if name in BLOCKS:
+        pytest.importorskip("gguf")
+    save(WIDE, tmp_path / "source.safetensors")
+    path = tmp_path / f"a{ending(name)}"
+    convert(tmp_path / "source.safetensors", path, format=name)
+    line = next(line for line in str(inspect(path)).splitlines() if line.startswith("  format"))
+    said = line.split()[1].removesuffix(":")
+    assert find_format(said) == find_format(name)
+    assert find_format(inspect(path).parts[0].format) == find_format(name)
+    assert all(find_format(label) for label in inspect(path).parts[0].formats)

@@ -20,6 +20,7 @@ from miniflux.checkpoints.loading import bare, compare, is_finite
 from miniflux.checkpoints.others import Found, count_blocks, foreign_packing, others_in
 from miniflux.checkpoints.prefixes import network_of, parts_of
 from miniflux.checkpoints.report import LoadReport
+from miniflux.checkpoints.targets import accepted
 from miniflux.errors import CheckpointError, ConfigError, LoraError
 from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.clip import ClipTextEncoder
@@ -36,7 +37,7 @@ FOLDERS: dict[str, type[nn.Module]] = {
     "text_encoder": ClipTextEncoder,
     "text_encoder_2": T5Encoder,
 }
-WORDS = {
+WORDS: dict[type[nn.Module], str] = {
     Flux1: "transformer",
     Autoencoder: "autoencoder",
     ClipTextEncoder: "CLIP text encoder",
@@ -75,16 +76,22 @@ class Part:
     problems: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        formats = ", ".join(f"{count} x {name}" for name, count in self.formats.items())
+        formats = ", ".join(f"{count} x {_written(name)}" for name, count in self.formats.items())
         lines = [
             f"{self.path}",
             f"  network     {self.network}",
             f"  variant     {self.variant}",
             f"  layout      {self.layout}",
-            f"  format      {self.format} ({formats})",
+            f"  format      {_written(self.format)} ({formats})",
             f"  size        {self.tensors} tensors, {self.parameters:,} parameters, {self.bytes:,} bytes",
         ]
         return "\n".join(lines + [f"  problem     {problem}" for problem in self.problems])
+
+
+def _written(called: str) -> str:
+    """A format by the name that `convert` takes, and what it is called, where that is another one."""
+    name = accepted(called)
+    return called if name in (None, called) else f"{name}: {called}"
 
 
 @dataclass(frozen=True)

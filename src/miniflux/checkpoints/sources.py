@@ -196,10 +196,15 @@ def _config(kind: type[nn.Module], source: TensorSource, folder: Path | None) ->
         return config_in(entries, source.metadata, known[0]), ""
     if folder is not None and kind is Autoencoder:
         return autoencoder_config(folder, known[0]), ""
+    if folder is not None and kind is ClipTextEncoder:
+        return text_config(folder, ClipTextConfig, known[0]), ""
     if folder is not None:
-        return text_config(folder, ClipTextConfig if kind is ClipTextEncoder else T5Config, known[0]), ""
+        return text_config(folder, T5Config, known[0]), ""
     for config in known:
         if config_in(entries, {}, config) == config:
             return config, ""
-    what = {Autoencoder: "the scale of its latents", ClipTextEncoder: "the number of its heads"}
+    what: dict[type[nn.Module], str] = {
+        Autoencoder: "the scale of its latents",
+        ClipTextEncoder: "the number of its heads",
+    }
     return config_in(entries, {}, known[0]), what.get(kind, "")

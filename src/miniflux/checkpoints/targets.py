@@ -14,6 +14,7 @@ The modulation is packed, as in those files: it has a quarter of FLUX.1's weight
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -130,17 +131,32 @@ def writable() -> list[str]:
 
 
 def find_format(name: str) -> Encoding:
-    """A format by its name: upper or lower case, `fp8 scaled` or `fp8_scaled`, `fp8` and `bf16` for short.
+    """A format by its name: upper or lower case, `fp8 scaled` or `fp8_scaled`, `fp8` and `bf16` for short; or as people
+    and files call it, `bitsandbytes nf4`, `GGUF MOSTLY_Q4_K_S`.
 
     Raises:
         InputError: there is none of this name that can be written; the message lists those there are.
     """
-    plain = "_".join(name.lower().replace("-", " ").replace("_", " ").split())
+    plain = _plain(name)
     plain = ALIASES.get(plain, plain)
-    found = next((known for known in writable() if known.lower() == plain), None)
+    found = next((known for known in writable() if known.lower() == plain), None) or accepted(name)
     if found is None:
         raise InputError(f"unknown format {name!r}; written are {', '.join([*writable(), *ALIASES])}")
     return FLOATS.get(found) or FORMATS[found]
+
+
+def accepted(called: str) -> str | None:
+    """The name under which `find_format` knows what a file is called after; None if it is not written."""
+    plain = _plain(called)
+    names = {_plain(form.label): form.name for form in FORMATS.values()}
+    names |= {name.lower(): name for name in writable()}
+    names |= {"float8_e4m3fn": "fp8_e4m3", "float8_e5m2": "fp8_e5m2", **ALIASES}
+    inner = re.sub(r"^gguf_(mostly_|all_)?|(?<=_k)_[sml]$", "", plain)  # llama.cpp: Q4_K in its mixtures small to large
+    return names.get(plain) or names.get(inner)
+
+
+def _plain(name: str) -> str:
+    return "_".join(name.lower().replace("-", " ").replace("_", " ").split())
 
 
 def holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
