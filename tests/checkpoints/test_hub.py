@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -104,6 +105,22 @@ def test_a_variant_is_fetched_whole_and_loads(cache: Path, hub: Hub) -> None:
     assert find(TINY).transformer == folder / PATHS[0]
     assert miniflux.load("tiny").variant == TINY
     assert not hubs.plan(TINY).wanted and hubs.plan(TINY).bytes == 0
+
+
+def test_a_cache_without_links_is_complete(cache: Path, hub: Hub) -> None:
+    """As on Windows without developer mode: snapshots hold the files themselves, and nothing is fetched again."""
+    folder = hubs.fetch(hubs.plan(TINY))
+    for path in PATHS:
+        content = (folder / path).read_bytes()
+        (folder / path).unlink()
+        (folder / path).write_bytes(content)
+    shutil.rmtree(cache / "models--lab--tiny" / "blobs")
+    hub.asked.clear()
+    plan = hubs.plan(TINY)
+    assert not plan.wanted and plan.bytes == 0
+    assert hubs.fetch(plan) == folder and not hub.asked
+    (folder / PATHS[0]).unlink()
+    assert [file.path for file in hubs.plan(TINY).wanted] == [PATHS[0]]
 
 
 def test_the_cache_is_that_of_huggingface_hub(cache: Path, hub: Hub) -> None:
