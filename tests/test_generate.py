@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from miniflux.pipeline import Pipeline
 from miniflux.plan import levels_for
 from miniflux.result import Result, psnr, to_image
 from miniflux.sampling import SOLVERS, Moment, guide, initial_noise
+from miniflux.settings import read_picture
 
 PROMPT, OTHER = "a red circle on a blue background", "a green star on a white background"
 SMALL = {"width": 64, "height": 64}
@@ -284,3 +286,29 @@ def test_noise_left_in_the_picture_and_unlearned_sizes_are_said(
     caplog.clear()
     draw(pipe, steps=2)
     assert not caplog.records
+
+
+def test_half_characters_in_texts(pipe: Pipeline, tmp_path: Path) -> None:
+    """Joined where they belong together, else refused in a line; never an error of the tokenizers."""
+    whole = draw(pipe, "a \U0001f600 star, café", steps=1)
+    halves = draw(pipe, "a \ud83d\ude00 star, caf\udcc3\udca9", steps=1)
+    assert halves.settings[0]["prompt"] == whole.settings[0]["prompt"]
+    assert torch.equal(halves.latents, whole.latents)
+    assert read_picture(halves.save(tmp_path / "a.png")).requests[0].prompt == "a \U0001f600 star, café"
+    for given in ({"prompt": "a \ud800"}, {"prompt": ["a", "b\udce9"]}, {"negative": "\udfff", "guide": guide("cfg")}):
+        with pytest.raises(InputError, match="holds (half a character|the byte 0xe9)"):
+            draw(pipe, **{"prompt": PROMPT, **given})
+    with pytest.raises(InputError, match="must be a string"):
+        draw(pipe, [3])  # type: ignore[arg-type]
+
+
+def test_names_that_are_no_text_leave_the_picture_readable(pipe: Pipeline, tmp_path: Path) -> None:
+    """A LoRA's file may be named in bytes that are not UTF-8."""
+    made = draw(pipe, steps=1)
+    loras = [
+        {"name": "caf\udce9", "source": "caf\udce9.safetensors", "scale": 1.0, "scheduled": False, "merged": False}
+    ]
+    made.settings[0]["loras"] = loras
+    for name in ("a.png", "a.jpg", "a.webp"):
+        (use,) = read_picture(made.save(tmp_path / name)).requests[0].loras
+        assert use.file.startswith("caf") and use.file.endswith(".safetensors")

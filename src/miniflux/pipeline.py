@@ -42,12 +42,12 @@ from miniflux.plan import (
     Watcher,
     cache_for,
     check_called,
-    check_negative,
     check_resumed,
     guidance_for,
     guide_for,
     image_for,
     levels_for,
+    negative_for,
     prompts_for,
     seed_for,
     size_for,
@@ -221,7 +221,7 @@ class Pipeline:
         strength, shift = plain(strength), plain(shift)
         guide, cache = guide_for(guide), cache_for(self.variant, cache)
         check_called(progress=progress, callback=callback, watch=watch, run=run, attend=attend)
-        check_negative(negative, guide)
+        negative = negative_for(negative, guide)
         check_resumed(resume, stop, total, rows * columns)
         if check_cache and cache is None:
             raise InputError("check_cache compares with the run without a cache, and no cache is given")

@@ -28,6 +28,7 @@ from miniflux.sampling.checks import check_number, finite, several, shown, whole
 from miniflux.sampling.guidance import Cfg, Nag, Scale, named_guide
 from miniflux.sampling.latents import MAX_SEED, PATCH, PIXELS_PER_TOKEN
 from miniflux.sampling.schedules import SPACINGS, dynamic_shift, flux1_mu, static_shift, unshifted
+from miniflux.text.decoding import repaired
 from miniflux.variants import Variant
 
 log = logging.getLogger(__name__)
@@ -51,18 +52,15 @@ def prompts_for(prompt: str | Iterable[str]) -> list[str]:
     """One prompt or several - a list, tuple, array, generator - as a list of Python's own strings.
 
     Raises:
-        InputError: there is none, or one is no string.
+        InputError: there is none, or one is no string or holds half a character.
     """
     several = [prompt] if isinstance(prompt, str) else prompt
     if isinstance(several, (bytes, Mapping, AbstractSet)) or not isinstance(several, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError(f"prompt must be a string or a list of strings, got {shown(several)}")
     prompts = list(several)
-    for text in prompts:
-        if not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise InputError(f"a prompt must be a string, got {shown(text)}")
     if not prompts:
         raise InputError("prompt must be a string or a list of at least one, got an empty list")
-    return [str(text) for text in prompts]
+    return [str(repaired("a prompt", text)) for text in prompts]
 
 
 def seed_for(seed: int, total: int) -> int:
@@ -102,14 +100,17 @@ def variation_for(variation: tuple[int, float] | None, total: int) -> tuple[int,
     return whole("the seed of variation", seed, 0, MAX_SEED + 1 - total), amount
 
 
-def check_negative(negative: str | None, guide: Cfg | None) -> None:
-    """Raises InputError unless it is a string for a guide to read, or None."""
-    if negative is not None and not isinstance(negative, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InputError(f"negative must be a string, got {shown(negative)}")
+def negative_for(negative: str | None, guide: Cfg | None) -> str | None:
+    """What a picture should not show, of whole characters.
+
+    Raises:
+        InputError: it is no string or holds half a character, or there is no guide to read it.
+    """
     if negative is not None and guide is None:
         raise InputError(
             f"negative {shown(negative)} has no effect without a guide, such as sampling.guide('cfg', scale=3)"
         )
+    return None if negative is None else repaired("negative", negative)
 
 
 def check_resumed(resume: Moment | None, stop: int | None, total: int, tokens: int) -> None:

@@ -33,6 +33,20 @@ def test_a_list_of_prompts() -> None:
             parse_prompts(text)
 
 
+def test_lists_of_prompts_in_files() -> None:
+    """Marks and encodings are not in the prompts; only LF, CR and both end a line."""
+    text = "a Wärter\r\nb\u2028still b\u0085and\x0bof\x0cb\x1cto\rc\n\n"
+    prompts = ["a Wärter", "b\u2028still b\u0085and\x0bof\x0cb\x1cto", "c"]
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32", "utf-16-le", "utf-16-be"):
+        assert parse_prompts(text.encode(encoding)) == prompts
+    assert parse_prompts(text) == parse_prompts("\ufeff" + text) == prompts
+    assert parse_prompts("a \ud83d\ude00\ncaf\udcc3\udca9") == ["a \U0001f600", "café"]
+    for given in ("façade".encode("cp1252"), b"a\0b", "a\0b", "a \ud800", b"", b"\xff\xfe"):
+        with pytest.raises(InputError, match="list of prompts"):
+            parse_prompts(given)
+    assert Axis.parse("prompt", "a\u2028b\r\nc").values == ("a\u2028b", "c")
+
+
 @pytest.mark.parametrize(
     ("setting", "text", "values"),
     [

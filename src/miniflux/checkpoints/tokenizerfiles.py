@@ -19,7 +19,7 @@ from tokenizers.models import Unigram
 from miniflux.checkpoints.folders import entries
 from miniflux.checkpoints.jsonfiles import json_file
 from miniflux.errors import CheckpointError
-from miniflux.text.tokenizers import CLIP_END, CLIP_START, T5_END, T5_PAD, T5_UNKNOWN
+from miniflux.text.special import CLIP_END, CLIP_START, T5_END, T5_PAD, T5_UNKNOWN
 
 Content = Path | str | dict[str, Any]
 """A file to be copied, a text, or what becomes JSON."""

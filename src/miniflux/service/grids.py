@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 from miniflux.errors import InputError
 from miniflux.result import Result, checked_output, labelled, save_picture
 from miniflux.settings import Request, strict
+from miniflux.text.decoding import decoded, repaired
 
 MAX_CELLS = 256
 SETTINGS = (
@@ -21,15 +23,22 @@ SETTINGS = (
 """Fields of `Request` that an axis may vary, beside `lora`, `lora N` and `guide.FIELD`."""
 
 
-def parse_prompts(text: str) -> list[str]:
-    """One prompt per line; empty lines do not count.
+def parse_prompts(given: str | bytes) -> list[str]:
+    """One prompt per line; empty lines do not count. Lines end at LF, CR or both, and at nothing else.
+
+    Args:
+        given: a text; or what is in a file, in UTF-8, or in UTF-16 or UTF-32 with or without a mark (BOM).
 
     Raises:
-        InputError: none, or more than `MAX_CELLS`.
+        InputError: no line, or more than `MAX_CELLS`; another encoding, NUL, or half a character.
     """
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    what = "the list of prompts"
+    text = decoded(what, given) if isinstance(given, bytes) else repaired(what, given).removeprefix("\ufeff")
+    prompts = [line.strip() for line in re.split("[\r\n]", text) if line.strip()]
     if not 0 < len(prompts) <= MAX_CELLS:
         raise InputError(f"a list of prompts has 1 to {MAX_CELLS} lines with text, got {len(prompts)}")
+    if "\0" in text:
+        raise InputError(f"{what}: holds NUL at place {text.index(chr(0))}, so it is no text")
     return prompts
 
 
@@ -67,7 +76,8 @@ class Axis:
         Raises:
             InputError: an unknown setting, or a value that is not of its kind.
         """
-        words = text.splitlines() if setting in ("prompt", "negative") else text.split(",")
+        text = repaired(setting, text)
+        words = re.split("\r\n|[\r\n]", text) if setting in ("prompt", "negative") else text.split(",")
         values: list[Any] = []
         for word in (word.strip() for word in words):
             if setting in ("prompt", "negative", "solver", "schedule", "model", "padding"):

@@ -122,9 +122,9 @@ class Request:
     dtype: str | None = None
 
     def __post_init__(self) -> None:
-        strict.text("prompt", self.prompt, strict.MAX_PROMPT)
+        object.__setattr__(self, "prompt", strict.text("prompt", self.prompt, strict.MAX_PROMPT))
         if self.negative is not None:
-            strict.text("negative", self.negative, strict.MAX_PROMPT)
+            object.__setattr__(self, "negative", strict.text("negative", self.negative, strict.MAX_PROMPT))
             if self.guide is None:
                 raise InputError(
                     f"negative {strict.shown(self.negative)} has no effect without a guide (method cfg, scale above 1)"

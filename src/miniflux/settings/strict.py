@@ -7,7 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from miniflux.errors import SettingsError
+from miniflux.errors import InputError, SettingsError
+from miniflux.text.decoding import repaired
 
 MAX_BYTES = 2 * 2**20  # two prompts of the longest allowed length, every character written as \u0000, fit
 MAX_MARKS = 300_000  # brackets and commas, each of which may cost an object; two of the longest prompts of commas fit
@@ -102,10 +103,9 @@ def text(what: str, value: object, longest: int = 4096) -> str:
     if len(value) > longest:
         raise SettingsError(f"{what} has {len(value)} characters; at most {longest} are taken")
     try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise SettingsError(f"{what} holds half a character (a lone surrogate) at place {error.start}") from None
-    return value
+        return repaired(what, value)
+    except InputError as error:
+        raise SettingsError(str(error)) from None
 
 
 def sha256(what: str, value: object) -> str:

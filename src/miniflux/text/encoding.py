@@ -16,6 +16,7 @@ from torch import Tensor
 from miniflux.errors import InputError
 from miniflux.models.clip import ClipTextEncoder
 from miniflux.models.t5 import T5Encoder
+from miniflux.text.decoding import repaired
 from miniflux.text.tokenizers import TextTokenizer
 
 log = logging.getLogger(__name__)
@@ -87,16 +88,15 @@ class Text:
             padding: see `Padding`.
 
         Raises:
-            InputError: a prompt is not a string, the length is below 1, or the padding has another name.
+            InputError: a prompt is no string or holds half a character, the length is below 1, or the padding has
+                another name.
         """
         length = self.length if length is None else length
         if isinstance(length, bool) or not isinstance(length, int) or length < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InputError(f"t5_length must be a whole number of at least 1, got {length!r}")
         if padding not in get_args(Padding):
             raise InputError(f"padding must be one of {', '.join(get_args(Padding))}, got {padding!r}")
-        for prompt in prompts:
-            if not isinstance(prompt, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise InputError(f"a prompt must be a string, got {prompt!r}")
+        prompts = [repaired("a prompt", prompt) for prompt in prompts]
         masked = padding != "released"
         with self._lock:
             entries = [self._entry(prompt, length, masked) for prompt in prompts]

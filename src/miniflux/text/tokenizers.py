@@ -22,11 +22,11 @@ from torch import Tensor
 
 from miniflux.checkpoints.jsonfiles import MAX_JSON, json_file
 from miniflux.errors import InputError, TokenizerError
+from miniflux.text.decoding import repaired
+from miniflux.text.special import CLIP_END, CLIP_START, T5_END, T5_PAD, T5_UNKNOWN
 
-CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 # Contractions, runs of letters, single digits, runs of anything else but spaces (openai/CLIP, simple_tokenizer.py)
 CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-T5_PAD, T5_END, T5_UNKNOWN = "<pad>", "</s>", "<unk>"
 T5_SPECIAL = re.compile(r"(<pad>|</s>|<unk>|<extra_id_\d{1,2}>)")
 
 
@@ -44,8 +44,12 @@ class TextTokenizer:
         self.start, self.end, self.pad = start, end, pad
 
     def tokens(self, prompt: str) -> list[int]:
-        """All ids of one prompt, start and end included, neither cut nor padded."""
-        return [*self.start, *self._encode(prompt), self.end]
+        """All ids of one prompt, start and end included, neither cut nor padded.
+
+        Raises:
+            InputError: it holds half a character.
+        """
+        return [*self.start, *self._encode(repaired("the prompt", prompt)), self.end]
 
     def __call__(self, prompts: str | Sequence[str], max_length: int) -> Tensor:
         """Ids (B, max_length), int64: cut on the right with the end id kept, padded on the right.

@@ -275,7 +275,7 @@ class Handlers:
         if kind == ".txt":
             if path.stat().st_size > MAX_LIST_BYTES:
                 raise MinifluxError(f"{path.name}: larger than {MAX_LIST_BYTES} bytes")
-            prompts = parse_prompts(path.read_text("utf-8", "replace"))
+            prompts = parse_prompts(path.read_bytes())
             updates[self.c.prompts] = "\n".join(prompts)
             return f"{path.name}: {len(prompts)} prompts, ready in the batch."
         raise MinifluxError(f"{path.name}: a LoRA (.safetensors), a picture or a list of prompts (.txt) is expected")

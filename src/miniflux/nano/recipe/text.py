@@ -20,7 +20,8 @@ from miniflux.models.clip import ClipTextEncoder
 from miniflux.models.t5 import T5Encoder
 from miniflux.nano import scenes
 from miniflux.text import TextEmbedding
-from miniflux.text.tokenizers import CLIP_END, CLIP_START, TextTokenizer, clip_pipeline
+from miniflux.text.special import CLIP_END, CLIP_START
+from miniflux.text.tokenizers import TextTokenizer, clip_pipeline
 from miniflux.variants import VARIANTS
 
 NANO = VARIANTS["nano-dev"]
