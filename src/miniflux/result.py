@@ -20,7 +20,7 @@ from miniflux.checkpoints.origin import Stamp, hashed
 from miniflux.checkpoints.saving import write_beside
 from miniflux.errors import OutputError
 from miniflux.sampling import Moment
-from miniflux.settings.pictures import options_for
+from miniflux.settings.texts import options_for
 
 
 @dataclass(frozen=True, repr=False)

@@ -1,23 +1,24 @@
 """Settings as ComfyUI writes them: a graph of nodes, followed back from the sampler to what made the picture.
 
 `prompt` is the graph that ran: number -> {class_type, inputs}, where an input is a value or [number, output].
-`workflow` is the editor's; its values stand in the order of the widgets. Names of nodes and inputs from ComfyUI's
-`nodes.py` and `comfy_extras/`.
+`workflow` is the editor's, see `comfyui_editor`. Names of nodes and inputs from ComfyUI's `nodes.py` and
+`comfy_extras/`. A value that comes from a node which is not known here is listed, never guessed.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from miniflux.errors import SettingsError
 from miniflux.sampling import guide
 from miniflux.settings import strict
-from miniflux.settings.foreign import Mapped
+from miniflux.settings.comfyui_editor import CONTROLS, MAX_NODES, graph_that_ran
+from miniflux.settings.foreign import Mapped, any_number, whole_number
 from miniflux.settings.request import Request
 
-MAX_NODES = 5000
 SAMPLERS = ("KSampler", "KSamplerAdvanced", "SamplerCustomAdvanced", "SamplerCustom")
 OUTPUTS = ("SaveImage", "PreviewImage", "SaveImageWebsocket", "SaveAnimatedWEBP", "SaveAnimatedPNG")
 SILENT = (
@@ -29,91 +30,75 @@ LOADERS = {"UNETLoader": "unet_name", "UnetLoaderGGUF": "unet_name", "Checkpoint
 EMPTY = ("EmptyLatentImage", "EmptySD3LatentImage", "EmptyFlux2LatentImage")
 DEFAULT_MU = 1.15  # `ModelSamplingFlux` of a model without such a node: FLUX.1's shift at 4096 tokens, for every size
 
-# Names of the values of a node in the editor's order; None is a widget that sets nothing.
-WIDGETS: dict[str, tuple[str | None, ...]] = {
-    "KSampler": ("seed", None, "steps", "cfg", "sampler_name", "scheduler", "denoise"),
-    "KSamplerSelect": ("sampler_name",),
-    "BasicScheduler": ("scheduler", "steps", "denoise"),
-    "RandomNoise": ("noise_seed", None),
-    "CLIPTextEncode": ("text",),
-    "CLIPTextEncodeFlux": ("clip_l", "t5xxl", "guidance"),
-    "FluxGuidance": ("guidance",),
-    "CFGGuider": ("cfg",),
-    "EmptyLatentImage": ("width", "height", "batch_size"),
-    "EmptySD3LatentImage": ("width", "height", "batch_size"),
-    "LoraLoader": ("lora_name", "strength_model", "strength_clip"),
-    "LoraLoaderModelOnly": ("lora_name", "strength_model"),
-    "ModelSamplingFlux": ("max_shift", "base_shift", "width", "height"),
-    "ModelSamplingSD3": ("shift",),
-    "UNETLoader": ("unet_name", "weight_dtype"),
-    "CheckpointLoaderSimple": ("ckpt_name",),
-}
+MAX_DEPTH = 30  # of nodes whose values come from others
+WHOLE = ("value", "text", "string", "int", "float", "number", "seed", "noise_seed", "prompt", "positive")
+"""The only value of a node that gives nothing else: its output."""
+CHANGING = re.compile("random|wildcard|dynamic", re.IGNORECASE)  # in the names of nodes that change what they are given
+TEXTS = ("t5xxl", "text", "clip_l", "clip_g", "text_g", "text_l")
+ENCODERS = ("CLIPTextEncode", "CLIPTextEncodeFlux", "CLIPTextEncodeSD3", "CLIPTextEncodeSDXL")
 Node = Mapping[str, Any]
 
 
-def read(prompt: str | None, workflow: str | None) -> Mapped:
+def read(what: str, text: str) -> Mapped:
     """What of such a graph can be understood.
+
+    Args:
+        what: `prompt` or `workflow`; either may hold either form.
 
     Raises:
         SettingsError: it is no graph, or larger than is read.
     """
-    if prompt is not None:
-        graph = _nodes(strict.record("prompt", strict.parsed("prompt", prompt, lenient=True)))
+    value = strict.record(what, strict.parsed(what, text, lenient=True))
+    for inner in ("prompt", "output"):  # as it is sent to the server
+        if isinstance(value.get(inner), dict) and "class_type" not in value[inner]:
+            value = value[inner]
+    if isinstance(value.get("nodes"), list):
+        nodes, notes = graph_that_ran(value)
     else:
-        assert workflow is not None
-        graph = _from_editor(strict.record("workflow", strict.parsed("workflow", workflow, lenient=True)))
-    return _Graph(graph).mapped()
+        nodes, notes = _nodes(what, value)
+    return _Graph(nodes).mapped(notes)
 
 
-def _nodes(value: Mapping[str, Any]) -> dict[str, Node]:
+def _nodes(what: str, value: Mapping[str, Any]) -> tuple[dict[str, Node], list[str]]:
     if len(value) > MAX_NODES:
-        raise SettingsError(f"prompt: {len(value)} nodes; at most {MAX_NODES} are read")
+        raise SettingsError(f"{what}: {len(value)} nodes; at most {MAX_NODES} are read")
+    nodes: dict[str, Node] = {}
+    notes: list[str] = []
     for number, node in value.items():
-        what = f"prompt: node {strict.shown(number)}"
-        strict.text(f"{what}: class_type", strict.record(what, node).get("class_type"))
-        strict.record(f"{what}: inputs", node.get("inputs"))
-    return dict(value)
+        kind, inputs = (node.get("class_type"), node.get("inputs", {})) if isinstance(node, dict) else (None, None)
+        if isinstance(kind, str) and isinstance(inputs, dict):
+            nodes[number] = {"class_type": kind, "inputs": {name: _unwrapped(x) for name, x in inputs.items()}}
+        else:
+            notes.append(f"the entry {strict.shown(number)} is no node")
+    if value and not nodes:
+        raise SettingsError(f"{what}: holds no node of ComfyUI")
+    return nodes, notes
 
 
-def _from_editor(value: Mapping[str, Any]) -> dict[str, Node]:
-    """The editor's graph in the form of the one that ran."""
-    links: dict[Any, list[Any]] = {}
-    for link in strict.items("workflow: links", value.get("links") or [], 4 * MAX_NODES):
-        parts = strict.items("workflow: a link", link, 10)
-        if len(parts) < 3:
-            raise SettingsError(f"workflow: a link must be [id, node, output, ...], got {strict.shown(link)}")
-        links[strict.integer("workflow: a link", parts[0])] = [str(parts[1]), parts[2]]
-    graph: dict[str, Node] = {}
-    for node in strict.items("workflow: nodes", value.get("nodes"), MAX_NODES):
-        about = strict.record("workflow: a node", node)
-        kind = strict.text("workflow: a node's type", about.get("type"))
-        inputs: dict[str, Any] = {}
-        for given in strict.items("workflow: inputs", about.get("inputs") or [], 1000):
-            given = strict.record("workflow: an input", given)
-            if isinstance(given.get("link"), int) and given["link"] in links:
-                inputs[strict.text("workflow: an input's name", given.get("name"))] = links[given["link"]]
-        values = about.get("widgets_values")
-        if isinstance(values, list):
-            inputs = {name: x for name, x in zip(WIDGETS.get(kind, ()), values, strict=False) if name} | inputs
-        graph[str(about.get("id"))] = {"class_type": kind, "inputs": inputs}
-    return graph
+def _unwrapped(value: Any) -> Any:
+    """A list that is no link is written as an object around it."""
+    return value["__value__"] if isinstance(value, dict) and "__value__" in value else value
 
 
 class _Graph:
     """A graph, and which of its nodes have been understood."""
 
-    def __init__(self, nodes: dict[str, Node]) -> None:
+    def __init__(self, nodes: Mapping[str, Node]) -> None:
         self.nodes = nodes
         self.used: set[str] = set()
+        self.values: dict[str, Any] = {}  # that nodes give
+        self.depth = 0  # of nodes that give each other values
+        self.unknown: dict[str, None] = {}  # values that come from nodes which are not understood
 
-    def mapped(self) -> Mapped:
+    def mapped(self, notes: list[str]) -> Mapped:
+        mapped = Mapped(Request(prompt=""))
         sampler = self._sampler()
-        prompt = "" if sampler is None else self._prompt(sampler)
-        mapped = Mapped(Request(prompt=strict.text("prompt", prompt, strict.MAX_PROMPT)))
         if sampler is None:
             mapped.miss("no sampler that is known here leads to the picture")
         else:
             self._follow(mapped, sampler)
+        for line in (*self.unknown, *notes):
+            mapped.miss(line)
         for number, node in self.nodes.items():
             if number not in self.used and node["class_type"] not in SILENT:
                 mapped.miss(f"node {number}: {node['class_type']}")
@@ -140,14 +125,21 @@ class _Graph:
         return self.nodes[found[0]]
 
     def _source(self, value: object) -> str | None:
-        """The number of the node that an input comes from."""
-        if (
+        """The number of the node that an input comes from, through reroutes."""
+        seen: set[str] = set()
+        while (
             isinstance(value, list)
             and len(value) == 2
             and isinstance(value[0], (str, int))
             and str(value[0]) in self.nodes
+            and str(value[0]) not in seen
         ):
-            return str(value[0])
+            number = str(value[0])
+            if not self.nodes[number]["class_type"].startswith("Reroute"):
+                return number
+            seen.add(number)
+            self.used.add(number)
+            value = next(iter(self.nodes[number]["inputs"].values()), None)
         return None
 
     def _chain(self, node: Node, *names: str) -> Iterator[Node]:
@@ -164,52 +156,94 @@ class _Graph:
             yield node
 
     def _value(self, node: Node, name: str) -> Any:
-        """An input, also if a node of a single value gives it."""
+        """An input, also if a node that gives nothing but this value gives it; None and told of if another does."""
         value = node["inputs"].get(name)
-        for source in self._chain(node, name):
-            for key in ("value", "text", "string", "int", "float", "seed"):
-                if key in source["inputs"] and not isinstance(source["inputs"][key], list):
-                    return source["inputs"][key]
-        return value if not isinstance(value, list) else None
+        if not isinstance(value, list):
+            return value
+        number = self._source(value)
+        if number is None:
+            self.unknown[f"{name}: linked to nothing that is here"] = None
+            return None
+        if number not in self.values:
+            self.values[number] = None  # what a circle gives
+            self.depth += 1
+            self.values[number] = self._constant(self.nodes[number]) if self.depth < MAX_DEPTH else None
+            self.depth -= 1
+        if self.values[number] is None:
+            kind = self.nodes[number]["class_type"]
+            self.unknown[f"{name}: comes from node {number}, {kind}, which is not understood"] = None
+        else:
+            self.used.add(number)
+        return self.values[number]
 
-    def _conditioning(self, node: Node) -> str:
-        return "positive" if "positive" in node["inputs"] else "conditioning"
+    def _constant(self, node: Node) -> Any:
+        """The value that a node gives, if it is certain."""
+        inputs, kind = node["inputs"], node["class_type"]
+        if kind == "StringConcatenate":
+            parts = [self._value(node, name) for name in ("string_a", "string_b")]
+            texts = [part for part in parts if isinstance(part, str)]
+            delimiter = self._value(node, "delimiter") if "delimiter" in inputs else ""
+            if len(texts) < 2 or not isinstance(delimiter, str) or sum(map(len, texts)) > strict.MAX_PROMPT:
+                return None
+            return delimiter.join(texts)
+        said = {name: value for name, value in inputs.items() if value not in CONTROLS}
+        if len(said) != 1 or CHANGING.search(kind):
+            return None
+        (name,) = said
+        return self._value(node, name) if name.lower() in WHOLE else None
 
     def _guider(self, sampler: Node) -> Node:
         return next(self._chain(sampler, "guider"), sampler)
 
-    def _text(self, node: Node, name: str) -> str | None:
-        """The words behind a conditioning."""
-        for source in self._chain(node, name, "conditioning", "conditioning_1"):
-            for key in ("t5xxl", "text", "clip_l"):
-                words = self._value(source, key)
-                if isinstance(words, str):
-                    return words
-            if source["class_type"] == "ConditioningZeroOut":
+    def _words(self, mapped: Mapped, guider: Node, name: str) -> str:
+        """The text behind a conditioning; for the positive one, its guidance is set as well."""
+        positive = name != "negative"
+        what = "prompt" if positive else "negative"
+        names = (name, "conditioning", "conditioning_1", "conditioning_to", "positive" if positive else "negative")
+        for node in self._chain(guider, *names):
+            kind, inputs = node["class_type"], node["inputs"]
+            if "guidance" in inputs and positive:
+                mapped.number("guidance", self._value(node, "guidance"))
+            elif "guidance" in inputs:
+                mapped.miss(f"the guidance of the negative prompt, {strict.shown(self._value(node, 'guidance'))}")
+            if kind == "ConditioningZeroOut":
                 return ""
-        return None
-
-    def _prompt(self, sampler: Node) -> str:
-        guider = self._guider(sampler)
-        return self._text(guider, self._conditioning(guider)) or ""
+            texts = {key: self._value(node, key) for key in TEXTS if key in inputs}
+            if not texts and kind != "FluxGuidance":
+                mapped.miss(f"{kind} between the {what} and the sampler")
+            if not texts:
+                continue
+            if kind not in ENCODERS:
+                mapped.miss(f"{kind} is read as CLIPTextEncode")
+            key, text = next(((key, text) for key, text in texts.items() if isinstance(text, str)), ("", ""))
+            for other, said in texts.items():
+                if said != text:
+                    mapped.miss(f"{what}: {other} is another text than {key}, which is taken: {strict.shown(said)}")
+            text = mapped.words(what, text)
+            mapped.weighted(what, text)
+            return text
+        mapped.miss(f"{what}: no text leads to the sampler")
+        return ""
 
     def _follow(self, mapped: Mapped, sampler: Node) -> None:
         guider = self._guider(sampler)
         self._model(mapped, guider, sampler)
-        for node in self._chain(guider, self._conditioning(guider), "conditioning", "conditioning_1"):
-            if node["class_type"] in ("FluxGuidance", "CLIPTextEncodeFlux"):
-                mapped.number("guidance", self._value(node, "guidance"))
-            elif node["class_type"] != "CLIPTextEncode":
-                mapped.miss(f"{node['class_type']} between the prompt and the sampler")
-        cfg = self._value(guider, "cfg")
-        if isinstance(cfg, (int, float)) and not isinstance(cfg, bool) and cfg != 1:
-            try:
-                negative = self._text(guider, "negative") or None
-                mapped.take(f"cfg {cfg}", guide=guide("cfg", scale=float(cfg)), negative=negative)
-            except ValueError as error:
-                mapped.miss(f"cfg {cfg}: {error}")
-        else:
+        mapped.take(
+            "prompt",
+            prompt=self._words(mapped, guider, "positive" if "positive" in guider["inputs"] else "conditioning"),
+        )
+        scale = self._value(guider, "cfg")
+        number = 1 if "cfg" not in guider["inputs"] else any_number(scale)
+        if number is None:
+            mapped.miss(f"cfg {strict.shown(scale)}: no number")
+        elif number == 1:
             list(self._chain(guider, "negative", "conditioning"))  # understood: it has no effect
+        else:
+            negative = self._words(mapped, guider, "negative") or None
+            try:
+                mapped.take(f"cfg {scale}", guide=guide("cfg", scale=number), negative=negative)
+            except ValueError as error:
+                mapped.miss(f"cfg {scale}: {error}")
         self._sampling(mapped, sampler)
 
     def _sampling(self, mapped: Mapped, sampler: Node) -> None:
@@ -228,9 +262,10 @@ class _Graph:
             mapped.miss(f"noise levels of {levels['class_type']}")
         if "steps" in levels["inputs"]:
             mapped.number("steps", self._value(levels, "steps"))
-        denoise = self._value(levels, "denoise")
-        if denoise not in (None, 1):
-            mapped.miss(f"denoise {strict.shown(denoise)}: the picture it began with is not in the file")
+        if "denoise" in levels["inputs"]:
+            denoise = self._value(levels, "denoise")
+            if any_number(denoise) != 1:
+                mapped.miss(f"denoise {strict.shown(denoise)}: the picture it began with is not in the file")
         for name in ("noise_seed", "seed"):
             if name in noise["inputs"]:
                 mapped.number("seed", self._value(noise, name))
@@ -242,12 +277,12 @@ class _Graph:
             if node["class_type"] not in EMPTY:
                 mapped.miss(f"begins with latents of {node['class_type']}")
                 continue
-            width, height = self._value(node, "width"), self._value(node, "height")
-            try:
-                mapped.take(f"size {width}x{height}", width=int(width), height=int(height))
-            except (TypeError, ValueError, OverflowError):
-                mapped.miss(f"size {strict.shown(width)} x {strict.shown(height)}")
-            if self._value(node, "batch_size") not in (None, 1):
+            width, height = (whole_number(self._value(node, name)) for name in ("width", "height"))
+            if width is None or height is None:
+                mapped.miss(f"size {strict.shown(node['inputs'].get('width'))} x {node['inputs'].get('height')}")
+            else:
+                mapped.take(f"size {width}x{height}", width=width, height=height)
+            if node["inputs"].get("batch_size", 1) != 1:
                 mapped.number("images", self._value(node, "batch_size"))
 
     def _model(self, mapped: Mapped, guider: Node, sampler: Node) -> None:
@@ -262,15 +297,17 @@ class _Graph:
             kind = node["class_type"]
             if kind in LOADERS:
                 mapped.model(self._value(node, LOADERS[kind]))
+                if node["inputs"].get("weight_dtype", "default") != "default":
+                    mapped.miss(f"weight_dtype {strict.shown(node['inputs']['weight_dtype'])}")
             elif kind in ("LoraLoader", "LoraLoaderModelOnly"):
                 loras.append((self._value(node, "lora_name"), self._value(node, "strength_model")))
                 clip = self._value(node, "strength_clip")
-                if clip not in (None, loras[-1][1]):
+                if "strength_clip" in node["inputs"] and any_number(clip) != any_number(loras[-1][1]):
                     mapped.miss(f"strength_clip {strict.shown(clip)} of LoRA {strict.shown(loras[-1][0])}")
             elif not kind.startswith("ModelSampling"):
                 mapped.miss(f"{kind} between the model and the sampler")
         for name, scale in reversed(loras):  # the one nearest to the model first
-            mapped.lora(str(name), scale)
+            mapped.lora(name, scale)
         self._shift(mapped, shifts[0] if shifts else None)
 
     def _shift(self, mapped: Mapped, node: Node | None) -> None:
@@ -283,9 +320,14 @@ class _Graph:
             mapped.number("shift", self._value(node, "shift"))
             return
         high, low, width, height = (self._value(node, name) for name in ("max_shift", "base_shift", "width", "height"))
-        try:
-            slope = (float(high) - float(low)) / (4096 - 256)
-            mu = slope * int(width) * int(height) / 256 + float(low) - 256 * slope
-            mapped.take(f"ModelSamplingFlux {mu}", shift=math.exp(mu))
-        except (TypeError, ValueError, OverflowError):
+        numbers = [any_number(x) for x in (high, low, width, height)]
+        if None in numbers:
             mapped.miss("ModelSamplingFlux: its numbers are none")
+            return
+        high, low, width, height = (x for x in numbers if x is not None)
+        slope = (high - low) / (4096 - 256)
+        mu = slope * width * height / 256 + low - 256 * slope
+        try:
+            mapped.take(f"ModelSamplingFlux {mu}", shift=math.exp(mu))
+        except OverflowError:
+            mapped.miss(f"ModelSamplingFlux: a shift of exp({mu})")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from miniflux.errors import InputError, SettingsError
 from miniflux.settings import a1111, comfyui, strict
 from miniflux.settings.foreign import Mapped
-from miniflux.settings.pictures import KEY, texts_of
 from miniflux.settings.record import Record, record_of
 from miniflux.settings.request import Request
+from miniflux.settings.texts import KEY, Texts, texts_of
 
 MAX_PICTURES = 1000  # on one sheet
 
@@ -46,29 +47,62 @@ def read_picture(path: str | Path) -> Reading:
         raise SettingsError(f"{path}: {error}") from error
 
 
-def _read(texts: dict[str, str]) -> Reading:
-    if KEY in texts:
-        value = strict.parsed("settings", texts[KEY])
-        values = strict.items("settings", value, MAX_PICTURES) if isinstance(value, list) else [value]
+def _read(texts: Texts) -> Reading:
+    found, notes = dict(texts.found), list(texts.notes)
+    ours = _ours(found)
+    if ours is not None:
+        values = strict.items("settings", ours, MAX_PICTURES) if isinstance(ours, list) else [ours]
         if not values:
             raise SettingsError("settings of no picture")
         records = tuple(record_of(one) for one in values)
         return Reading(origin="miniflux", requests=tuple(record.request for record in records), records=records)
     for name in ("parameters", "exif comment", "exif description"):
-        if name in texts and a1111.looks_like_it(texts[name]):
-            return _foreign("A1111", a1111.read(texts.pop(name)), texts)
-    prompt, workflow = texts.pop("prompt", None), texts.pop("workflow", None)
+        if name in found and a1111.looks_like_it(found[name]):
+            try:
+                return _foreign("A1111", a1111.read(found[name]), [other for other in found if other != name], notes)
+            except InputError as error:
+                notes.append(f"{name}: {error}")
+                del found[name]
     for name in ("exif make", "exif model", "exif description"):  # of animated WebP
-        kind, colon, rest = texts.get(name, "").partition(":")
-        if colon and kind == "prompt" and prompt is None:
-            prompt = texts.pop(name) and rest
-        elif colon and kind == "workflow" and workflow is None:
-            workflow = texts.pop(name) and rest
-    if prompt is not None or workflow is not None:
-        return _foreign("ComfyUI", comfyui.read(prompt, workflow), texts)
-    return Reading(origin="none", not_understood=tuple(f"the text {strict.shown(name)}" for name in texts))
+        kind, colon, rest = found.get(name, "").partition(":")
+        if colon and kind in ("prompt", "workflow") and kind not in found:
+            found[kind] = rest
+            del found[name]
+    for name in ("prompt", "workflow"):
+        if name in found:
+            try:
+                mapped = comfyui.read(name, found[name])
+            except InputError as error:
+                notes.append(str(error))
+                del found[name]
+            else:
+                rest = [other for other in found if other not in ("prompt", "workflow")]
+                return _foreign("ComfyUI", mapped, rest, notes)
+    return Reading(origin="none", not_understood=(*_named(found), *notes))
 
 
-def _foreign(origin: Literal["A1111", "ComfyUI"], mapped: Mapped, rest: dict[str, str]) -> Reading:
-    missed = [*mapped.not_understood, *(f"the text {strict.shown(name)}" for name in rest)]
-    return Reading(origin=origin, requests=(mapped.request,), not_understood=tuple(missed))
+def _ours(found: dict[str, str]) -> Any:
+    """The JSON of our own settings; None if there are none."""
+    if KEY in found:
+        return strict.parsed("settings", found[KEY])
+    text = found.get("exif description", "")
+    if text.lstrip()[:1] not in ("{", "["):
+        return None
+    known = {"prompt", "seed", "model"}
+    try:
+        value = strict.parsed("settings", text)
+    except SettingsError:
+        if all(f'"{name}"' in text for name in known):
+            raise
+        return None
+    one: Any = value[0] if isinstance(value, list) and value else value
+    return value if isinstance(one, dict) and known <= set(one) else None
+
+
+def _named(names: Iterable[str]) -> list[str]:
+    return [f"the text {strict.shown(name)}" for name in names]
+
+
+def _foreign(origin: Literal["A1111", "ComfyUI"], mapped: Mapped, rest: Iterable[str], notes: list[str]) -> Reading:
+    missed = (*mapped.not_understood, *_named(rest), *notes)
+    return Reading(origin=origin, requests=(mapped.request,), not_understood=missed)
