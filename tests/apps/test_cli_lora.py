@@ -102,7 +102,10 @@ def test_inspect(style: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_convert(dialect: str, style: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.safetensors"
     assert run("lora", "convert", str(style), "-o", str(out), "--to", dialect, "--model", "nano") == 0
-    assert f"{out}: {len(load_file(out))} tensors, {dialect}" in capsys.readouterr().out
+    assert f"{out}: {len(load_file(out))} tensors, {dialect}, for nano" in capsys.readouterr().out
+    assert run("lora", "convert", str(style), "-o", str(tmp_path / "again.safetensors"), "--to", dialect) == 0
+    assert f"{dialect}, for nano-dev (it fits nano-schnell as well)" in capsys.readouterr().out
+    assert (tmp_path / "again.safetensors").read_bytes() == out.read_bytes()
     deltas = []
     for path in (style, out):
         total = torch.zeros(2, 576, 192)
@@ -157,7 +160,7 @@ def test_extract(style: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ("arguments", "named"),
     [
         ("convert {style} -o {out} --to a1111 --model nano", "a1111"),
-        ("convert {style} -o {out} --to kohya", "nano-dev"),
+        ("convert {style} -o {out} --to kohya --model flux1-dev", "nano-dev"),
         ("convert {style} -o {out} --to kohya --model sdxl", "sdxl"),
         ("convert {style} -o x.pt --to kohya --model nano", "x.pt"),
         ("convert {style} --to kohya", "-o"),

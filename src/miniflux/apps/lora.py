@@ -15,7 +15,7 @@ def add(commands: Any) -> None:
     actions = lora.add_subparsers(dest="action", metavar="ACTION", required=True)
     inspect_lora = actions.add_parser(
         "inspect", help="say what a LoRA file changes", description="Print the receipt of a LoRA file: every module it "
-        "changes, with rank, scale and strength. No model is loaded.",
+        "changes, with rank, scale and strength, also beside the weights of the model if they are on this machine.",
     )  # fmt: skip
     inspect_lora.add_argument("file", metavar="FILE")
     inspect_lora.add_argument("--model", metavar="NAME", help="compare with this model; default: the first that fits")
@@ -25,7 +25,7 @@ def add(commands: Any) -> None:
     convert.add_argument("file", metavar="FILE")
     convert.add_argument("-o", "--output", required=True, metavar="FILE", help="ends in .safetensors")
     convert.add_argument("--to", required=True, metavar="DIALECT", help="diffusers, kohya, comfyui or xlabs")
-    convert.add_argument("--model", default="flux1-dev", metavar="NAME", help="what it is for; default %(default)s")
+    convert.add_argument("--model", metavar="NAME", help="what it is for; default: the first that fits")
     convert.set_defaults(run=_convert)
 
     merge = actions.add_parser("merge", help="write a checkpoint with LoRAs merged in")
@@ -59,10 +59,12 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    from miniflux.lora import convert
+    from miniflux.lora import convert, fits
 
-    count = convert(options.file, options.output, options.to, options.model)
-    print(f"{options.output}: {count} tensors, {options.to}")
+    model, *others = (options.model,) if options.model else fits(options.file)
+    count = convert(options.file, options.output, options.to, model)
+    also = f" (it fits {', '.join(others)} as well)" if others else ""
+    print(f"{options.output}: {count} tensors, {options.to}, for {model}{also}")
 
 
 def _merge(options: argparse.Namespace) -> None:

@@ -45,7 +45,6 @@ WORDS: dict[type[nn.Module], str] = {
 }
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 LORA = "LoRA"
-LORA_SIGNS = ("down", "up", "hada_w1_a", "lokr_w1", "lokr_w1_a", "diff")  # what only tensors of LoRA files are
 
 
 @dataclass(frozen=True)
@@ -213,9 +212,9 @@ def _bad_data(source: TensorSource) -> list[str]:
 
 def is_lora(source: TensorSource) -> bool:
     """Whether a file has tensors that only LoRA files have."""
-    from miniflux.lora.dialects import split
+    from miniflux.lora.dialects import SIGNS, split
 
-    return any((part := split(key)) and part[1] in LORA_SIGNS for key in source.entries)
+    return any((part := split(key)) and part[1] in SIGNS for key in source.entries)
 
 
 def _lora(source: TensorSource) -> tuple[str, str, str, list[str]] | None:

@@ -57,6 +57,7 @@ SUFFIXES: dict[str, str] = {
     ".set_weight": "replace",
     ".reshape_weight": "reshape",
 }
+SIGNS = ("down", "up", "hada_w1_a", "lokr_w1", "lokr_w1_a", "diff")  # what only tensors of LoRA files are
 _ENDINGS = sorted(SUFFIXES, key=len, reverse=True)
 NORM_PARAMETER = "scale"  # of QK norms
 # A plain norm weight, which takes the place of the model's: BFL's control LoRAs, and what diffusers makes of them.

@@ -13,8 +13,9 @@ from torch import Tensor
 from miniflux.checkpoints.files import TensorSource, open_tensors
 from miniflux.checkpoints.loading import is_finite
 from miniflux.errors import LoraError
-from miniflux.lora.dialects import Place, recognise
+from miniflux.lora.dialects import SIGNS, Place, recognise, split
 from miniflux.lora.stated import Stated, config_beside
+from miniflux.lora.strangers import refuse_other_files, refuse_other_tensors
 
 Form = Literal["LoRA", "LoHa", "LoKr", "diff", "replace"]
 
@@ -76,8 +77,8 @@ def read(path_or_tensors: str | Path | Mapping[str, Tensor]) -> LoraFile:
 
     Raises:
         CheckpointError: the file cannot be read.
-        LoraError: it is of no dialect or of several, one half of a pair is missing, ranks disagree, an alpha is zero or
-            not a number, a tensor is not finite.
+        LoraError: it is no LoRA but a model, a picture ...; it is of no dialect or of several, one half of a pair is
+            missing, ranks disagree, an alpha is zero or not a number, a tensor is not finite.
     """
     metadata: Mapping[str, str] = {}
     config: dict[str, Any] | None = None
@@ -87,9 +88,12 @@ def read(path_or_tensors: str | Path | Mapping[str, Tensor]) -> LoraFile:
             metadata, name = source.metadata, str(source)
     else:
         path = Path(path_or_tensors)
+        refuse_other_files(path)
         source = open_tensors(path)
         metadata, name = source.metadata, str(path)
         config = config_beside(path if path.is_dir() else path.parent, path)
+    if isinstance(source, TensorSource):
+        refuse_other_tensors(source, any((part := split(key)) and part[1] in SIGNS for key in source))
     try:
         found = recognise(list(source))
     except LoraError as error:

@@ -82,6 +82,7 @@ class Receipt:
         expected: modules that the file has tensors for.
         unmatched: keys that found no use; empty unless `strict=False`.
         modules: the changes, one by one.
+        fits: variants whose layers and widths the file has, where that was asked; |W| is that of the first.
     """
 
     name: str
@@ -91,10 +92,14 @@ class Receipt:
     expected: int
     unmatched: list[str]
     modules: list[ModuleReceipt]
+    fits: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """A first line that sums up, then a table."""
         head = f"{self.source}: {self.dialect}, {self.applied} of {self.expected} modules applied"
+        if self.fits:
+            others = f" (it fits {', '.join(self.fits[1:])} as well)" if self.fits[1:] else ""
+            head += f"; for {self.fits[0]}{others}"
         if self.unmatched:
             head += f", {len(self.unmatched)} tensors without use"
         blocks = max((module.blocks for module in self.modules), default=1)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from miniflux.checkpoints.files import TensorSource
 from miniflux.checkpoints.formats.reading import contents_of
@@ -20,9 +22,10 @@ from miniflux.checkpoints.unfinished import write_frame
 from miniflux.errors import CheckpointError, InputError, LoraError, OutputError
 from miniflux.lora.adapters import Scale, check_scale, scale_of
 from miniflux.lora.attaching import resolved
+from miniflux.lora.bases import bases_of
 from miniflux.lora.dialects import NORM_PARAMETER
-from miniflux.lora.encoding import Contents, encode, write
-from miniflux.lora.files import read
+from miniflux.lora.encoding import WRITABLE, Contents, encode, write
+from miniflux.lora.files import LoraFile, read
 from miniflux.lora.layer import Dense, LowRank
 from miniflux.lora.mergedfile import MergedFile, Weights
 from miniflux.lora.models import stand_ins
@@ -30,7 +33,9 @@ from miniflux.lora.packing import report
 from miniflux.lora.planning import WIDENED, planned
 from miniflux.lora.receipt import Receipt
 from miniflux.models.flux1 import Flux1
-from miniflux.variants import VARIANTS
+from miniflux.variants import VARIANTS, variant
+
+log = logging.getLogger(__name__)
 
 
 def network_of_file(source: TensorSource) -> tuple[Flux1, str]:
@@ -116,34 +121,85 @@ def merge_files(
 def inspect(path_or_tensors: str | Path | Mapping[str, Tensor], model: str | None = None) -> Receipt:
     """The receipt of a LoRA file, without loading a model.
 
+    The changes are compared with the weights of the model where its files are on this machine: read one by one, when
+    the receipt is asked for them.
+
     Args:
-        model: the variant to compare it with; None for the first one that it fits.
+        model: the variant to compare it with; None for the first that it fits and whose weights are here, else the
+            first that it fits. The receipt names all that it fits.
 
     Raises:
         CheckpointError: the file cannot be read.
-        LoraError: it is damaged, or fits no model; the message says which it was made for.
+        LoraError: it is damaged, no LoRA, or fits no model; the message says which it was made for.
         InputError: an unknown model.
     """
     file = read(resolved(path_or_tensors))
-    if model is None:
-        for candidate in (v.name for v in VARIANTS.values()):
-            networks = stand_ins(candidate)
+    fitting = _fitting(file) if model is None else [variant(model).name]
+    bases = {name: bases_of(name, stand_ins(name)) for name in fitting}
+    changed = {group.place.network for group in file.groups}
+    chosen = next((name for name in fitting if changed <= bases[name].keys()), fitting[0])
+    networks = stand_ins(chosen)
+    for group in file.groups:  # DoRA looks at the weight that it changes
+        layer, base = group.place.target, bases[chosen].get(group.place.network)
+        weight = base(layer) if base is not None and "magnitude" in group.tensors else None
+        if weight is not None:
+            owner = networks[group.place.network].get_submodule(layer)
+            owner.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+    receipt = planned(networks, file, strict=True).receipt(f"{file.source} for {chosen}", networks)
+    modules = [
+        replace(module, base=partial(base, group.place.target))
+        if (base := bases[chosen].get(group.place.network)) is not None
+        else module
+        for module, group in zip(receipt.modules, file.groups, strict=True)
+    ]
+    others = tuple(name for name in fitting if name != chosen)
+    return replace(receipt, modules=modules, fits=(chosen, *others))
+
+
+def _fitting(file: LoraFile) -> list[str]:
+    """The variants whose layers and widths a file fits, in order.
+
+    Raises:
+        LoraError: none; the message is that of the variant that comes nearest.
+    """
+    fitting: list[str] = []
+    errors: list[LoraError] = []
+    known: dict[tuple[object, ...], LoraError | None] = {}  # many variants have the same sizes
+    for name, about in VARIANTS.items():
+        sizes = (about.transformer, about.clip, about.t5)
+        if sizes not in known:
             try:
-                return planned(networks, file, strict=True).receipt(f"{file.source} for {candidate}", networks)
-            except LoraError:
-                continue
-    networks = stand_ins(model or next(iter(VARIANTS)))
-    return planned(networks, file, strict=True).receipt(file.source, networks)
+                planned(stand_ins(name), file, strict=True)
+                known[sizes] = None
+            except LoraError as error:
+                known[sizes] = error
+                errors.append(error)
+        if known[sizes] is None:
+            fitting.append(name)
+    if not fitting:
+        raise min(errors, key=lambda error: str(error).count("\n"))
+    return fitting
+
+
+def fits(path_or_tensors: str | Path | Mapping[str, Tensor]) -> tuple[str, ...]:
+    """The variants whose layers and widths a LoRA file fits, in order: at least one.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+        LoraError: it is damaged, no LoRA, or fits no model; the message says which it was made for.
+    """
+    return tuple(_fitting(read(resolved(path_or_tensors))))
 
 
 def convert(
-    path_or_tensors: str | Path | Mapping[str, Tensor], path: str | Path, dialect: str, model: str = "flux1-dev"
+    path_or_tensors: str | Path | Mapping[str, Tensor], path: str | Path, dialect: str, model: str | None = None
 ) -> int:
     """Write a LoRA file in the names of another dialect; every change stays what it is to float32 rounding.
 
     Args:
         dialect: diffusers, kohya, comfyui or xlabs.
-        model: the variant that it is for, whose widths say where fused layers divide.
+        model: the variant that it is for, whose widths say where fused layers divide; None for the first that it fits.
+            Where it fits several, they have the same widths there, and the file is the same for all.
 
     Returns:
         The number of tensors written.
@@ -153,9 +209,13 @@ def convert(
         InputError: an unknown dialect or model.
         OutputError: the path cannot be written.
     """
-    path = checkpoint_path(path)
-    networks = stand_ins(model)
-    plan = planned(networks, read(resolved(path_or_tensors)), strict=True)
+    path, file = checkpoint_path(path), read(resolved(path_or_tensors))
+    if dialect not in WRITABLE:
+        raise InputError(f"unknown dialect {dialect!r} to write; known: {', '.join(WRITABLE)}")
+    fitting = _fitting(file) if model is None else [model]
+    networks = stand_ins(fitting[0])
+    plan = planned(networks, file, strict=True)
+    log.info("%s: for %s", file.source, " or ".join(fitting))
     shifted = [group.module for group, change in plan.groups if change is None and group.form == "diff"]
     if shifted:
         raise LoraError(f"{plan.file.source}: {shifted[0]} is the difference of a norm, which {dialect} cannot say")

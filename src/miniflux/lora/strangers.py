@@ -1,0 +1,141 @@
+"""What a file is that was given as a LoRA and is none: said in one line, before anything else goes wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from torch import nn
+
+from miniflux.checkpoints.files import TensorSource
+from miniflux.checkpoints.formats.reading import contents_of
+from miniflux.checkpoints.jsonfiles import MAX_HEADER
+from miniflux.checkpoints.others import NOT_YET, others_in
+from miniflux.checkpoints.prefixes import network_of, parts_of
+from miniflux.errors import CheckpointError, LoraError
+from miniflux.models.autoencoder import Autoencoder
+from miniflux.models.clip import ClipTextEncoder
+from miniflux.models.flux1 import Flux1
+from miniflux.models.t5 import T5Encoder
+from miniflux.models.tiny_autoencoder import TinyDecoder
+
+HEAD = 512  # bytes that are looked at
+WORDS: dict[type[nn.Module], str] = {
+    Flux1: "the transformer of a FLUX.1",
+    Autoencoder: "an autoencoder (VAE)",
+    ClipTextEncoder: "a text encoder (CLIP)",
+    T5Encoder: "a text encoder (T5)",
+    TinyDecoder: "a tiny decoder for previews",
+}
+PICKLED = "a pickled checkpoint of torch.save, which can run programs when it is read"
+# What files of other kinds begin with.
+BEGINNINGS: tuple[tuple[bytes, str], ...] = (
+    (b"\x89PNG\r\n\x1a\n", "a picture (PNG)"),
+    (b"\xff\xd8\xff", "a picture (JPEG)"),
+    (b"GIF8", "a picture (GIF)"),
+    (b"BM", "a picture (BMP)"),
+    (b"II*\x00", "a picture (TIFF)"),
+    (b"MM\x00*", "a picture (TIFF)"),
+    (b"%PDF", "a PDF document"),
+    (b"GGUF", "a GGUF file, the packed weights of a model"),
+    (b"PK\x03\x04", "a zip archive"),
+    *((bytes((0x80, version)), PICKLED) for version in (2, 3, 4, 5)),
+    (b"\x1f\x8b", "an archive (gzip)"),
+    (b"7z\xbc\xaf\x27\x1c", "an archive (7-Zip)"),
+    (b"Rar!", "an archive (RAR)"),
+    (b"\x89HDF", "an HDF5 file"),
+    (b"version https://git-lfs", "the pointer of Git LFS to a file that was not downloaded"),
+)
+TEXTS: tuple[tuple[bytes, str], ...] = (
+    (b"<!doctype html", "a web page, most likely an error page that was saved in its place"),
+    (b"<html", "a web page, most likely an error page that was saved in its place"),
+    (b"{", "a JSON file, perhaps a workflow or a config"),
+)
+# Keys of networks and LoRAs of other families, by a piece that only they have.
+FAMILIES: tuple[tuple[str, str], ...] = (
+    ("lora_unet_down_blocks_", "a LoRA for Stable Diffusion (its U-Net has down_blocks)"),
+    ("lora_unet_input_blocks_", "a LoRA for Stable Diffusion XL (its U-Net has input_blocks)"),
+    ("unet.down_blocks.", "a LoRA for Stable Diffusion (its U-Net has down_blocks)"),
+    ("lora_unet_joint_blocks_", "a LoRA for Stable Diffusion 3 (it has joint_blocks)"),
+    ("model.diffusion_model.input_blocks.", "a checkpoint of Stable Diffusion"),
+    ("model.diffusion_model.joint_blocks.", "a checkpoint of Stable Diffusion 3"),
+    ("down_blocks.0.resnets.", "a U-Net of Stable Diffusion, or a network for one"),
+    ("control_model.", "a ControlNet of Stable Diffusion"),
+)
+EMBEDDINGS = {"emb_params", "string_to_param", "clip_l", "clip_g", "t5xxl", "t5_xxl", "<concept>"}
+
+
+def refuse_other_files(path: Path) -> None:
+    """Refuse what cannot be a file of tensors.
+
+    Raises:
+        LoraError: the file begins as one of another kind, or the folder is that of a whole model.
+    """
+    if path.is_dir():
+        if (path / "model_index.json").is_file() or (path / "transformer").is_dir():
+            raise LoraError(f"{path}: this is the folder of a whole model, not a LoRA")
+        return
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEAD)
+    except OSError:
+        return  # which whoever opens it says better
+    if int.from_bytes(head[:8], "little") <= MAX_HEADER and head[8:].lstrip().startswith(b"{"):
+        return  # whatever its length looks like
+    kind = next((kind for start, kind in BEGINNINGS if head.startswith(start)), None)
+    if kind == "a zip archive" and b"/data.pkl" in head:  # the newer way of torch.save
+        kind = PICKLED
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        kind = "a picture (WebP)"
+    if head[4:8] == b"ftyp":
+        kind = "a picture (AVIF or HEIC)" if head[8:12] in (b"avif", b"heic", b"heix", b"mif1") else "a film"
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    kind = kind or next((kind for start, kind in TEXTS if text.startswith(start)), None)
+    if kind is None and len(head) > 8 and _is_text(head):
+        kind = "a text file"
+    if kind is not None:
+        raise LoraError(f"{path}: this is {kind}, not a LoRA")
+
+
+def _is_text(head: bytes) -> bool:
+    try:
+        text = head[: len(head) - 4 if len(head) == HEAD else HEAD].decode()
+    except UnicodeDecodeError:
+        return False
+    return all(letter.isprintable() or letter.isspace() for letter in text)
+
+
+def refuse_other_tensors(source: TensorSource, signs: bool) -> None:
+    """Refuse the tensors of something else.
+
+    Args:
+        signs: whether there are keys that only LoRA files have.
+
+    Raises:
+        LoraError: they are those of a network, an embedding, or of another family of models.
+    """
+    keys = source.entries
+    kind = next((kind for piece, kind in FAMILIES if any(piece in key for key in keys)), None)
+    kind = kind or (None if signs else _network(source))
+    if kind is not None:
+        raise LoraError(f"{source}: this is {kind}, not a LoRA{' for FLUX' if kind.startswith('a LoRA') else ''}")
+
+
+def _network(source: TensorSource) -> str | None:
+    """What network, or networks, tensors are of; None if that is not known."""
+    entries = contents_of(source).entries
+    others = [found.name.removesuffix(f", {NOT_YET}") for found in others_in(entries)]
+    if others:
+        return " and ".join(f"{'an' if name[0] in 'aeiouAEIO' else 'a'} {name}" for name in others)
+    try:
+        kinds: Collection[type[nn.Module]] = parts_of(source).keys()
+    except CheckpointError:
+        kinds = ()
+    single = network_of(entries)
+    named = [WORDS[kind] for kind in kinds or ([] if single is None else [single]) if kind in WORDS]
+    if len(named) > 1:
+        return f"a whole checkpoint ({', '.join(named)})"
+    if named:
+        return named[0]
+    embedding = len(entries) <= len(EMBEDDINGS) and all(key in EMBEDDINGS or key.startswith("<") for key in entries)
+    return "an embedding of words (textual inversion)" if entries and embedding else None
