@@ -20,7 +20,7 @@ from miniflux import lora
 from miniflux.cache import ResultCache
 from miniflux.checkpoints import convert
 from miniflux.checkpoints.finding import BUNDLED
-from miniflux.checkpoints.fingerprint import differences, facts_of
+from miniflux.checkpoints.fingerprint import differences, facts_of, numbers_elsewhere
 from miniflux.checkpoints.quantized import packed_layers
 from miniflux.pipeline import Pipeline
 from miniflux.result import Result
@@ -461,6 +461,23 @@ def test_large_networks_are_sampled() -> None:
     then = facts_of(network, whole=False)
     network.bias.data.mul_(1.5)
     assert differences(then, facts_of(network, whole=False)) == ["bias"]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.float8_e4m3fn, torch.int64])
+def test_numbers_on_a_device(whole: bool, dtype: torch.dtype) -> None:
+    """What a GPU is asked: every number counts where all are read, and places count; views at odd addresses too."""
+    area = torch.arange(1, 4097).to(torch.uint8)
+    odd = area[3:260].view(torch.uint8)
+    tensors = [(torch.arange(n) % 7).to(torch.float32).to(dtype) for n in (1, 8, 101, 9999)] + [odd]
+    then = numbers_elsewhere(tensors, whole)
+    assert then == numbers_elsewhere([tensor.clone() for tensor in tensors], whole)
+    for i, tensor in enumerate(tensors):
+        at = 0 if not whole else len(tensor) // 2
+        changed = [other.clone() for other in tensors]
+        changed[i].view(torch.uint8)[at * tensor.element_size()] ^= 1
+        now = numbers_elsewhere(changed, whole)
+        assert [a == b for a, b in zip(then, now, strict=True)] == [j != i for j in range(len(tensors))]
 
 
 def test_a_pipeline_without_files_knows_of_no_changes(loaded: Pipeline) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
+from itertools import accumulate
 from typing import Any, cast
 
 import numpy as np
@@ -135,16 +136,22 @@ def _numbers(tensors: Sequence[Tensor], whole: bool) -> list[Any]:
         words = words.view(np.uint8 if words.nbytes % WORD else np.uint64)
         total = int(np.add.reduce(words, dtype=np.uint64)) if whole else 0
         found[i] = total, hash(words[:: _stride(words.size, whole)].tobytes())
-    for indexed in elsewhere.values():  # all of a device are asked for at once
-        words = [_words(flat) for _, flat in indexed]
-        samples = torch.cat([word[:: _stride(len(word), whole)] for word in words]).cpu().numpy()
-        totals = torch.stack([word.sum() for word in words]).tolist() if whole else [0] * len(words)
-        start = 0
-        for (i, _), word, total in zip(indexed, words, totals, strict=True):
-            end = start - (-len(word) // _stride(len(word), whole))
-            found[i] = total, hash(samples[start:end].tobytes())
-            start = end
+    for indexed in elsewhere.values():
+        told = numbers_elsewhere([flat for _, flat in indexed], whole)
+        for (i, _), fact in zip(indexed, told, strict=True):
+            found[i] = fact
     return found
+
+
+def numbers_elsewhere(flat: Sequence[Tensor], whole: bool) -> list[Any]:
+    """The same of flat tensors on a device, which is asked for all of them at once."""
+    words = [_words(tensor) for tensor in flat]
+    steps = [_stride(len(word), whole) for word in words]
+    samples = torch.cat([word[::step] for word, step in zip(words, steps, strict=True)]).cpu().numpy()
+    totals = torch.stack([word.sum() for word in words]).tolist() if whole else [0] * len(words)
+    ends = list(accumulate(-(-len(word) // step) for word, step in zip(words, steps, strict=True)))
+    starts = [0, *ends[:-1]]
+    return [(total, hash(samples[start:end].tobytes())) for total, start, end in zip(totals, starts, ends, strict=True)]
 
 
 def _words(flat: Tensor) -> Tensor:
