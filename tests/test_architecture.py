@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "loaded": PARTS,
     "pictures": {"errors"},
     "plan": PARTS | {"pictures"},
-    "settings": PARTS | {"plan"},
+    "settings": PARTS | {"plan", "pictures"},
     "result": PARTS | {"plan", "settings"},
     "cache": PARTS | {"plan", "settings", "result"},
     "pipeline": PARTS | {"plan", "loaded", "settings", "pictures", "result", "cache"},

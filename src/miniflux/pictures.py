@@ -89,18 +89,30 @@ def _pillow_logged(name: str) -> Generator[None]:
         log.warning("%s: %s", name, line)
 
 
-def _bytes_of(path: Path) -> bytes:
+def check_place(path: str | os.PathLike[str]) -> None:
+    """Refuse what is no file to be read to its end: reading a pipe waits for ever, a device never ends.
+
+    Raises:
+        InputError: there is nothing, a folder, a pipe or a device.
+    """
     try:
         mode = os.stat(path).st_mode
-        if stat.S_ISDIR(mode):
-            raise InputError(f"{path}: is a folder, no picture")
-        if not stat.S_ISREG(mode):  # reading a pipe waits for ever, a device never ends
-            raise InputError(f"{path}: is no plain file, and so no picture")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise InputError(f"{str(path)!r} is no path: {error}") from None
+    if stat.S_ISDIR(mode):
+        raise InputError(f"{path}: is a folder, no picture")
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{path}: is no plain file, and so no picture")
+
+
+def _bytes_of(path: Path) -> bytes:
+    check_place(path)
+    try:
         return path.read_bytes()
     except OSError as error:
-        raise InputError(f"{path}: the picture cannot be read: {error.strerror or error}") from error
-    except ValueError as error:  # also of our own
-        raise error if isinstance(error, InputError) else InputError(f"{str(path)!r} is no path: {error}") from None
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def _without_texts(data: bytes) -> bytes:

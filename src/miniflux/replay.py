@@ -58,7 +58,7 @@ def replay(
     force: bool = False,
     weights: str | Path | None = None,
     device: str | None = None,
-    image: Image.Image | None = None,
+    image: str | Path | Image.Image | None = None,
     progress: Callable[[int, int], None] | None = None,
     pipes: MutableMapping[tuple[str, str | None], Pipeline] | None = None,
 ) -> Replay:
@@ -69,7 +69,7 @@ def replay(
         force: go on where a file, a setting or the size differs.
         weights: look for the model's files here first.
         device: None for the one it was made on, if there is such a one.
-        image: the picture that was changed, if it was made from one.
+        image: the picture that was changed or its file, if it was made from one.
         progress: called after every step with (steps done, steps in all).
         pipes: pipelines that were loaded before, by model and dtype, without LoRAs; those that are loaded are added.
 
@@ -88,6 +88,7 @@ def replay(
     differences = [*_versions(first), *dict.fromkeys(doubt for record in records for doubt in record.doubts)]
     if not first.files:
         differences.append("the file does not name the weights it was made with")
+    image = None if image is None else open_picture(image)
     _check_image(first.request, image)
 
     pipes = {} if pipes is None else pipes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import random
 import struct
 import zlib
@@ -276,6 +277,13 @@ def test_hostile_pictures_are_refused_by_name(tmp_path: Path, name: str) -> None
     with no_hang(), pytest.raises(SettingsError, match=message) as caught:
         read_picture(path)
     assert str(path) in str(caught.value) and len(str(caught.value)) < 1000
+
+
+def test_places_that_hold_no_file_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path, tmp_path / "pipe", "/dev/zero", tmp_path / "none.png", "a\0b", ""):
+        with no_hang(), pytest.raises(SettingsError, match="folder|no plain file|cannot be read|no path"):
+            read_picture(place)
 
 
 @pytest.mark.parametrize("kind", ["png", "jpg", "webp"])

@@ -29,22 +29,14 @@ def add(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     import torch
-    from PIL import Image
 
-    from miniflux.errors import InputError
+    from miniflux.pictures import open_picture
     from miniflux.replay import replay
     from miniflux.result import checked_output, save_picture
     from miniflux.settings import read_picture
 
     output = None if options.output is None else checked_output(options.output)
-    image = None
-    if options.image is not None:
-        try:
-            with Image.open(options.image) as opened:
-                opened.load()
-                image = opened
-        except OSError as error:
-            raise InputError(f"{options.image}: no picture could be read: {error.strerror or error}") from error
+    image = None if options.image is None else open_picture(options.image)
     records = read_picture(options.picture).records
     if records and records[0].device == "cpu" and 0 < records[0].threads <= 256:
         torch.set_num_threads(records[0].threads)  # products are summed in another order by another number

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 from PIL import Image, PngImagePlugin
 
 from miniflux.errors import InputError, OutputError, SettingsError
+from miniflux.pictures import check_place
 from miniflux.settings import exiftext, strict
 from miniflux.text.decoding import repaired
 
@@ -121,6 +122,10 @@ def texts_of(path: str | Path) -> Texts:
         SettingsError: it cannot be read, is none of these, ends before its end, or our own text in it is damaged.
     """
     texts = Texts()
+    try:
+        check_place(path)
+    except InputError as error:
+        raise SettingsError(str(error)) from error
     try:
         with open(path, "rb") as file:
             start = file.read(12)
