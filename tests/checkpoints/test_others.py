@@ -26,6 +26,7 @@ from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.clip import ClipTextEncoder
 from miniflux.models.flux1 import Flux1
 from miniflux.models.t5 import T5Encoder
+from tests import reference
 from tests.checkpoints.raw import sparse
 from tests.checkpoints.test_inspection import PUBLISHED
 from tests.hanging import no_hang
@@ -97,10 +98,9 @@ def test_published_files_are_named(name: str, manifest: Manifest, tmp_path: Path
         assert part.path == (f"{path} ({prefix}*)" if prefix else str(path))
 
 
-def test_every_manifest_is_tested(reference: Path) -> None:
+def test_every_manifest_is_tested() -> None:
     """Nothing that was published for the family is left out, here and where loadable files are named."""
-    manifests = {file.stem for file in (reference / "manifests").glob("[!_]*.json")}
-    assert manifests == set(NAMED) | set(PUBLISHED) | {"bfl-flux1-canny-dev-lora"}
+    assert reference.names("manifests") == set(NAMED) | set(PUBLISHED) | {"bfl-flux1-canny-dev-lora"}
 
 
 def test_the_control_lora_is_no_transformer(manifest: Manifest, tmp_path: Path) -> None:
@@ -183,8 +183,8 @@ def test_they_are_refused_by_name(manifest: Manifest, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("headers_only")
 @pytest.mark.parametrize("name", [*(f"flux1-{n}" for n in FLUX1_DIALECTS), *(f"flux2-{n}" for n in FLUX2_DIALECTS)])
-def test_lora_files_are_told_by_their_dialect(name: str, reference: Path, tmp_path: Path) -> None:
-    about = json.loads((reference / "lora_dialects" / f"{name}.json").read_text("utf-8"))
+def test_lora_files_are_told_by_their_dialect(name: str, tmp_path: Path) -> None:
+    about = reference.dialect(name)
     shapes = {key: t["shape"] for key, t in (about.get("full") or about["tiny"])["tensors"].items()}
     meta = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
     (part,) = inspect(sparse(tmp_path / "a.safetensors", shapes)).parts

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,11 +56,6 @@ class Networks:
         if not colon:
             return self.transformer.get_submodule(target)
         return getattr(self.text, network).get_submodule(name)
-
-
-def spec(reference: Path, name: str) -> dict[str, Any]:
-    """One file of the reference data on LoRA dialects."""
-    return json.loads((reference / "lora_dialects" / f"{name}.json").read_text("utf-8"))
 
 
 def tensors_of(listed: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:

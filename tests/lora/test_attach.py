@@ -19,9 +19,9 @@ from miniflux.errors import InputError, LoraError
 from miniflux.lora import attach, attached, detach, merge, read, set_scale, set_schedule
 from miniflux.models.flux1 import Flux1
 from miniflux.pipeline import Pipeline
-from tests.conftest import Golden
 from tests.lora.conftest import out
 from tests.lora.made import lora, relative
+from tests.reference import Golden
 from tests.tiny import FLUX1, flux1_inputs, randn
 
 QKV, LINEAR1, LINEAR2 = "double_blocks.0.img_attn.qkv", "single_blocks.1.linear1", "single_blocks.0.linear2"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from miniflux.models.clip import ClipTextEncoder
 from miniflux.models.flux1 import Flux1
 from miniflux.models.t5 import T5Encoder
 from miniflux.variants import CLIP_L, FLUX1_DEV, T5_XXL
+from tests import reference
 from tests.lora.made import (
     FLUX1_DIALECTS,
     FLUX2_DIALECTS,
@@ -27,7 +27,6 @@ from tests.lora.made import (
     lora,
     networks_of,
     relative,
-    spec,
     swap,
     tensors_of,
 )
@@ -44,9 +43,9 @@ def full_size() -> Networks:
         return Networks(Flux1(FLUX1_DEV), Encoders(ClipTextEncoder(CLIP_L), T5Encoder(T5_XXL)))
 
 
-def tiny(reference: Path, name: str) -> tuple[Networks, dict[str, Tensor], list[dict[str, Any]]]:
+def tiny(name: str) -> tuple[Networks, dict[str, Tensor], list[dict[str, Any]]]:
     """Networks with random weights, a file for them, and what the reference data say that it changes."""
-    about = spec(reference, f"flux1-{name}")["tiny"]
+    about = reference.dialect(f"flux1-{name}")["tiny"]
     config = dict(about["config"])
     if name == "bfl-control":
         config["in_channels"] //= 2  # the base is narrower than what such a file makes of it
@@ -64,17 +63,17 @@ def changed_layers(found: Networks) -> list[str]:
     return [name for network in everything for name, module in network.named_modules() if module._forward_hooks]
 
 
-def test_every_reference_dialect_is_listed(reference: Path) -> None:
+def test_every_reference_dialect_is_listed() -> None:
     """So that a file added to the reference data is a test that fails, not one that nobody wrote."""
-    names = {path.stem for path in (reference / "lora_dialects").glob("*.json")}
+    names = reference.names("lora_dialects")
     assert names == {f"flux1-{n}" for n in FLUX1_DIALECTS} | {f"flux2-{n}" for n in FLUX2_DIALECTS}
 
 
 @pytest.mark.parametrize("name", FLUX1_DIALECTS)
 @torch.inference_mode()
-def test_flux1(name: str, reference: Path) -> None:
+def test_flux1(name: str) -> None:
     """Every module of the file is applied, to the rows and by the numbers that the reference data say."""
-    found, tensors, modules = tiny(reference, name)
+    found, tensors, modules = tiny(name)
     before = {m["target"]: found.layer(m["target"]).weight.clone() for m in modules if "prefix" in m}
     receipt = attach(found, tensors, name="x")
     assert receipt.applied == receipt.expected == len(modules) and receipt.unmatched == []
@@ -103,9 +102,9 @@ def test_flux1(name: str, reference: Path) -> None:
 
 @pytest.mark.parametrize("name", FLUX1_DIALECTS)
 @torch.inference_mode()
-def test_one_module_alone(name: str, reference: Path) -> None:
+def test_one_module_alone(name: str) -> None:
     """A file with a single module attaches, and changes that slice of that layer and nothing else."""
-    found, tensors, modules = tiny(reference, name)
+    found, tensors, modules = tiny(name)
     probes = [modules[0], modules[len(modules) // 2], modules[-1]]
     probes += [m for m in modules if m.get("swap_halves_of_up_rows")]
     for module in probes:
@@ -136,9 +135,9 @@ def test_one_module_alone(name: str, reference: Path) -> None:
 @pytest.mark.parametrize(
     "name", [n for n in FLUX1_DIALECTS if n not in ("dora-kohya-per-input", "xlabs-diffusion-model-prefix")]
 )
-def test_flux1_full_size(name: str, reference: Path, full_size: Networks) -> None:
+def test_flux1_full_size(name: str, full_size: Networks) -> None:
     """Every tensor of a file of full size finds a place in FLUX.1 dev, CLIP-L and T5-XXL."""
-    listed = spec(reference, f"flux1-{name}")["full"]["tensors"]
+    listed = reference.dialect(f"flux1-{name}")["full"]["tensors"]
     receipt = attach(full_size, empty_tensors_of(listed), name="x")
     detach(full_size, "x")
     assert receipt.applied == receipt.expected == sum(key.endswith(FIRST) for key in listed)
@@ -146,9 +145,9 @@ def test_flux1_full_size(name: str, reference: Path, full_size: Networks) -> Non
 
 
 @pytest.mark.parametrize("name", FLUX2_DIALECTS)
-def test_flux2_is_understood(name: str, reference: Path) -> None:
+def test_flux2_is_understood(name: str) -> None:
     """Every key of a FLUX.2 file means something, and what the reference data say."""
-    about = spec(reference, f"flux2-{name}")
+    about = reference.dialect(f"flux2-{name}")
     for size in ("tiny", "full"):
         if size not in about:
             continue
@@ -164,9 +163,9 @@ def test_flux2_is_understood(name: str, reference: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FLUX2_DIALECTS)
-def test_flux2_is_refused_by_name(name: str, reference: Path, full_size: Networks) -> None:
+def test_flux2_is_refused_by_name(name: str, full_size: Networks) -> None:
     """A FLUX.2 file on FLUX.1: the message says which model it was made for."""
-    about = spec(reference, f"flux2-{name}")
+    about = reference.dialect(f"flux2-{name}")
     if "full" not in about:
         found = networks_of({**about["tiny"]["config"], "axes_dim": (4, 6, 6), "out_channels": 16, "vec_in_dim": 32,
                              "guidance_embed": True})  # fmt: skip

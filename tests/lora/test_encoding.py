@@ -14,7 +14,8 @@ from miniflux.errors import InputError, LoraError, OutputError
 from miniflux.lora import attach, convert, detach, read, save, set_scale
 from miniflux.models.flux1 import Flux1
 from miniflux.variants import variant
-from tests.lora.made import FLUX1_DIALECTS, Networks, lora, networks_of, relative, spec, tensors_of
+from tests import reference
+from tests.lora.made import FLUX1_DIALECTS, Networks, lora, networks_of, relative, tensors_of
 from tests.lora.test_attach import FILES, control
 from tests.tiny import FLUX1, randn, randomise
 
@@ -67,9 +68,9 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("name", FLUX1_DIALECTS)
-def test_reference_dialects(name: str, reference: Path, tmp_path: Path) -> None:
+def test_reference_dialects(name: str, tmp_path: Path) -> None:
     """Every dialect into every writable one, by way of a file."""
-    about = spec(reference, f"flux1-{name}")["tiny"]
+    about = reference.dialect(f"flux1-{name}")["tiny"]
     config = dict(about["config"])
     if name == "bfl-control":
         config["in_channels"] //= 2

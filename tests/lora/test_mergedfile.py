@@ -22,8 +22,9 @@ from miniflux.checkpoints.quantized import dense_weight, packed_layers
 from miniflux.errors import LoraError, OutputError
 from miniflux.lora import attach, merge_files
 from miniflux.models.flux1 import Flux1
+from tests import reference
 from tests.checkpoints.formats.made import E4M3, SMALL, WIDE, WRITERS, empty, network, write_file
-from tests.lora.made import lora, networks_of, relative, spec, tensors_of
+from tests.lora.made import lora, networks_of, relative, tensors_of
 from tests.lora.test_packing import LINEAR1, MODULATION, QKV, coarse, delta, written
 from tests.lora.test_quantised import out, pair
 from tests.tiny import randn
@@ -167,9 +168,9 @@ def raw_of(tensor: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", ["fp8 e4m3", "nf4, nested"])
 @pytest.mark.parametrize("dialect", ["lokr-kohya", "dora-kohya-per-input", "dora-peft", "bfl-control"])
-def test_dialects(name: str, dialect: str, reference: Path, tmp_path: Path) -> None:
+def test_dialects(name: str, dialect: str, tmp_path: Path) -> None:
     """DoRA looks at the packed weight; a control LoRA widens a packed input."""
-    about = spec(reference, f"flux1-{dialect}")["tiny"]
+    about = reference.dialect(f"flux1-{dialect}")["tiny"]
     tensors, (base, merged) = tensors_of(about["tensors"]), files_of(tmp_path, name)
     packed, _ = pair(base, networks_of(about["config"]).transformer, name)
     merge_files(base, [(tensors, 1.0)], merged)

@@ -14,10 +14,10 @@ from miniflux.checkpoints import load_into, save, to_layout
 from miniflux.errors import CheckpointError, LoraError
 from miniflux.lora import attach, attached, detach, merge, set_scale, unmerge
 from miniflux.models.flux1 import Flux1
-from tests.conftest import Golden
 from tests.lora.conftest import out
 from tests.lora.made import lora, networks_of
 from tests.lora.test_attach import FILES, control, control_base, wider
+from tests.reference import Golden
 from tests.tiny import FLUX1, flux1_inputs, randn
 
 QKV, LINEAR1, LINEAR2 = "double_blocks.0.img_attn.qkv", "single_blocks.1.linear1", "single_blocks.0.linear2"

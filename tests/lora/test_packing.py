@@ -21,8 +21,9 @@ from miniflux.checkpoints.quantized import dense_weight, packed_layers
 from miniflux.errors import CheckpointError, LoraError
 from miniflux.lora import attach, attached, detach, merge, set_scale, unmerge
 from miniflux.models.flux1 import Flux1, Flux1Config
+from tests import reference
 from tests.checkpoints.formats.made import SMALL, WIDE, WRITERS, empty, network, write_file, write_gguf
-from tests.lora.made import Encoders, Networks, changed, lora, networks_of, relative, spec, tensors_of
+from tests.lora.made import Encoders, Networks, changed, lora, networks_of, relative, tensors_of
 from tests.lora.test_quantised import LAYERS, QKV, out, pair
 from tests.tiny import randn
 
@@ -218,9 +219,9 @@ def test_scale_0_and_biases_leave_the_bytes(pack: bool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["fp8 e4m3", "nf4, nested"])
 @pytest.mark.parametrize("dialect", ["loha-kohya", "lokr-kohya", "dora-kohya-per-input", "dora-peft", "bfl-control"])
-def test_dialects(name: str, dialect: str, reference: Path, tmp_path: Path) -> None:
+def test_dialects(name: str, dialect: str, tmp_path: Path) -> None:
     """Merged, every form does what it does attached; a control LoRA's wider input too."""
-    about = spec(reference, f"flux1-{dialect}")["tiny"]
+    about = reference.dialect(f"flux1-{dialect}")["tiny"]
     path, tensors = tmp_path / "a.safetensors", tensors_of(about["tensors"])
     packed, _ = pair(path, networks_of(about["config"]).transformer, name)
     before = bytes_of(packed)
@@ -430,9 +431,9 @@ def test_the_base_may_hold_more(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dialect", ["kohya-with-clip-and-t5", "diffusers-peft-with-text-encoder"])
-def test_text_encoders(dialect: str, reference: Path) -> None:
+def test_text_encoders(dialect: str) -> None:
     """All networks of a pipeline, packed: every layer computes merged what it computes attached, and comes back."""
-    about = spec(reference, f"flux1-{dialect}")["tiny"]
+    about = reference.dialect(f"flux1-{dialect}")["tiny"]
     plain, tensors = networks_of(about["config"]), tensors_of(about["tensors"])
     packed = Networks(repacked(plain.transformer), Encoders(repacked(plain.text.clip), repacked(plain.text.t5)))
     parts = [part for part in (packed.transformer, packed.text.clip, packed.text.t5) if part.state_dict()]

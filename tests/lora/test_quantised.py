@@ -15,8 +15,9 @@ from miniflux.errors import CheckpointError
 from miniflux.lora import attach, detach, extract, merge, unmerge
 from miniflux.models.flux1 import Flux1
 from miniflux.training.lora import TrainableLora
+from tests import reference
 from tests.checkpoints.formats.made import SMALL, WIDE, WRITERS, empty, network, write_file, write_gguf
-from tests.lora.made import lora, networks_of, spec, tensors_of
+from tests.lora.made import lora, networks_of, tensors_of
 from tests.tiny import flux1_inputs, randn
 
 LAYERS = ("double_blocks.0.img_attn.qkv", "double_blocks.0.txt_mlp.2", "single_blocks.0.linear1", "img_in")
@@ -65,9 +66,9 @@ def test_attach_and_detach(name: str, layout: str, tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     "dialect", ["kohya-all-linears", "loha-kohya", "lokr-kohya", "dora-kohya-per-input", "dora-peft", "bfl-control"]
 )
-def test_dialects(name: str, dialect: str, reference: Path, tmp_path: Path) -> None:
+def test_dialects(name: str, dialect: str, tmp_path: Path) -> None:
     """LoHa, LoKr, DoRA (which looks at the weight), and a control LoRA, which widens the input and changes norms."""
-    about = spec(reference, f"flux1-{dialect}")["tiny"]
+    about = reference.dialect(f"flux1-{dialect}")["tiny"]
     packed, plain = pair(tmp_path / "a.safetensors", networks_of(about["config"]).transformer, name)
     before, tensors = out(packed), tensors_of(about["tensors"])
     attach(packed, tensors), attach(plain, tensors)

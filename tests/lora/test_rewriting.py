@@ -19,10 +19,10 @@ from miniflux.checkpoints.finding import BUNDLED
 from miniflux.errors import CheckpointError, InputError, LoraError, MinifluxError, OutputError
 from miniflux.lora import attach, detach, extract, inspect, merge, merge_files, unmerge
 from miniflux.models.flux1 import Flux1, Flux1Config
-from tests.conftest import Golden
 from tests.lora.conftest import out
 from tests.lora.made import lora
 from tests.lora.test_attach import FILES, control, control_base, wider
+from tests.reference import Golden
 from tests.tiny import FLUX1, flux1_inputs, randn, randomise
 
 QKV, LINEAR1, LINEAR2 = "double_blocks.0.img_attn.qkv", "single_blocks.1.linear1", "single_blocks.0.linear2"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import random
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +12,12 @@ from PIL import Image
 from miniflux.nano import scenes
 from miniflux.nano.recipe.adherence import judge
 from miniflux.nano.scenes import HELD_OUT, PALETTE, SHAPES, Scene, Shape, one_object, render, render_lit, two_objects
+from tests import reference
 
 
 @pytest.fixture(scope="module")
-def about(reference: Path) -> dict[str, Any]:
-    return json.loads((reference / "nano_scenes.json").read_text("utf-8"))
+def about() -> dict[str, Any]:
+    return reference.scenes()
 
 
 def test_palette_shapes_and_places_are_the_described_ones(about: dict[str, Any]) -> None:

@@ -13,7 +13,8 @@ from torch.testing import assert_close
 
 from miniflux.lora import attach, save
 from miniflux.models.flux1 import Flux1Config
-from tests.lora.made import lora, spec, tensors_of
+from tests import reference
+from tests.lora.made import lora, tensors_of
 from tests.parity.peers import flux1_pair
 from tests.tiny import FLUX1, flux1_inputs, randn, randomise
 
@@ -80,9 +81,9 @@ def loaded(theirs: nn.Module, tensors: dict[str, Tensor], scale: float) -> nn.Mo
     ],
 )
 @torch.inference_mode()
-def test_reference_files(name: str, scale: float, reference: Path) -> None:
+def test_reference_files(name: str, scale: float) -> None:
     """Our reading of the reference file against diffusers'."""
-    about = spec(reference, f"flux1-{name}")["tiny"]
+    about = reference.dialect(f"flux1-{name}")["tiny"]
     theirs, ours = flux1_pair(Flux1Config(**about["config"]))
     tensors = {key: tensor.float() for key, tensor in tensors_of(about["tensors"]).items()}
     given = dict(tensors)

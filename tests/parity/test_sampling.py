@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,9 +71,8 @@ def test_latents_of_a_run(guided: bool) -> None:
     assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
-def test_prompt_to_pixels(reference: Path) -> None:
+def test_prompt_to_pixels(tokenizer: Callable[[str], Path]) -> None:
     """The whole of FluxPipeline from tiny parts: tokenizers, both encoders, transformer, autoencoder."""
-    files = reference / "tokenizers"
     prompts, length = ["a photo of a cat", "Two RED squares; 3 blue ones - café"], 24
     clip_config = replace(CLIP, vocab_size=49408, max_position_embeddings=77, eos_token_id=49407)
     t5_config = replace(T5, vocab_size=32128)
@@ -86,16 +86,16 @@ def test_prompt_to_pixels(reference: Path) -> None:
         scheduler=scheduler(True),
         vae=their_vae,
         text_encoder=their_clip,
-        tokenizer=transformers.CLIPTokenizer.from_pretrained(files / "clip_l"),
+        tokenizer=transformers.CLIPTokenizer.from_pretrained(tokenizer("clip_l")),
         text_encoder_2=their_t5,
-        tokenizer_2=transformers.T5TokenizerFast.from_pretrained(files / "t5_v1_1_xxl"),
+        tokenizer_2=transformers.T5TokenizerFast.from_pretrained(tokenizer("t5_v1_1_xxl")),
         transformer=transformer,
     )
     pipe.set_progress_bar_config(disable=True)
 
     with torch.inference_mode():
-        txt = t5(load_t5_tokenizer(files / "t5_v1_1_xxl")(prompts, length))
-        _, vec = clip(load_clip_tokenizer(files / "clip_l")(prompts, 77))
+        txt = t5(load_t5_tokenizer(tokenizer("t5_v1_1_xxl"))(prompts, length))
+        _, vec = clip(load_clip_tokenizer(tokenizer("clip_l"))(prompts, 77))
         noise, latents = run_ours(model, txt, vec, [5, 6], shift=True, guidance=2.5)
         pixels = vae.decode(unpack(latents, HEIGHT, WIDTH))
 

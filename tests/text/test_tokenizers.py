@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,13 +19,15 @@ from tokenizers.models import WordLevel
 from miniflux.errors import InputError, TokenizerError
 from miniflux.text import load_clip_tokenizer, load_t5_tokenizer
 from miniflux.text.tokenizers import TextTokenizer
+from tests import reference
 
+Tokenizers = Callable[[str], Path]
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 @pytest.fixture(scope="module")
-def prompts(reference: Path) -> list[dict]:
-    return json.loads((reference / "token_ids.json").read_text("utf-8"))["prompts"]
+def prompts() -> list[dict]:
+    return reference.prompts()
 
 
 def wrong(tokenizer: TextTokenizer, prompts: list[dict], expected: list[list[int]], length: int) -> dict:
@@ -37,9 +40,9 @@ def wrong(tokenizer: TextTokenizer, prompts: list[dict], expected: list[list[int
 
 
 @pytest.mark.parametrize("form", ["folder", "vocab.json", "merges.txt", "tokenizer.json", "folder with tokenizer.json"])
-def test_clip_ids(reference: Path, prompts: list[dict], tmp_path: Path, form: str) -> None:
+def test_clip_ids(tokenizer: Tokenizers, prompts: list[dict], tmp_path: Path, form: str) -> None:
     """All 77 ids of 70 prompts: unicode, emoji, control characters, digits, special tokens in the text."""
-    path = reference / "tokenizers" / "clip_l"
+    path = tokenizer("clip_l")
     if "tokenizer.json" in form:
         transformers = pytest.importorskip("transformers")
         theirs = transformers.CLIPTokenizer.from_pretrained(path).backend_tokenizer
@@ -53,9 +56,9 @@ def test_clip_ids(reference: Path, prompts: list[dict], tmp_path: Path, form: st
 
 @pytest.mark.parametrize("length", [512, 256])
 @pytest.mark.parametrize("form", ["folder", "tokenizer.json", "spiece.rebuilt.model", "folder with spiece.model"])
-def test_t5_ids(reference: Path, prompts: list[dict], tmp_path: Path, form: str, length: int) -> None:
+def test_t5_ids(tokenizer: Tokenizers, prompts: list[dict], tmp_path: Path, form: str, length: int) -> None:
     """All ids of 70 prompts, padded and cut to both lengths that FLUX uses."""
-    path = reference / "tokenizers" / "t5_v1_1_xxl"
+    path = tokenizer("t5_v1_1_xxl")
     if form == "folder with spiece.model":
         shutil.copy(path / "spiece.rebuilt.model", tmp_path / "spiece.model")
         path = tmp_path
