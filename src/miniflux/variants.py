@@ -356,6 +356,9 @@ FLUX2_SIZES: dict[str, Flux2Sizes] = {
 }
 
 
+# FLUX.3 by hidden size, blocks of one stream, joint blocks and width of the text (the defaults of diffusers' class).
+FLUX3_SIZES: dict[tuple[int, int, int, int], str] = {(3072, 5, 28, 20480): "FLUX.3 klein"}
+
 # Encoders of other models of the family, so that their files are named. Language models: by width and layers; SigLIP:
 # by width, patch and tokens; Redux: by widths in and out (the `config.json` files of the releases).
 LANGUAGE_MODELS: dict[tuple[int, int], str] = {
@@ -363,6 +366,7 @@ LANGUAGE_MODELS: dict[tuple[int, int], str] = {
     (4096, 36): "Qwen3 8B, text encoder of FLUX.2 klein 9B",
     (5120, 40): "Mistral Small 3 24B, text encoder of FLUX.2 dev",
 }
+VISION_LANGUAGE_MODELS: dict[tuple[int, int], str] = {(2560, 36): "Qwen3-VL 4B, text encoder of FLUX.3 klein"}
 SIGLIP_SIZES: dict[tuple[int, int, int], str] = {(1152, 14, 729): "SigLIP so400m patch14 384, image encoder of Redux"}
 REDUX_SIZES: dict[tuple[int, int], str] = {(1152, 4096): "flux1-redux-dev, image encoder of FLUX.1"}
 

@@ -43,6 +43,10 @@ NAMED = {
     "diffusers-flux2-dev": ("FLUX.2 transformer", "FLUX.2 dev transformer", "diffusers"),
     "diffusers-flux2-klein-4b": ("FLUX.2 transformer", "FLUX.2 klein 4B transformer", "diffusers"),
     "diffusers-flux2-klein-9b": ("FLUX.2 transformer", "FLUX.2 klein 9B transformer", "diffusers"),
+    "bfl-flux3": ("FLUX.3 transformer", "FLUX.3 klein base transformer", "original"),
+    "bfl-flux3-distilled": ("FLUX.3 transformer", "FLUX.3 klein transformer", "original"),
+    "diffusers-flux3": ("FLUX.3 transformer", "FLUX.3 klein base transformer", "diffusers"),
+    "diffusers-flux3-distilled": ("FLUX.3 transformer", "FLUX.3 klein transformer", "diffusers"),
     "bfl-flux2-ae": ("FLUX.2 autoencoder", "FLUX.2 autoencoder, 32 latent channels", "original"),
     "diffusers-flux2-vae": ("FLUX.2 autoencoder", "FLUX.2 autoencoder, 32 latent channels", "diffusers"),
     "diffusers-controlnet-5-0-single-mode": ("ControlNet", "FLUX.1 ControlNet, 5 + 0 blocks", "diffusers"),
@@ -64,6 +68,7 @@ NAMED = {
     ),
     "te-qwen3-4b": ("Qwen3", "Qwen3 4B, text encoder of FLUX.2 klein 4B", "transformers"),
     "te-qwen3-8b": ("Qwen3", "Qwen3 8B, text encoder of FLUX.2 klein 9B", "transformers"),
+    "te-qwen3-vl-4b-language-model": ("Qwen3-VL", "Qwen3-VL 4B, text encoder of FLUX.3 klein", "transformers"),
     "te-mistral-small-24b-language-model": (
         "Mistral",
         "Mistral Small 3 24B, text encoder of FLUX.2 dev",
@@ -139,6 +144,16 @@ def test_other_sizes_and_damaged_files(manifest: Manifest, tmp_path: Path) -> No
     assert variant({k: s for k, s in shapes.items() if k != "txt_in.weight"}) == (
         "an incomplete FLUX.2 transformer, not loadable yet"
     )
+    for name, end in (("bfl-flux3", "txt_in.weight"), ("diffusers-flux3", "context_embedder.weight")):
+        shapes = {k: s for k, s in manifest(name).items() if "txt_mode_blocks.4." not in k}
+        assert (
+            variant(shapes)
+            == "a FLUX.3 transformer of another size (hidden size 3072, 4 + 28 blocks), not loadable yet"
+        )
+        assert (
+            variant({k: s for k, s in shapes.items() if k != end})
+            == "an incomplete FLUX.3 transformer, not loadable yet"
+        )
     assert variant(IP_ADAPTER) == "FLUX.1 IP-Adapter for 3 double blocks, not loadable yet"
     assert variant({"redux_up.weight": [8, 4], "redux_down.weight": [4, 8]}).startswith("a Redux image encoder of")
     layer = {"layers.0.self_attn.q_proj.weight": [4, 4], "embed_tokens.weight": [9, 4]}

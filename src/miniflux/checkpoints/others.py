@@ -10,10 +10,18 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from miniflux.checkpoints.files import Entry
-from miniflux.variants import FLUX2_SIZES, LANGUAGE_MODELS, REDUX_SIZES, SIGLIP_SIZES
+from miniflux.variants import (
+    FLUX2_SIZES,
+    FLUX3_SIZES,
+    LANGUAGE_MODELS,
+    REDUX_SIZES,
+    SIGLIP_SIZES,
+    VISION_LANGUAGE_MODELS,
+)
 
 Shapes = Mapping[str, tuple[int, ...]]
 NOT_YET = "not loadable yet"
+SEEING = "model.language_model."  # where a model that reads pictures too has its language model
 # Ways to pack weights that are not read, by how the name of a part ends.
 FOREIGN = {
     ".weight._data": "optimum-quanto",
@@ -38,6 +46,18 @@ def _flux2(shapes: Shapes) -> str:
     return f"a FLUX.2 transformer of another size (hidden size {hidden}, {found[1]} + {found[2]} blocks)"
 
 
+def _flux3(shapes: Shapes) -> str:
+    """klein or klein base, which has no embedding of the time aimed at; or its sizes."""
+    native = "txt_in.weight" in shapes
+    single = "single_blocks." if native else "single_transformer_blocks."
+    hidden, context = _matrix(shapes, "txt_in" if native else "context_embedder")
+    found = (hidden, count_blocks(shapes, "txt_mode_blocks."), count_blocks(shapes, single), context)
+    if name := FLUX3_SIZES.get(found):
+        target = "ref_time_in.in_layer.weight" if native else "target_timestep_embedder.linear_1.weight"
+        return f"{name} transformer" if target in shapes else f"{name} base transformer"
+    return f"a FLUX.3 transformer of another size (hidden size {hidden}, {found[1]} + {found[2]} blocks)"
+
+
 def _flux2_autoencoder(shapes: Shapes) -> str:
     return f"FLUX.2 autoencoder, {shapes['decoder.conv_in.weight'][1]} latent channels"
 
@@ -49,10 +69,11 @@ def _controlnet(shapes: Shapes) -> str:
 
 
 def _language_model(shapes: Shapes) -> str:
-    """Which text encoder of FLUX.2, by width and number of layers."""
-    inside = "model." if "model.embed_tokens.weight" in shapes else ""
+    """Which text encoder of FLUX.2 or FLUX.3, by width and number of layers."""
+    inside = next(at for at in (SEEING, "model.", "") if f"{at}embed_tokens.weight" in shapes)
     width, layers = _matrix(shapes, f"{inside}embed_tokens")[1], count_blocks(shapes, f"{inside}layers.")
-    return LANGUAGE_MODELS.get((width, layers), f"a language model of {layers} layers of width {width}")
+    known = VISION_LANGUAGE_MODELS if inside == SEEING else LANGUAGE_MODELS
+    return known.get((width, layers), f"a language model of {layers} layers of width {width}")
 
 
 def _siglip(shapes: Shapes) -> str:
@@ -92,6 +113,8 @@ class Other:
 OTHERS = (
     Other("FLUX.2 transformer", "original", ("double_stream_modulation_img.lin.weight", "img_in.weight"), _flux2),
     Other("FLUX.2 transformer", "diffusers", ("double_stream_modulation_img.linear.weight",), _flux2),
+    Other("FLUX.3 transformer", "original", ("early_stream_modulations.txt.lin.weight",), _flux3),
+    Other("FLUX.3 transformer", "diffusers", ("early_stream_modulations.txt.linear.weight",), _flux3),
     Other("FLUX.2 autoencoder", "original", ("bn.running_mean", "encoder.quant_conv.weight"), _flux2_autoencoder),
     Other("FLUX.2 autoencoder", "diffusers", ("bn.running_mean", "quant_conv.weight"), _flux2_autoencoder),
     Other("ControlNet", "diffusers", ("controlnet_x_embedder.weight",), _controlnet),
@@ -103,8 +126,12 @@ OTHERS = (
     Other("SigLIP", "transformers", ("vision_model.head.probe",), _siglip),
     *(
         Other(network, "transformers", (f"{at}layers.0.self_attn.{sign}", f"{at}embed_tokens.weight"), _language_model)
-        for network, sign in (("Qwen3", "q_norm.weight"), ("Mistral", "q_proj.weight"))
-        for at in ("model.", "")
+        for network, sign, places in (
+            ("Qwen3-VL", "q_norm.weight", (SEEING,)),
+            ("Qwen3", "q_norm.weight", ("model.", "")),
+            ("Mistral", "q_proj.weight", ("model.", "")),
+        )
+        for at in places
     ),
 )  # fmt: skip
 _FIRST = tuple(other.signs[0] for other in OTHERS)
