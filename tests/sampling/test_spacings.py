@@ -36,6 +36,17 @@ def test_levels_fall_from_one_to_zero(spacing: str, curve, steps: int) -> None:
     assert abs(found.steps - steps) <= (1 if spacing in ("ddim-uniform", "beta-comfyui") else 0)
 
 
+@pytest.mark.parametrize("spacing", SPACINGS)
+@given(shift=st.floats(1e-3, 1e3), steps=st.integers(1, 50))
+def test_no_shift_rounds_a_level_above_one(spacing: str, shift: float, steps: int) -> None:
+    """0.02 and others once did, and the schedule was refused."""
+    assert max(schedule(spacing, steps, static_shift(shift))) <= 1
+
+
+def test_the_top_is_one_for_shifts_that_round_up() -> None:
+    assert schedule("beta", 10, static_shift(0.020668109911469727))[0] == 1.0
+
+
 @pytest.mark.parametrize("steps", [1, 4, 10, 14, 20])
 def test_optimal_steps_interpolates_its_table(steps: int) -> None:
     """As ComfyUI: the table at its own 11 levels, log-linear in between, the last level replaced by 0."""

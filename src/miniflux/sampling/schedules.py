@@ -157,7 +157,7 @@ def static_shift(shift: float) -> Curve:
     shift = plain(shift)
     if not finite(shift) or shift <= 0:
         raise InputError(f"shift must be a positive number, got {shown(shift)}")
-    return lambda t: shift * t / (1 + (shift - 1) * t)
+    return lambda t: min(1.0, shift * t / (1 + (shift - 1) * t))  # at 1 some shifts round to a little more
 
 
 def dynamic_shift(mu: float) -> Curve:
