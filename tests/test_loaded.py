@@ -427,7 +427,7 @@ def test_packed_layers_are_no_change_and_their_numbers_count(tmp_path: Path) -> 
 
 
 def test_what_looking_costs(loaded: Pipeline) -> None:
-    """Below 1 % of a nano picture of 128x128 where nothing else runs; the bound here is that of a busy machine."""
+    """About 1 % of a nano picture of 128x128; the bound here is that of a busy machine."""
 
     def shortest(run: Callable[[], object], times: int) -> float:
         taken: list[float] = []

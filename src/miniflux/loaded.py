@@ -17,7 +17,17 @@ import torch.nn.functional
 from torch import nn
 from torch.nn.modules import module as every_module
 
-from miniflux.checkpoints.fingerprint import WHOLE, Facts, Same, differences, facts_of, plain, tensor_facts, total_bytes
+from miniflux.checkpoints.fingerprint import (
+    WHOLE,
+    Facts,
+    Same,
+    differences,
+    facts_of,
+    is_as,
+    plain,
+    tensor_facts,
+    total_bytes,
+)
 from miniflux.checkpoints.origin import Edited, Origin, Stamp
 from miniflux.lora.adapters import adapters_of
 from miniflux.lora.standing import HUNG, changed_adapters, taken_over
@@ -81,7 +91,10 @@ class Baseline:
 
     def _facts(self, part: str, network: nn.Module) -> Facts:
         """Facts of a network as it would be without what adapters have exchanged in it for now."""
-        facts, then = facts_of(network, self.whole, HUNG), self.networks[part]
+        then = self.networks[part]
+        if is_as(network, then, self.whole, HUNG):
+            return then
+        facts = facts_of(network, self.whole, HUNG)
         for module, taken in taken_over(network).items():
             own, before = facts.get(module, {}), then.get(module, {})
             originals = {name: tensor for name, tensor in taken.items() if tensor is not None}

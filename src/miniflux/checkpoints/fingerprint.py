@@ -32,6 +32,7 @@ INTERNAL = frozenset(
         *("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called"),
         *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook", "_state_dict_hooks"),
         *("_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "training", "_lender"),
+        "_is_torch_compile",
     )
 )
 """Attributes of a module that do not decide what it computes, or are looked at one by one. No network here computes
@@ -104,11 +105,61 @@ def facts_of(network: nn.Module, whole: bool, skipped: tuple[str, ...] = ()) -> 
     return facts
 
 
+def is_as(network: nn.Module, then: Facts, whole: bool, skipped: tuple[str, ...] = ()) -> bool:
+    """Whether `facts_of` would give the same again: asked for every picture, so nothing is put together that is not
+    looked at."""
+    if not isinstance(network, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        return False
+    seen = 0
+    facts: list[Any] = []
+    tensors: list[Tensor] = []
+    waiting: list[tuple[str, nn.Module]] = [("", network)]
+    while waiting:
+        name, module = waiting.pop()
+        own = then.get(name)
+        if own is None or type(module) is not own[MODULE][1] or own[MODULE][0]() is not module:
+            return False
+        values = vars(module)
+        if (values["_forward_hooks"] or values["_forward_pre_hooks"] or own[HOOKS]) and _hooks(values) != own[HOOKS]:
+            return False
+        lender, left = values.get(LENDER), len(own) - 2
+        for attribute in values.keys() - INTERNAL:
+            if attribute not in own:
+                if attribute.startswith(skipped):
+                    continue
+                return False
+            value, fact, left = values[attribute], own[attribute], left - 1
+            if value is fact and type(value) in SIMPLE:
+                continue
+            if isinstance(value, Tensor):
+                facts.append(fact)
+                tensors.append(value)
+            elif fact != (value if type(value) in SIMPLE else plain(value)):
+                return False
+        for group in (values["_parameters"], values["_buffers"]):
+            for attribute, value in group.items():
+                left -= 1
+                if value is not None:
+                    facts.append(own.get(attribute))
+                    tensors.append(value if lender is None else lender.at_rest(module, attribute))
+                elif own.get(attribute, own) is not None:
+                    return False
+        if left:
+            return False
+        seen += 1
+        for child, inner in tuple(values["_modules"].items()):
+            if inner is not None and not child.startswith(skipped):
+                waiting.append((f"{name}.{child}" if name else child, inner))
+        if len(waiting) + seen > len(then):
+            return False
+    return seen == len(then) and tensor_facts(tensors, whole) == facts
+
+
 def tensor_facts(tensors: Sequence[Tensor], whole: bool) -> list[Any]:
     """Of each tensor, what changes when it does."""
     facts: list[Any] = []
     for tensor, numbers in zip(tensors, _numbers(tensors, whole), strict=True):
-        fact = (tensor.dtype, tensor.device, tuple(tensor.shape), numbers)
+        fact = (tensor.dtype, tensor.device, tensor.shape, numbers)
         if not whole or tensor.is_meta:
             place = None if tensor.is_meta else (tensor.data_ptr(), None if tensor.is_inference() else tensor._version)
             fact = (*fact, id(tensor), place)
@@ -119,22 +170,25 @@ def tensor_facts(tensors: Sequence[Tensor], whole: bool) -> list[Any]:
 def _numbers(tensors: Sequence[Tensor], whole: bool) -> list[Any]:
     """The sum of the words of each tensor, if it is read as a whole, and samples of them, which know their places."""
     found: list[Any] = [None] * len(tensors)
+    numbers: np.ndarray[Any, Any]
     elsewhere: dict[torch.device, list[tuple[int, Tensor]]] = {}
     for i, tensor in enumerate(tensors):
-        if tensor.is_meta or tensor.layout is not torch.strided or not tensor.numel():
+        if tensor.dtype is torch.float32 and tensor.is_cpu:  # which numpy knows by name: faster
+            numbers = (tensor.detach() if tensor.requires_grad else tensor).numpy()
+        elif tensor.is_meta or tensor.layout is not torch.strided or not tensor.numel():
             continue
-        tensor = tensor.detach() if tensor.is_contiguous() else tensor.detach().contiguous()
-        if tensor.device.type != "cpu":
-            elsewhere.setdefault(tensor.device, []).append((i, tensor.reshape(-1)))
+        else:
+            flat = tensor.detach().contiguous().reshape(-1)
+            if not flat.is_cpu:
+                elsewhere.setdefault(flat.device, []).append((i, flat))
+                continue
+            numbers = flat.view(torch.uint8).numpy()
+        if numbers.nbytes <= SMALL:
+            found[i] = hash(numbers.tobytes())
             continue
-        known = tensor.dtype is torch.float32  # what numpy knows by name is faster
-        words = (tensor if known else tensor.reshape(-1).view(torch.uint8)).numpy()
-        if words.nbytes <= SMALL:
-            found[i] = hash(words.tobytes())
-            continue
-        words = words.reshape(-1)
-        words = words.view(np.uint8 if words.nbytes % WORD else np.uint64)
-        total = int(np.add.reduce(words, dtype=np.uint64)) if whole else 0
+        numbers = numbers.reshape(-1)
+        words = numbers.view(np.uint8 if numbers.nbytes % WORD else np.uint64)
+        total = int(np.add.reduce(words)) if whole else 0
         found[i] = total, hash(words[:: _stride(words.size, whole)].tobytes())
     for indexed in elsewhere.values():
         told = numbers_elsewhere([flat for _, flat in indexed], whole)
