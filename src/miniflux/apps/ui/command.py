@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import logging
 import os
 import signal
 import tempfile
@@ -15,6 +16,10 @@ from typing import Any
 
 from miniflux.errors import InputError, MissingExtraError
 
+log = logging.getLogger(__name__)
+
+HONOURED = ("GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT", "GRADIO_ROOT_PATH", "GRADIO_TEMP_DIR")  # of Gradio's settings
+
 
 def add(commands: Any) -> None:
     """Add the command to the command line."""
@@ -24,15 +29,18 @@ def add(commands: Any) -> None:
         description="Serve a page to draw on. It asks nobody outside for anything and works with the network cut.",
         epilog="Needs the extra: pip install 'miniflux[ui]'. The page says what each of its controls does.",
     )
-    ui.add_argument("--host", default="127.0.0.1", metavar="H", help="who can reach it; default %(default)s, only you")
+    ui.add_argument("--host", metavar="H", help="who can reach it: a name or an address of this machine, 0.0.0.0 or :: "
+                    "for everybody in the network; default 127.0.0.1, only you")  # fmt: skip
     ui.add_argument("--port", type=int, metavar="N", help="default: the first that is free from 7860")
     ui.add_argument("--auth", type=_auth, metavar="USER:PASSWORD", help="let in only who knows them")
+    ui.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="also answer to this name, NAME "
+                    "or NAME:PORT, by which a proxy in front is asked; may be given several times")  # fmt: skip
     ui.add_argument("--model", default="nano", metavar="NAME", help="chosen at first; default %(default)s")
     ui.add_argument("--weights", metavar="FOLDER", help="look for models here first")
     ui.add_argument("--device", metavar="NAME", help="cpu, cuda, mps ...; default the best there is")
     ui.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16; default what suits the device")
-    ui.add_argument("--queue", type=int, default=64, metavar="N", help="jobs that may wait; default %(default)s")
-    ui.add_argument("--workers", type=int, default=1, metavar="N", help="pictures drawn at once, as far as memory "
+    ui.add_argument("--queue", type=_count, default=64, metavar="N", help="jobs that may wait; default %(default)s")
+    ui.add_argument("--workers", type=_count, default=1, metavar="N", help="pictures drawn at once, as far as memory "
                     "allows; default %(default)s")  # fmt: skip
     ui.add_argument("--cache", metavar="FOLDER", help="keep drawn pictures here, to answer repeated requests at once; "
                     "default: in memory")  # fmt: skip
@@ -44,9 +52,15 @@ def add(commands: Any) -> None:
 
 def _auth(text: str) -> tuple[str, str]:
     user, colon, password = text.partition(":")
-    if not (user and colon and password):
-        raise argparse.ArgumentTypeError("expected USER:PASSWORD")
+    if not (user and colon and password) or user != user.strip():
+        raise argparse.ArgumentTypeError("expected USER:PASSWORD, without spaces around USER")
     return user, password
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 @contextmanager
@@ -69,6 +83,35 @@ def _no_stubs() -> Generator[None]:
         inspect.getfile = getfile
 
 
+def _from_environment(options: argparse.Namespace) -> str:
+    """Fill host and port from what users of Gradio set; the root that the page is served under.
+
+    Everything else that would change what the page promises is taken away from this process: Gradio's other settings,
+    and the proxies of the machine. The page asks nobody outside; but Gradio does not even load if a proxy needs a
+    package that is not there.
+
+    Raises:
+        InputError: a port that is no number.
+    """
+    options.host = options.host or os.environ.get("GRADIO_SERVER_NAME") or "127.0.0.1"
+    port = os.environ.get("GRADIO_SERVER_PORT", "").strip()
+    if options.port is None and port:
+        if not (port.isascii() and port.isdigit()):
+            raise InputError(f"GRADIO_SERVER_PORT={port}: expected 0 to 65535")
+        options.port = int(port)
+    root = os.environ.get("GRADIO_ROOT_PATH", "")
+    others = [name for name in sorted(os.environ) if name.startswith("GRADIO_") and name not in HONOURED]
+    for name in others:
+        del os.environ[name]
+    if others:
+        log.warning("without effect here: %s", ", ".join(others))
+    proxies = [name for name in os.environ if name.lower().endswith("_proxy")]
+    for name in ("GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT", "GRADIO_ROOT_PATH", *proxies):
+        os.environ.pop(name, None)  # Gradio fails while it is imported if one of its own is not as it expects
+    os.environ["NO_PROXY"] = "*"  # nor those that the system has without a variable
+    return root
+
+
 def run(options: argparse.Namespace) -> None:
     """Serve the page until it is stopped.
 
@@ -77,9 +120,17 @@ def run(options: argparse.Namespace) -> None:
         InputError: a port that is taken, a model that is not there.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl+C: the temporary folder goes as well
-    with tempfile.TemporaryDirectory(prefix="miniflux-ui-", ignore_cleanup_errors=True) as temporary:
-        os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-        os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(temporary) / "uploads"))  # read when Gradio is imported
+    root = _from_environment(options)
+    beside = os.environ.get("GRADIO_TEMP_DIR") or None
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="miniflux-ui-", dir=beside, ignore_cleanup_errors=True)
+    except OSError as error:
+        raise InputError(
+            f"{beside or tempfile.gettempdir()}: no temporary folder can be made: {error.strerror}"
+        ) from error
+    with folder as temporary:
+        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+        os.environ["GRADIO_TEMP_DIR"] = str(Path(temporary) / "uploads")  # read when Gradio is imported
         try:
             with _no_stubs():
                 from miniflux.apps.ui.launch import served
@@ -89,20 +140,28 @@ def run(options: argparse.Namespace) -> None:
             raise MissingExtraError("the page needs Gradio: pip install 'miniflux[ui]'") from error
         from miniflux.apps.ui.site import opened
 
-        with opened(
-            Path(options.history or temporary),
-            first=options.model,
-            weights=options.weights,
-            device=options.device,
-            dtype=options.dtype,
-            waiting=options.queue,
-            workers=options.workers,
-            cache=options.cache,
-        ) as site:
-            try:
-                with served(site, host=options.host, port=options.port, auth=options.auth) as page:
-                    print(f"miniflux: the page is at {page.url} (Ctrl+C ends it)", flush=True)
-                    threading.Thread(target=site.prepare).start()  # while the browser fetches the page
-                    page.wait()
-            except OSError as error:
-                raise InputError(f"--host {options.host} --port {options.port}: {error}") from error
+        with (
+            opened(
+                Path(options.history or temporary),
+                first=options.model,
+                weights=options.weights,
+                device=options.device,
+                dtype=options.dtype,
+                waiting=options.queue,
+                workers=options.workers,
+                cache=options.cache,
+            ) as site,
+            served(
+                site,
+                host=options.host,
+                port=options.port,
+                auth=options.auth,
+                allow_hosts=options.allow_host,
+                root=root,
+            ) as page,
+        ):
+            if not page.only_here and options.auth is None:
+                log.warning("everybody who reaches this machine can draw here; --auth USER:PASSWORD asks who they are")
+            print(f"miniflux: the page is at {' and '.join(page.urls)} (Ctrl+C ends it)", flush=True)
+            threading.Thread(target=site.prepare).start()  # while the browser fetches the page
+            page.wait()

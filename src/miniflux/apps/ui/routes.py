@@ -1,4 +1,4 @@
-"""What the page asks for beside Gradio's own: how far the queue is, and the pictures.
+"""What the page asks for beside Gradio's own: how far the queue is, the pictures, and a place to send files to.
 
 A browser session is a random token in a cookie that scripts cannot read. Whoever does not know it sees nothing of what
 belongs to it; a picture's name, which cannot be guessed either, is of no use without the token.
@@ -9,61 +9,22 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter, Depends, HTTPException
 from fastapi import Request as WebRequest
 from fastapi.responses import FileResponse, JSONResponse, Response
 from PIL import Image
-from starlette.datastructures import MutableHeaders
-from starlette.requests import cookie_parser
 
 from miniflux.apps.ui import form
+from miniflux.apps.ui.bodies import Refusal, RefusedError, announced, paced
 from miniflux.apps.ui.site import Site
 from miniflux.errors import MinifluxError
-from miniflux.service import Entry, Job, new_session
+from miniflux.service import Entry, Job
 
 COOKIE = "miniflux_session"
-YEAR = 365 * 24 * 3600
-POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; worker-src 'self' blob:; "
-    "form-action 'self'; base-uri 'self'; object-src 'none'; frame-ancestors 'self'"
-)
-"""The browser itself refuses whatever would go elsewhere. Gradio's own scripts stand in the page and make functions."""
-
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-
-
-class Sessions:
-    """ASGI middleware: every browser has a session, and no answer lets it ask elsewhere."""
-
-    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        cookies = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"cookie"), "")
-        known = valid(cookie_parser(cookies).get(COOKIE))
-        token = None if known or scope["path"] != "/" else new_session()
-
-        async def answer(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = MutableHeaders(raw=message.setdefault("headers", []))
-                headers["content-security-policy"] = POLICY
-                headers["x-content-type-options"] = "nosniff"
-                headers["referrer-policy"] = "no-referrer"
-                if token is not None:
-                    headers.append("set-cookie", f"{COOKIE}={token}; Path=/; Max-Age={YEAR}; HttpOnly; SameSite=Strict")
-            await send(message)
-
-        await self.app(scope, receive, answer)
+UPLOAD = "/gradio_api/upload"
 
 
 def valid(token: str | None) -> str | None:
@@ -85,18 +46,35 @@ def session_of(cookies: Any) -> str:
 
 def router(site: Site, allowed: Callable[..., Any]) -> APIRouter:
     """The routes; `allowed` refuses who has not logged in."""
-    routes = APIRouter(prefix="/studio", dependencies=[Depends(allowed)])
+    routes = APIRouter(dependencies=[Depends(allowed)])
 
-    @routes.get("/state")
+    @routes.post(UPLOAD)
+    async def upload(web: WebRequest) -> Response:
+        """Instead of Gradio's own, which takes files from anybody and keeps them until the page ends."""
+        session = session_of(web.cookies)
+        kind = web.headers.get("content-type", "")
+        try:
+            length = announced(web.headers)
+            paths = await site.uploads.receive(session, kind, length, paced(web.receive))
+        except RefusedError as refused:
+            return Refusal(refused)
+        return JSONResponse([str(path) for path in paths])
+
+    @routes.get(f"{UPLOAD}_progress")
+    async def progress() -> Response:
+        """Gradio's script asks how far an upload is, for a bar that this page does not show."""
+        return Response('data: {"msg": "done"}\n\n', media_type="text/event-stream")
+
+    @routes.get("/studio/state")
     def state(web: WebRequest, mark: str = "", seen: str = "") -> JSONResponse:
         return JSONResponse(state_of(site, session_of(web.cookies), mark, seen), headers={"cache-control": "no-store"})
 
-    @routes.get("/about/{id}")
+    @routes.get("/studio/about/{id}")
     def about(web: WebRequest, id: str) -> JSONResponse:
         request = _entry(site, session_of(web.cookies), id).request
         return JSONResponse(form.described(request, site.listed.get(request.model)))
 
-    @routes.get("/picture/{id}.png")
+    @routes.get("/studio/picture/{id}.png")
     def picture(web: WebRequest, id: str, download: bool = False, bare: bool = False) -> Response:
         session = session_of(web.cookies)
         _entry(site, session, id)
@@ -112,7 +90,7 @@ def router(site: Site, allowed: Callable[..., Any]) -> APIRouter:
         plain.save(data, "PNG")
         return Response(data.getvalue(), media_type="image/png", headers=headers)
 
-    assert state and about and picture
+    assert upload and progress and state and about and picture
     return routes
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import shutil
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Generator, Sequence
@@ -12,9 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
+from miniflux.apps.ui.uploads import Uploads
 from miniflux.cache import ResultCache
 from miniflux.errors import InputError, MinifluxError
 from miniflux.lora.attaching import BUNDLED_LORAS
+from miniflux.memory.compute import choose_device, choose_dtype
 from miniflux.result import Result
 from miniflux.service import Grid, History, Job, Listed, Models, Queue
 from miniflux.settings import Request
@@ -26,8 +30,8 @@ MAX_SHELVES = 1000  # browser sessions remembered at once, beside their history,
 MAX_LORAS = 32  # files that one session may drop
 MAX_UNTOLD = 8  # jobs of a session that are over, kept to say so
 CACHE_BYTES = 2**30  # of pictures kept to answer repeated requests
-MAX_LORA_BYTES = 4 * 2**30
 BUNDLED = "realism"
+MODEL_FILES = {".safetensors", ".sft", ".gguf"}
 
 
 @dataclass(frozen=True)
@@ -69,15 +73,19 @@ class Site:
         models: what there is to draw with.
         queue: who draws next; its pictures go to `history`.
         history: what was drawn.
-        folder: where LoRAs that were dropped are kept.
+        uploads: files that were dropped.
         first: the model chosen at first.
 
     Raises:
         InputError: the first model is unknown, or its weights are not on this machine.
     """
 
-    def __init__(self, models: Models, queue: Queue, history: History, folder: Path, first: str = "nano-dev") -> None:
-        self.models, self.queue, self.history, self.folder = models, queue, history, folder
+    def __init__(
+        self, models: Models, queue: Queue, history: History, uploads: Uploads, first: str = "nano-dev"
+    ) -> None:
+        self.models, self.queue, self.history, self.uploads = models, queue, history, uploads
+        self.folder = uploads.place
+        uploads.busy = self._waits_for
         self.listed: dict[str, Listed] = {model.name: model for model in models.listed() if not model.missing}
         if first not in self.listed:
             raise InputError(f"--model {first}: not on this machine; there are {', '.join(self.listed)}")
@@ -93,8 +101,23 @@ class Site:
                 self._shelves[session] = Shelf(dict(self.bundled))
             self._shelves.move_to_end(session)
             while len(self._shelves) > MAX_SHELVES:
-                self._shelves.popitem(last=False)
+                self._clear(*self._shelves.popitem(last=False))
             return self._shelves[session]
+
+    def _clear(self, session: str, shelf: Shelf) -> None:
+        with shelf.lock:
+            for lora in shelf.loras.values():
+                if lora.id != BUNDLED:
+                    self.uploads.let_go(session, Path(lora.file))
+            shelf.loras = dict(self.bundled)
+
+    def sweep(self) -> None:
+        """Let go of what belonged to sessions that have left, and of files nobody uses; asked for every minute."""
+        for session in self.uploads.sweep():
+            with self._lock:
+                shelf = self._shelves.pop(session, None)
+            if shelf is not None:
+                self._clear(session, shelf)
 
     def prepare(self) -> None:
         """Load the first model, if it is a bundled one: it is small, and will be wanted soon."""
@@ -123,28 +146,40 @@ class Site:
         return Lora(id, label, file, sha256_of(path), reasons, about, text)
 
     def keep_lora(self, session: str, path: Path) -> Lora:
-        """Check a file that was dropped, copy it where it stays, and put it on the shelf.
+        """Check a file that was dropped, move it where it stays, and put it on the shelf.
 
         Raises:
             MinifluxError: it cannot be used; the message says why, and nothing has changed.
         """
         shelf = self.shelf(session)
-        if path.stat().st_size > MAX_LORA_BYTES:
-            raise InputError(f"{path.name}: larger than {MAX_LORA_BYTES / 2**30:.0f} GiB")
         if len(shelf.loras) > MAX_LORAS:
             raise InputError(f"{path.name}: this session has dropped {MAX_LORAS} LoRAs already")
-        self._lora("", path.stem, str(path), path)  # refuses before anything is copied
+        self._lora("", path.stem, str(path), path)  # refuses before anything is kept
         digest = sha256_of(path)
-        place = self.folder / digest / path.name
-        if not place.exists():
-            place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            beside = place.with_suffix(".part")
-            shutil.copyfile(path, beside)
-            beside.replace(place)
+        place = self.uploads.place / digest / path.name
+        self.uploads.keep(session, path, place)
         lora = self._lora(digest[:16], path.stem[:80], str(place), place)
         with shelf.lock:
             shelf.loras[lora.id] = lora
         return lora
+
+    def remove_lora(self, session: str, id: str) -> None:
+        """Take a LoRA that was dropped off the shelf; its file goes when no job and no other session needs it.
+
+        Raises:
+            InputError: the session has none of this id, or it is the bundled one.
+        """
+        shelf = self.shelf(session)
+        with shelf.lock:
+            if id not in shelf.loras or id in self.bundled:
+                raise InputError(f"no LoRA {id!r} was dropped by this session")
+            lora = shelf.loras.pop(id)
+        self.uploads.let_go(session, Path(lora.file))
+
+    def _waits_for(self, session: str, place: Path) -> bool:
+        """Whether a job of a session needs a file."""
+        jobs = self.queue.jobs(session)
+        return any(Path(use.file) == place for job in jobs for request in job.requests for use in request.loras)
 
     # Jobs
 
@@ -216,11 +251,34 @@ def opened(
         waiting: jobs that may wait.
         workers: jobs at once, at most; a run begins only when there is memory for it.
         cache: a folder for drawn pictures; None for memory.
+
+    Raises:
+        InputError, OutputError: something of this cannot be used here.
     """
+    checked(weights, device, dtype)
     results = ResultCache(cache, CACHE_BYTES)
     models = Models(weights=weights, device=device, dtype=dtype, cache=results)
     history = History(folder)
-    with Queue(
-        models.draw, models.cost, workers=workers, waiting=waiting, deliver=history.deliver, answer=models.answer
-    ) as queue:
-        yield Site(models, queue, history, folder / "loras", ALIASES.get(first, first))
+    uploads = Uploads(Path(os.environ.get("GRADIO_TEMP_DIR") or folder / "uploads"), folder / "loras")
+    try:
+        with Queue(
+            models.draw, models.cost, workers=workers, waiting=waiting, deliver=history.deliver, answer=models.answer
+        ) as queue:
+            yield Site(models, queue, history, uploads, ALIASES.get(first, first))
+    finally:
+        uploads.close()
+
+
+def checked(weights: str | None, device: str | None, dtype: str | None) -> None:
+    """What would otherwise only be found when the first picture is drawn.
+
+    Raises:
+        InputError: a folder that is not there, a device or a precision that this machine has not.
+    """
+    if weights is not None:
+        folder = Path(weights)
+        if not folder.is_dir():
+            raise InputError(f"--weights {weights}: no such folder")
+        if not any(path.suffix in MODEL_FILES for depth in ("*", "*/*", "*/*/*") for path in folder.glob(depth)):
+            raise InputError(f"--weights {weights}: no model is in this folder")
+    choose_dtype(dtype, choose_device(device), torch.float32, 0)
