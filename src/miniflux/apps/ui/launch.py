@@ -147,8 +147,7 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # that it cancels what is left is no news
-        self._page.is_running = False
-        self._page._queue.close()
+        self._page.close(verbose=False)  # ends the queue and its streams
         self._gradio.stop_event.set()
         await super().shutdown(sockets)
 

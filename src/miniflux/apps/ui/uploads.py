@@ -267,13 +267,13 @@ class _Files:
             self._file = None
 
     def _begin(self) -> None:
-        self._name.clear(), self._value.clear()
+        self._name, self._value = bytearray(), bytearray()
         self._disposition = b""
 
     def _header(self) -> None:
-        if self._name.lower() == b"content-disposition":
+        if bytes(self._name).lower() == b"content-disposition":
             self._disposition = bytes(self._value)
-        self._name.clear(), self._value.clear()
+        self._name, self._value = bytearray(), bytearray()
 
     def _open(self) -> None:
         _, options = parse_options_header(self._disposition)
