@@ -190,7 +190,7 @@ def test_previews_that_are_not_there(pipe: Pipeline) -> None:
     parts = pipe.transformer, pipe.autoencoder, pipe.text
     without, bare = Pipeline(pipe.variant, *parts), Pipeline(replace(pipe.variant, preview=()), *parts)
     assert without.preview(moment, 64, 64).tobytes() == pipe.preview(moment, 64, 64, "table").tobytes()
-    with pytest.raises(InputError, match="no preview tiny: weights/README.md says where"):
+    with pytest.raises(InputError, match=r"no preview tiny: its file .* goes beside the others"):
         without.preview(moment, 64, 64, "tiny")
     with pytest.raises(InputError, match=r"no preview table: sampling\.previews\.fit makes one"):
         bare.preview(moment, 64, 64)

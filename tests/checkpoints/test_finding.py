@@ -236,9 +236,10 @@ def test_nothing_there_names_everything(tmp_path: Path, home: Path) -> None:
     assert f"looked in: {tmp_path / 'mine'}\n" in text
     assert "the variable MINIFLUX_WEIGHTS is not set" in text
     assert f"{home / '.cache/huggingface/hub'} has no snapshot of {DEV.repository}" in text
-    assert f"huggingface.co/{DEV.repository} ({DEV.licence}, to be accepted there); weights/README.md" in text
+    assert f"miniflux fetch {DEV.name} (--dry-run lists every file)" in text
+    assert f"huggingface.co/{DEV.repository} ({DEV.licence}, to be accepted there)" in text
     assert '"nano"' in text
-    with pytest.raises(WeightsNotFoundError, match=r"FLUX.1-schnell \(Apache-2.0\);") as caught:
+    with pytest.raises(WeightsNotFoundError, match=r"FLUX.1-schnell \(Apache-2.0\)") as caught:
         find(SCHNELL)
     assert "looked in: no folder at all" in str(caught.value)
 

@@ -25,7 +25,7 @@ def add(commands: Any) -> None:
         help="draw pictures from a prompt",
         description="Draw pictures from a prompt. Settings that are not given are those the model was made for.",
         epilog="Weights are looked for in --weights, in the folder named by MINIFLUX_WEIGHTS, and in the Hugging Face "
-        "cache; weights/README.md says where each file comes from. Nothing is downloaded.",
+        "cache; `miniflux variants` says what is here, `miniflux fetch` gets it. Nothing is downloaded.",
     )
     generate.add_argument(
         "prompt", nargs="+", metavar="PROMPT", help="what to draw; several prompts give several pictures"

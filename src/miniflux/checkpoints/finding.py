@@ -218,8 +218,8 @@ def _not_found(variant: Variant, missing: Mapping[str, str], folders: list[Path]
             lines.append(f"the Hugging Face cache {hub_cache()} has no snapshot of {variant.repository}")
         licence = f"{variant.licence}, to be accepted there" if variant.gated else variant.licence
         lines.append(
-            f"to get them: miniflux fetch {variant.name}, or huggingface.co/{variant.repository} ({licence}); "
-            "weights/README.md lists every file"
+            f"to get them: miniflux fetch {variant.name} (--dry-run lists every file), "
+            f"or huggingface.co/{variant.repository} ({licence})"
         )
         lines.append('to try miniflux without any download: the bundled model "nano"')
     return "\n".join(lines)

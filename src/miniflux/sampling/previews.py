@@ -35,7 +35,10 @@ def decode(latent: Tensor, table: Table, tiny: TinyDecoder | None, decoder: str 
         raise InputError(f"unknown preview decoder {decoder!r}; known: {', '.join(there)}")
     decoder = decoder or next((name for name, found in there.items() if found), "table")
     if not there[decoder]:
-        ways = {"tiny": "weights/README.md says where its file goes", "table": "sampling.previews.fit makes one"}
+        ways = {
+            "tiny": "its file (for FLUX.1 taef1_decoder.safetensors) goes beside the others",
+            "table": "sampling.previews.fit makes one",
+        }
         raise InputError(f"this model has no preview {decoder}: {ways[decoder]}")
     return rgb(latent, table) if tiny is None or decoder == "table" else tiny(latent)
 
