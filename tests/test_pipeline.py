@@ -226,13 +226,16 @@ def test_a_failed_save_keeps_the_old_file(pipe: Pipeline, tmp_path: Path, monkey
     place = tmp_path / "x.png"
     place.write_bytes(b"old")
 
-    def full(self: Image.Image, path: Path, **_: object) -> None:
-        Path(path).write_bytes(b"half")
+    result, whole = drawn(pipe, steps=1), Path.write_bytes
+
+    def full(self: Path, data: bytes) -> int:
+        whole(self, data[: len(data) // 2])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Image.Image, "save", full)
-    with pytest.raises(OutputError, match="No space left"):
-        drawn(pipe, steps=1).save(place)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", full)
+        with pytest.raises(OutputError, match="No space left"):
+            result.save(place)
     assert place.read_bytes() == b"old" and [file.name for file in tmp_path.iterdir()] == ["x.png"]
 
 

@@ -37,6 +37,10 @@ class OutputError(MinifluxError):
     """A result cannot be written where it was asked to be."""
 
 
+class OutOfMemoryError(MinifluxError):
+    """There is too little memory; the message says what it would take, and what would fit."""
+
+
 class LoraError(MinifluxError):
     """A LoRA file is damaged, of no known dialect, made for another model, or would change nothing."""
 

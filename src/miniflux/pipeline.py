@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,9 @@ from miniflux.checkpoints.origin import Origin, Stamp
 from miniflux.errors import InputError, MinifluxError
 from miniflux.loaded import Baseline, claimed, summary
 from miniflux.lora.adapters import described, files_of
+from miniflux.memory.ledger import Run, activations
 from miniflux.memory.modes import Memory
+from miniflux.memory.shortage import Fits, told
 from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.flux1 import Attend, Flux1, RunBlock, run_block
 from miniflux.models.layers import attention
@@ -207,6 +209,7 @@ class Pipeline:
 
         Raises:
             InputError: an argument is out of its range or of another kind; the message names it and its value.
+            OutOfMemoryError: it does not fit into what is free, or ran out of it; the message names a size that fits.
             MinifluxError: the numbers overflowed in this dtype.
         """
         # 1. Check everything before anything is computed.
@@ -277,11 +280,12 @@ class Pipeline:
 
         # 4. Each picture on its own: text, noise from its seed, denoising, decoding - unless it was drawn before.
         begun: list[_Begun] = []
-        needs = plan.needs(width, height, t5_length)
+        needs, fits = plan.needs(width, height, t5_length), self._fits()
 
         def draw(i: int) -> Drawn:
-            with nullcontext() if self.memory is None else self.memory.checked(needs):
+            with self._watched(needs, fits):
                 if not begun:  # text has a cache of its own, and is not needed where all pictures were drawn before
+                    fits.check(needs)
                     begun.append(self._begin(prompts, plan, negative, t5_length, padding, image))
                 varied = None if variation is None else (variation[0] + i, variation[1])
                 watcher = Watcher(i, total, progress, callback, watch)
@@ -308,6 +312,32 @@ class Pipeline:
         latents = torch.cat([picture.latents for picture in pictures])
         moment = pictures[0].moment if total == 1 else None
         return Result([picture.image for picture in pictures], latents, settings, moment, files, tuple(keys))
+
+    @contextmanager
+    def _watched(self, needs: Run, fits: Fits) -> Generator[None]:
+        """Around the work on a picture: its memory is compared with the ledger, and running out of it is told."""
+        with (
+            told(f"drawing {needs.width}x{needs.height}", partial(fits.advice, needs)),
+            nullcontext() if self.memory is None else self.memory.checked(needs),
+        ):
+            yield
+
+    def _fits(self) -> Fits:
+        """Whether a run fits into what is free now."""
+        memory, autoencoder = self.memory, self.autoencoder.config
+        unit = autoencoder.downscale * PATCH
+        if memory is not None:
+            return Fits(lambda run: memory.ledger(run).working, self.device, unit, memory.fitting)
+
+        def needs(run: Run) -> tuple[int, int]:
+            floats = self.autoencoder.decoder.conv_in.weight.element_size()
+            computed = activations(
+                self.transformer.config, self.text.t5.config, autoencoder, run, self.dtype.itemsize, floats
+            )
+            most = max(computed.values())
+            return (most, 0) if self.device.type == "cpu" else (0, most)
+
+        return Fits(needs, self.device, unit, lambda run, free: [])
 
     def _described(self) -> dict[str, Any]:
         """What of the settings of a picture is the pipeline's own."""
@@ -522,10 +552,12 @@ def load(
     Raises:
         InputError: an unknown variant, device, dtype or memory mode.
         WeightsNotFoundError: files are missing; all of them are named.
+        OutOfMemoryError: the weights do not fit.
         CheckpointError: a file does not hold what it should.
     """
     results = result_cache(cache)
-    parts = assemble(
-        name_or_path, weights=weights, device=device, dtype=dtype, memory=memory, modulation_ahead=modulation_ahead
-    )
+    with told(f"loading {name_or_path}", lambda: "memory='stream' takes the least"):
+        parts = assemble(
+            name_or_path, weights=weights, device=device, dtype=dtype, memory=memory, modulation_ahead=modulation_ahead
+        )
     return Pipeline(*parts[:-1], results, parts.memory)

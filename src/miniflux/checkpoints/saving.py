@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -141,15 +143,19 @@ def write_beside(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside `path`, then rename it: there is never half a file, and what was there stays.
 
     Raises:
-        OutputError: the place cannot be written to.
+        OutputError: the place cannot be written to, has no room, or the name is none.
     """
-    beside = path.with_name(path.name + ".part")
+    if "\0" in str(path):
+        raise OutputError(f"{str(path)!r}: cannot be written: a name without NUL was expected")
+    # A name of its own, so that two writers do not meet; short, because that of `path` may be as long as names may be.
+    beside = path.with_name(f"{secrets.token_hex(8)}.part")
     try:
         try:
             write(beside)
             beside.replace(path)
         except BaseException:
-            beside.unlink(missing_ok=True)
+            with suppress(OSError):  # the first error is the one to tell
+                beside.unlink()
             raise
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error

@@ -17,6 +17,7 @@ from miniflux.memory.streaming import Plan
 from miniflux.models.autoencoder import AutoencoderConfig
 from miniflux.models.flux1 import Flux1Config
 from miniflux.models.t5 import T5Config
+from miniflux.sampling.latents import PATCH
 
 WITHIN = 0.05  # how far the peak of a run may be from what was predicted ...
 SMALL = 256_000_000  # ... and bytes that nobody needs to explain, of libraries and of the allocator
@@ -148,10 +149,8 @@ def predict(
     ahead = run.ahead and parts["transformer"].mode != "resident"
     table = [on_device("modulation of all calls", run.calls * run.batch * modulation_size(config) * itemsize)]
     table = table if ahead else []
-    unit = autoencoder.downscale * 2
-    image_tokens = -(-run.width // unit) * -(-run.height // unit)
-    pixels = image_tokens * unit**2
     floats = next(iter(parts["autoencoder"].plan.kept)).empty.dtype.itemsize
+    computed = activations(config, t5, autoencoder, run, itemsize, floats)
     return Ledger(
         mode,
         process,
@@ -159,22 +158,19 @@ def predict(
             "text, T5": (
                 *common,
                 *blocks("t5"),
-                on_device("t5: activations", t5_activations(t5, run.text_tokens, itemsize)),
+                on_device("t5: activations", computed["t5"]),
             ),
             "text, CLIP": (*common, *blocks("t5"), *blocks("clip")),  # T5's areas are let go of after both
             "denoising": (
                 *common,
                 *blocks("transformer", slice(1) if ahead else slice(None)),
                 *table,
-                on_device(
-                    "transformer: activations",
-                    run.batch * flux1_activations(config, image_tokens + run.text_tokens, itemsize),
-                ),
+                on_device("transformer: activations", computed["transformer"]),
             ),
             "decoding": (
                 *common,
                 *table,
-                on_device("autoencoder: activations", decoder_activations(autoencoder, pixels, floats)),
+                on_device("autoencoder: activations", computed["autoencoder"]),
             ),
         },
     )
@@ -199,9 +195,33 @@ def t5_activations(config: T5Config, tokens: int, itemsize: int) -> int:
 
 
 def decoder_activations(config: AutoencoderConfig, pixels: int, itemsize: int) -> int:
-    """Bytes at the worst moment of decoding: the widest tensors of the largest size."""
-    widest = config.ch * config.ch_mult[min(1, len(config.ch_mult) - 1)]
-    return 4 * pixels * widest * itemsize
+    """Bytes at the worst moment of decoding. A convolution of n channels to m takes n + m beside its input and result
+    while it works, because oneDNN has both in another order; a level's input stays until it is done."""
+    widths, worst = [config.ch * mult for mult in config.ch_mult], 0.0
+    for level, width in enumerate(widths):
+        before = width if level == len(widths) - 1 else widths[level + 1]
+        first = 3 * before + width  # the first block: its input, that normalised, and both copies
+        later = before + 4 * width
+        doubling = (before + width + 3 * 4 * width) if level else 0  # enlarged fourfold, and both copies of that
+        worst = max(worst, max(first, later, doubling) * pixels / 4**level)
+    return int(worst * itemsize)
+
+
+def activations(
+    transformer: Flux1Config, t5: T5Config, autoencoder: AutoencoderConfig, run: Run, itemsize: int, floats: int
+) -> dict[str, int]:
+    """Bytes that T5, the transformer and the autoencoder compute on the way, at the worst moment of each.
+
+    Args:
+        itemsize, floats: bytes of a number in transformer and T5, and in the autoencoder.
+    """
+    unit = autoencoder.downscale * PATCH
+    image_tokens = -(-run.width // unit) * -(-run.height // unit)
+    return {
+        "t5": t5_activations(t5, run.text_tokens, itemsize),
+        "transformer": run.batch * flux1_activations(transformer, image_tokens + run.text_tokens, itemsize),
+        "autoencoder": decoder_activations(autoencoder, image_tokens * unit**2, floats),
+    }
 
 
 def _status(field: str) -> int | None:

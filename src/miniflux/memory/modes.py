@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-import sys
 import threading
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 
 from miniflux.errors import InputError
+from miniflux.memory.free import free_ram, free_vram
 from miniflux.memory.ledger import Ledger, Part, Run, peak_size, predict
 from miniflux.memory.modulation import Ahead
 from miniflux.memory.streaming import Streamed
@@ -39,32 +38,6 @@ def check_mode(memory: str) -> None:
     """
     if memory not in NAMES:
         raise InputError(f"memory must be one of {', '.join(NAMES)}, got {memory!r}")
-
-
-def free_ram() -> int | None:
-    """Bytes that new work could have without swapping; None where that is not known (macOS, Windows)."""
-    if sys.platform != "linux":
-        return None
-    found = [
-        1024 * int(line.split()[1])
-        for line in Path("/proc/meminfo").read_text("ascii").splitlines()
-        if line.startswith("MemAvailable:")
-    ]
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        group = Path("/sys/fs/cgroup")
-        try:
-            found.append(int((group / limit).read_text("ascii")) - int((group / used).read_text("ascii")))
-        except (OSError, ValueError):  # no group, or no limit ("max")
-            continue
-    return min(found, default=None)
-
-
-def free_vram(device: torch.device) -> int | None:
-    """Bytes free on a CUDA device; None elsewhere."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
 def choose(
@@ -125,6 +98,21 @@ class Memory:
         """What a run is going to need."""
         run = replace(run, ahead=self.ahead is not None)
         return predict(self.mode, self.parts, run, self.device, self.dtype, self.process)
+
+    def fitting(self, run: Run, free: tuple[int | None, int | None]) -> list[str]:
+        """The other modes in which the pipeline could be loaded and this run would fit into so much RAM and VRAM."""
+        now, fits = self.ledger(run), list[str]()
+        taken = (now.ram - now.process - now.working[0], now.vram - now.working[1])  # what reloading gives back
+        for mode, places in MODES.items():
+            parts = {name: replace(part, mode=places[name]) for name, part in self.parts.items()}
+            other = predict(mode, parts, run, self.device, self.dtype, now.process)
+            needs = (other.ram - other.process, other.vram)
+            if mode != self.mode and all(
+                known is None or need <= SPARED * (known + given)
+                for need, known, given in zip(needs, free, taken, strict=True)
+            ):
+                fits.append(mode)
+        return fits
 
     def free_text(self) -> None:
         """Let go of what the text encoders hold: called after encoding."""

@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,26 +123,39 @@ class History:
             OutputError: the folder cannot be written to.
         """
         key, made = _key(session), list[Entry]()
-        for i in range(len(result.images)):
-            entry = Entry(
-                id=secrets.token_hex(16),
-                request=request.single(i),
-                created=time.time(),
-                cached=bool(result.settings[i].get("cached")),
-                title=title,
-            )
-            self._count(entry, result.single(i).save(self.pictures / entry.file))
-            made.append(entry)
-        self._keep(key, made)
+        with self._all_or_none(made):
+            for i in range(len(result.images)):
+                entry = Entry(
+                    id=secrets.token_hex(16),
+                    request=request.single(i),
+                    created=time.time(),
+                    cached=bool(result.settings[i].get("cached")),
+                    title=title,
+                )
+                self._count(entry, result.single(i).save(self.pictures / entry.file))
+                made.append(entry)
+            self._keep(key, made)
         return made
 
     def add_sheet(self, session: str, grid: Grid, results: Sequence[Result], title: str = "") -> Entry:
         """Keep the labelled sheet of a grid as one picture; errors as of `add`, and of `Grid.save`."""
         key = _key(session)
         entry = Entry(id=secrets.token_hex(16), request=grid.base.single(0), created=time.time(), title=title)
-        self._count(entry, grid.save(self.pictures / entry.file, results))
-        self._keep(key, [entry])
+        with self._all_or_none([entry]):
+            self._count(entry, grid.save(self.pictures / entry.file, results))
+            self._keep(key, [entry])
         return entry
+
+    @contextmanager
+    def _all_or_none(self, made: Sequence[Entry]) -> Generator[None]:
+        """Pictures that could not all be written and entered are none: nobody would find them again."""
+        try:
+            yield
+        except OutputError:
+            with self._lock:
+                for entry in made:
+                    self._remove(entry.id)
+            raise
 
     def _count(self, entry: Entry, path: Path) -> None:
         with self._lock:
@@ -151,8 +166,8 @@ class History:
         """Enter pictures that were written, and let the oldest go."""
         with self._lock:
             own = self._entries(key)
-            own += made
             self._append(key, made)
+            own += made
             for entry in own[: -self.per_session]:
                 self._remove(entry.id)
             while self._bytes > self.max_bytes and len(self._sizes) > 1:
@@ -231,10 +246,13 @@ class History:
 
     def _append(self, key: str, made: list[Entry]) -> None:
         path = self._indices / f"{key}.jsonl"
+        size = path.stat().st_size if path.exists() else 0
         try:
             with path.open("ab") as file:
                 file.write(b"".join(_line(entry) for entry in made))
         except OSError as error:
+            with suppress(OSError):
+                os.truncate(path, size)  # half a line
             raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
 
     def _compact(self, key: str) -> None:

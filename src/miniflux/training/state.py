@@ -12,7 +12,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from miniflux.errors import CheckpointError
+from miniflux.checkpoints.saving import write_beside
+from miniflux.errors import CheckpointError, OutputError
 from miniflux.training.muon import Muon
 
 M = TypeVar("M", bound=nn.Module)
@@ -81,20 +82,31 @@ class TrainingState(Generic[M]):
             torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)  # pyright: ignore
 
     def save(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_suffix(".part")
-        torch.save(
-            {
-                "about": self.about,
-                "step": self.step,
-                "model": self.model.state_dict(),
-                "average": self.average.state_dict(),
-                "optimizers": [optimizer.state_dict() for _, optimizer in self.optimizers],
-                "rng": torch.get_rng_state(),
-            },
-            beside,
-        )
-        beside.replace(self.path)
+        """
+        Raises:
+            OutputError: the place cannot be written to.
+        """
+        state = {
+            "about": self.about,
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizers": [optimizer.state_dict() for _, optimizer in self.optimizers],
+            "rng": torch.get_rng_state(),
+        }
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{self.path}: cannot be written: {error.strerror or error}") from error
+
+        def write(beside: Path) -> None:
+            try:
+                with beside.open("wb") as file:
+                    torch.save(state, file)
+            except RuntimeError as error:  # torch's word for a disk that is full
+                raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+
+        write_beside(self.path, write)
 
     def resume(self) -> bool:
         """Load the saved state if there is one; True if there was.
