@@ -52,7 +52,7 @@ dev: $(DEVELOPING)  ## install what developers need, and the pre-commit hooks
 	$(BIN)/pre-commit install
 
 demo: $(RUNTIME)  ## draw a picture with the bundled model
-	$(BIN)/miniflux generate "a red circle on a blue background" -o demo.png $(ARGS)
+	$(BIN)/miniflux generate "a red circle on a blue background" -o demo.png --force $(ARGS)
 	@echo "The picture is $(CURDIR)/demo.png"
 
 ui: $(RUNTIME)  ## the page to draw on, in your browser; installs Gradio

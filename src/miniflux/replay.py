@@ -22,7 +22,7 @@ from miniflux.lora.attaching import BUNDLED_LORAS
 from miniflux.memory.compute import choose_device
 from miniflux.pictures import digest_of, on_white, open_picture
 from miniflux.pipeline import Pipeline, load
-from miniflux.result import QUALITY, Result, labelled, psnr
+from miniflux.result import QUALITY, Result, joined, labelled, psnr
 from miniflux.settings import LoraUse, Record, Request, read_picture, strict
 from miniflux.version import __version__
 
@@ -113,7 +113,7 @@ def replay(
         results.append(_drawn(pipe, record, uses, image, told))
         done += max(1, len(record.sigmas) - 1)
         differences += _unlike(record, results[-1])
-    result = _joined(results)
+    result = joined(results)
     sheet = first.sheet
     if sheet is None:
         made = result.grid()
@@ -252,16 +252,6 @@ def _unlike(record: Record, result: Result) -> list[str]:
     if record.sigmas and (len(sigmas) != len(record.sigmas) or any(abs(a - b) > NEAR for a, b in pairs)):
         told.append("the noise levels are others than they were")
     return told
-
-
-def _joined(results: Sequence[Result]) -> Result:
-    """Results of single pictures as one."""
-    if len(results) == 1:
-        return results[0]
-    sizes = {result.latents.shape for result in results}
-    latents = torch.cat([result.latents for result in results]) if len(sizes) == 1 else results[0].latents
-    settings = [about for result in results for about in result.settings]
-    return Result([image for result in results for image in result.images], latents, settings, files=results[0].files)
 
 
 def _as_stored(image: Image.Image, kind: str) -> Image.Image:

@@ -100,6 +100,16 @@ class Result:
         return path
 
 
+def joined(results: Sequence[Result]) -> Result:
+    """Results of single pictures as one, so that they can be written on one sheet."""
+    if len(results) == 1:
+        return results[0]
+    sizes = {result.latents.shape for result in results}
+    latents = torch.cat([result.latents for result in results]) if len(sizes) == 1 else results[0].latents
+    settings = [about for result in results for about in result.settings]
+    return Result([image for result in results for image in result.images], latents, settings, files=results[0].files)
+
+
 def save_picture(picture: Image.Image, path: Path, settings: Sequence[dict[str, Any]] | None) -> None:
     """Write a picture with the settings of all that is on it, or none."""
     options = {} if settings is None else options_for(path, list(settings))

@@ -34,11 +34,22 @@ def test_generate_writes_the_picture_and_says_where(tmp_path: Path, capsys: pyte
     assert str(out) in capsys.readouterr().out
 
 
-def test_several_images_make_a_grid(tmp_path: Path) -> None:
-    out = tmp_path / "out.png"
-    assert run("generate", "a red circle", "a star", "-o", str(out), *QUICK, "--images", "2") == 0
-    with Image.open(out) as image:
+def test_several_pictures_are_files_and_a_grid_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, sheet = tmp_path / "out.png", tmp_path / "sheet.png"
+    options = ["-o", str(out), *QUICK, "--images", "2", "--seed", "5"]
+    assert run("generate", "a red circle", "a star", *options, "--grid", str(sheet)) == 0
+    files = [tmp_path / f"out-{i}.png" for i in (1, 2, 3, 4)]
+    assert sorted(tmp_path.iterdir()) == [*files, sheet]
+    said = [json.loads(Image.open(file).text["miniflux"]) for file in files]  # type: ignore[attr-defined]
+    expected = [("a red circle", 5), ("a red circle", 6), ("a star", 7), ("a star", 8)]
+    assert [(about["prompt"], about["seed"]) for about in said] == expected
+    with Image.open(sheet) as image:
         assert image.size == (128, 96)
+        assert image.crop((64, 48, 128, 96)).tobytes() == Image.open(files[3]).tobytes()
+    assert capsys.readouterr().out.splitlines()[0] == f"{files[0]}: 64x48, nano-dev, seed 5, 'a red circle'"
+    # Each is what a call for it alone draws.
+    assert run("generate", "a star", "-o", str(out), *QUICK, "--seed", "8") == 0
+    assert Image.open(out).tobytes() == Image.open(files[3]).tobytes()
 
 
 def test_every_option_reaches_the_picture(tmp_path: Path) -> None:
@@ -171,13 +182,13 @@ def test_inspect(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "Flux1" in said and "nano-dev" in said and "original" in said and "bfloat16" in said
     assert run("inspect", str(BUNDLED), "--json") == 0
     assert {part["network"] for part in json.loads(capsys.readouterr().out)} == {
-        "Flux1", "Autoencoder", "ClipTextEncoder", "T5Encoder", "TinyDecoder"
+        "Flux1", "Autoencoder", "ClipTextEncoder", "T5Encoder", "TinyDecoder", "LoRA"
     }  # fmt: skip
     assert run("inspect", str(tmp_path / "nothing")) == 2
 
 
 def test_a_fault_of_ours_is_exit_code_1(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_path: str, *, data: bool) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("broken inside")
 
     monkeypatch.setattr("miniflux.checkpoints.inspect", fail)
@@ -187,7 +198,7 @@ def test_a_fault_of_ours_is_exit_code_1(capsys: pytest.CaptureFixture[str], monk
 
 
 def test_interrupt_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def stop(_path: str, *, data: bool) -> None:
+    def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("miniflux.checkpoints.inspect", stop)

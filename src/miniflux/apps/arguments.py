@@ -3,6 +3,77 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import re
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from miniflux.apps import console
+
+MENDABLE = 2  # exit code: the user can mend it
+GIVEN, NOTES = "_given", "_notes"  # of a namespace: which options were given, with what; what is to be said of them
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line; options in full, because what is short for one today may be for two tomorrow;
+    numbers such as -1e3 and -1:2 as values; a word when an option is given twice."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{"allow_abbrev": False, **options})
+        self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)")  # argparse knows -1 and -1.5
+        self.register("action", None, _Once)
+        self.register("action", "store", _Once)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, left = super().parse_known_args(args, namespace)
+        if left:
+            self.error(f"unrecognized arguments: {' '.join(left)}{self._meant(left)}")
+        return found, left
+
+    def _meant(self, left: Sequence[str]) -> str:
+        """The option whose name is nearest to what nobody knows."""
+        known = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+        for word in (word.partition("=")[0] for word in left if word.startswith("--")):
+            starts = [name for name in known if name.startswith(word)]
+            near = starts if len(starts) == 1 else difflib.get_close_matches(word, known, 1)
+            if near:
+                return f"; did you mean {near[0]}?"
+        return "; words stand together, before the options or behind them" if left[0][:1] != "-" else ""
+
+    def error(self, message: str) -> NoReturn:
+        name = re.match(r"argument (?:-\w/)?(-[^:]+): expected one argument", message)
+        if name:
+            message += f"; one that begins with - is given as {name[1]}=-..."
+        console.complain(f"{' '.join(message.splitlines())} (see {self.prog} --help)", self.prog)
+        raise SystemExit(MENDABLE)
+
+
+class _Once(argparse.Action):
+    """Stores a value. Given again with another, the last one counts, as of every command; that is said."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        given = namespace.__dict__.setdefault(GIVEN, {})
+        if option_string and self.dest in given and given[self.dest] != values:
+            said = f"{option_string} is given twice: {values} counts, {given[self.dest]} does not"
+            namespace.__dict__.setdefault(NOTES, []).append(said)
+        given[self.dest] = values
+        setattr(namespace, self.dest, values)
+
+
+def say_notes(options: argparse.Namespace) -> None:
+    """Say what is odd about the options, once; after they were checked, so that what is wrong is one line."""
+    for note in options.__dict__.pop(NOTES, ()):
+        console.complain(note)
+
+
+def seed(given: str) -> int | None:
+    """A whole number; None for `random`."""
+    if given.lower() == "random":
+        return None
+    try:
+        return int(given)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number or random, got {given!r}") from None
 
 
 def size(text: str) -> tuple[int, int]:
@@ -62,3 +133,10 @@ def spacing(text: str) -> str | list[float]:
 def add_verbose(command: argparse.ArgumentParser) -> None:
     """The option that every command has."""
     command.add_argument("-v", "--verbose", action="store_true", help="say more about what is done")
+
+
+def add_force(command: argparse.ArgumentParser) -> None:
+    """The option of every command that writes files."""
+    command.add_argument(
+        "--force", action="store_true", help="write over a file that is there; else the result is numbered: out-1.png"
+    )

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import argparse
 import logging
+import secrets
 import sys
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from miniflux.apps import arguments
-from miniflux.errors import InputError
+from miniflux.apps import arguments, console
+from miniflux.apps.outputs import FIELDS, IN_FOLDER, Outputs, new_file
+from miniflux.apps.prompts import prompts_of
+from miniflux.errors import InputError, LoraError
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from miniflux.pipeline import Pipeline, Result
     from miniflux.sampling import Moment
     from miniflux.sampling.guidance import Cfg
+
+RANDOM_SEEDS = 2**32  # those that every other program takes, too
+TEXTS_AHEAD = 16  # prompts whose embeddings are made at once: where text encoders come and go, each visit costs
 
 
 def add(commands: Any) -> None:
@@ -23,16 +32,28 @@ def add(commands: Any) -> None:
     generate = commands.add_parser(
         "generate",
         help="draw pictures from a prompt",
-        description="Draw pictures from a prompt. Settings that are not given are those the model was made for.",
+        description="Draw pictures from a prompt. Settings that are not given are those the model was made for. Every "
+        "picture is written as soon as it is drawn; Ctrl-C keeps those that are.",
         epilog="Weights are looked for in --weights, in the folder named by MINIFLUX_WEIGHTS, and in the Hugging Face "
         "cache; `miniflux variants` says what is here, `miniflux fetch` gets it. Nothing is downloaded.",
     )
     generate.add_argument(
-        "prompt", nargs="+", metavar="PROMPT", help="what to draw; several prompts give several pictures"
+        "prompt",
+        nargs="+",
+        metavar="PROMPT",
+        help="what to draw; several quoted prompts give several pictures; @FILE for a prompt per line of a file, - of "
+        "stdin (@@ begins a prompt with @)",
     )
     generate.add_argument(
-        "-o", "--output", default="out.png", metavar="FILE", help=".png, .jpg or .webp; default %(default)s"
+        "-o",
+        "--output",
+        default="out.png",
+        metavar="FILE|FOLDER/",
+        help=".png, .jpg or .webp, default %(default)s; several pictures are numbered (out-1.png), or named by fields: "
+        f"{' '.join(f'{{{name}}}' for name in FIELDS)}; in a folder {IN_FOLDER}",
     )
+    generate.add_argument("--grid", metavar="FILE", help="write all pictures on one sheet as well")
+    arguments.add_force(generate)
     generate.add_argument(
         "--model",
         default="nano",
@@ -41,7 +62,11 @@ def add(commands: Any) -> None:
     )
     generate.add_argument("--weights", metavar="FOLDER", help="look for the model's files here first")
     generate.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="picture i is drawn from seed + i; default 0"
+        "--seed",
+        type=arguments.seed,
+        default=0,
+        metavar="N|random",
+        help="picture i is drawn from seed + i; default 0; random draws one, and says it",
     )
     generate.add_argument("--steps", type=int, metavar="N", help="more is slower and finer")
     generate.add_argument(
@@ -50,7 +75,7 @@ def add(commands: Any) -> None:
     generate.add_argument(
         "--size", type=arguments.size, metavar="WxH", help="in pixels, multiples of 16 (else rounded up)"
     )
-    generate.add_argument("--images", type=int, default=1, metavar="N", help="pictures per prompt; several make a grid")
+    generate.add_argument("--images", type=int, default=1, metavar="N", help="pictures per prompt")
     generate.add_argument("--t5-length", type=int, metavar="N", help="text tokens the T5 encoder reads")
     generate.add_argument(
         "--padding",
@@ -74,7 +99,7 @@ def add(commands: Any) -> None:
         "text-freed, offload (in RAM, block by block to the device) or stream (in the file)",
     )  # fmt: skip
     _sampling_options(generate)
-    generate.set_defaults(run=_generate)
+    generate.set_defaults(run=_run)
     arguments.add_verbose(generate)
 
 
@@ -113,71 +138,191 @@ def _sampling_options(generate: argparse.ArgumentParser) -> None:
     )
 
 
-def _generate(options: argparse.Namespace) -> None:
-    from tqdm import tqdm
+@dataclass(frozen=True)
+class _Call:
+    """What the options ask for, checked as far as it can be without weights.
 
-    from miniflux.pipeline import checked_output, load
+    Attributes:
+        prompts: of each picture, in order.
+        seed: of the first; picture i is drawn from seed + i.
+        settings: arguments of `Pipeline.generate` that all pictures share.
+        outputs: where they go.
+        sheet: what was drawn, if it is wanted on a grid.
+        blocks: of a step cache, how many were skipped and evaluated.
+    """
 
-    output = checked_output(options.output)
-    if options.weights is not None and not Path(options.weights).is_dir():
-        raise InputError(f"--weights {options.weights}: no such folder")
+    prompts: list[str]
+    seed: int
+    image: Image.Image | None
+    settings: dict[str, Any]
+    outputs: Outputs
+    sheet: list[Result] = field(default_factory=list)
+    blocks: Counter[str] = field(default_factory=Counter)
+
+
+def _run(options: argparse.Namespace) -> None:
+    from miniflux.lora import attach
+    from miniflux.pipeline import load
+
+    call = _checked(options)
+    arguments.say_notes(options)
     places = {"device": options.device, "dtype": options.dtype, "memory": options.memory}
     pipe = load(options.model, weights=options.weights, **places)
     for path, scale in options.lora:
-        from miniflux.lora import attach
+        logging.getLogger(__name__).info("%s", attach(pipe, path, scale))
+    try:
+        _draw(options, pipe, call)
+    except KeyboardInterrupt as stop:
+        done = call.outputs.done
+        names = f" ({', '.join(map(str, done))})" if done else ""
+        stop.kept = f"{len(done)} of {len(call.prompts)} pictures are kept{names}"  # pyright: ignore
+        raise
+    if options.grid is not None:
+        from miniflux.result import joined
 
-        receipt = attach(pipe, path, scale)
-        logging.getLogger(__name__).info("%s", receipt)
-    width, height = options.size or (None, None)
-    image = None if options.image is None else _opened(options.image)
-    with tqdm(unit="step", leave=False, disable=not sys.stderr.isatty()) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        def preview(index: int, moment: Moment) -> None:
-            if moment.step % options.preview_every == 0 and moment.step < moment.steps:
-                w, h = (width, height) if image is None else image.size
-                size = w or pipe.variant.size, h or pipe.variant.size
-                pipe.preview(moment, *size).save(output.with_name(f"{output.stem}-{index}-step{moment.step:03d}.png"))
-
-        result = pipe.generate(
-            options.prompt,
-            seed=options.seed,
-            steps=options.steps,
-            guidance=options.guidance,
-            width=width,
-            height=height,
-            images=options.images,
-            t5_length=options.t5_length,
-            padding=options.padding,
-            solver=options.solver,
-            schedule=options.schedule,
-            shift=options.shift,
-            guide=_guide(options),
-            negative=options.negative,
-            variation=options.variation,
-            image=image,
-            strength=1.0 if options.strength is None else options.strength,
-            cache=options.cache,
-            progress=progress,
-            callback=preview if options.preview_every else None,
-        )
-    result.save(output, metadata=not options.no_metadata)
-    count, (w, h) = len(result.images), result.images[0].size
-    print(f"{output}: {count} picture{'s' if count > 1 else ''} of {w}x{h}, {pipe.variant.name}, seed {options.seed}")
+        with new_file(options.grid, options.force) as path:
+            joined(call.sheet).save(path, metadata=not options.no_metadata)
+        console.say(f"{path}: all {len(call.sheet)} on one sheet")
     if options.cache is not None:
-        spared, run = (sum(said["cache"][key] for said in result.settings) for key in ("skipped", "evaluated"))
-        print(f"cache {options.cache}: {spared} of {spared + run} blocks spared")
+        spared, made = call.blocks["skipped"], call.blocks["evaluated"]
+        console.say(f"cache {options.cache}: {spared} of {spared + made} blocks spared")
+
+
+def _checked(options: argparse.Namespace) -> _Call:
+    """Everything that can be refused without weights is, before they are loaded: which may take minutes."""
+    from miniflux.lora import read
+    from miniflux.lora.attaching import resolved
+    from miniflux.memory.compute import DTYPES, choose_device
+    from miniflux.memory.modes import check_mode
+    from miniflux.pictures import digest_of, open_picture
+    from miniflux.plan import MAX_IMAGES, cache_for, size_for, variation_for
+    from miniflux.result import FORMATS, checked_output
+    from miniflux.sampling.checks import whole
+    from miniflux.sampling.latents import MAX_SEED
+    from miniflux.settings import LoraUse, Request
+    from miniflux.variants import ALIASES, VARIANTS, variant
+
+    images = whole("images", options.images, 1, MAX_IMAGES)
+    prompts = [prompt for prompt in prompts_of(options.prompt) for _ in range(images)]
+    seed = secrets.randbelow(RANDOM_SEEDS) if options.seed is None else options.seed
+    whole("seed", seed, 0, MAX_SEED + 1 - len(prompts))
+    varied = variation_for(options.variation, len(prompts))
+    outputs = Outputs(options.output, len(prompts), options.force, tuple(FORMATS))
+    if options.grid is not None:
+        checked_output(options.grid)
+    if options.weights is not None and not Path(options.weights).is_dir():
+        raise InputError(f"--weights {options.weights}: no such folder")
+    check_mode(options.memory)
+    choose_device(options.device)
+    if options.dtype is not None and options.dtype not in DTYPES:
+        raise InputError(f"dtype {options.dtype!r} is not one of {', '.join(DTYPES)}")
+    if options.preview_every is not None and options.preview_every < 1:
+        raise InputError(f"--preview-every must be at least 1, got {options.preview_every}")
+    if options.image is None and options.strength is not None:
+        raise InputError(f"--strength {options.strength} says how much of a picture to change: no image is given")
+    image = None if options.image is None else open_picture(options.image)
+    width, height = options.size or (None, None)
+    settings: dict[str, Any] = {
+        "steps": options.steps,
+        "guidance": options.guidance,
+        "width": width,
+        "height": height,
+        "t5_length": options.t5_length,
+        "padding": options.padding,
+        "solver": options.solver,
+        "shift": options.shift,
+        "guide": _guide(options),
+        "negative": options.negative,
+        "strength": 1.0 if options.strength is None else options.strength,
+    }
+    spacing = options.schedule
+    known = variant(options.model) if options.model in VARIANTS or options.model in ALIASES else None
+    if known is not None:
+        size_for(known, known.autoencoder, width, height, image)
+    cache_for(known or variant("nano"), options.cache)
+    for prompt in dict.fromkeys(prompts):
+        Request(
+            prompt=prompt,
+            model=options.model,
+            loras=tuple(LoraUse(path, scale) for path, scale in options.lora),
+            seed=seed,
+            schedule=spacing if isinstance(spacing, str) else tuple(spacing),
+            variation=varied,
+            image=None if image is None else digest_of(image),
+            dtype=options.dtype,
+            **settings,
+        )
+    files = [resolved(path) for path, _ in options.lora]
+    for file in files:
+        read(file)
+    twice = next((file for i, file in enumerate(files) if file in files[:i]), None)
+    if twice is not None:
+        raise LoraError(f"--lora {twice}: {Path(str(twice)).stem!r} is attached already; name it once, with one scale")
+    return _Call(prompts, seed, image, {**settings, "schedule": spacing, "cache": options.cache}, outputs)
+
+
+def _draw(options: argparse.Namespace, pipe: Pipeline, call: _Call) -> None:
+    """Every picture on its own: what is drawn is written, whatever becomes of the next."""
+    from tqdm import tqdm
+
+    total = len(call.prompts)
+    with tqdm(unit="step", leave=False, disable=not sys.stderr.isatty()) as bar:
+        for i, prompt in enumerate(call.prompts):
+            if i % TEXTS_AHEAD == 0:
+                ahead = list(dict.fromkeys(call.prompts[i : i + TEXTS_AHEAD]))
+                pipe.text.encode(ahead, options.t5_length, options.padding)
+            about = {"index": i + 1, "seed": call.seed + i, "prompt": prompt}
+
+            def progress(done: int, steps: int, i: int = i) -> None:
+                bar.total = total * steps
+                bar.update(i * steps + done - bar.n)
+
+            def preview(_: int, moment: Moment, about: dict[str, Any] = about) -> None:
+                if moment.step % options.preview_every == 0 and moment.step < moment.steps:
+                    _preview(options, pipe, call, moment, about)
+
+            varied = options.variation
+            result = pipe.generate(
+                prompt,
+                seed=call.seed + i,
+                variation=None if varied is None else (varied[0] + i, varied[1]),
+                image=call.image,
+                progress=progress,
+                watch=preview if options.preview_every else None,
+                **call.settings,
+            )
+            said = result.settings[0]
+            with call.outputs.place({**said, "model": _model(said), **about}) as path:
+                result.save(path, metadata=not options.no_metadata)
+            with tqdm.external_write_mode(file=sys.stdout):
+                shown = f", {prompt!r}" if len(set(call.prompts)) > 1 else ""
+                w, h = result.images[0].size
+                console.say(f"{path}: {w}x{h}, {pipe.variant.name}, seed {call.seed + i}{shown}")
+            if options.grid is not None:
+                call.sheet.append(result)
+            if options.cache is not None:
+                call.blocks.update({key: said["cache"][key] for key in ("skipped", "evaluated")})
+
+
+def _model(said: dict[str, Any]) -> str:
+    """The model in the name of a file: a variant, or what the file it was read from is called."""
+    return said["model"] if said["model_path"] is None else Path(said["model_path"]).stem
+
+
+def _preview(options: argparse.Namespace, pipe: Pipeline, call: _Call, moment: Moment, about: dict[str, Any]) -> None:
+    """Write how far a picture is beside where it will be."""
+    size = options.size if call.image is None else call.image.size
+    width, height = size or (pipe.variant.size, pipe.variant.size)
+    said = {"model": pipe.variant.name, "width": width, "height": height, "steps": moment.steps}
+    stem = call.outputs.stem({**said, "solver": options.solver, **about})
+    with new_file(call.outputs.folder / f"{stem}-step{moment.step:03d}.png", options.force) as path:
+        pipe.preview(moment, width, height).save(path)
 
 
 def _guide(options: argparse.Namespace) -> Cfg | None:
     """What --cfg, --guidance-method and --window say; refuses what would have no effect."""
     from miniflux.sampling import guide
 
-    if options.preview_every is not None and options.preview_every < 1:
-        raise InputError(f"--preview-every must be at least 1, got {options.preview_every}")
     if options.cfg is None:
         for flag in ("negative", "guidance_method", "window"):
             if getattr(options, flag) is not None:
@@ -185,14 +330,3 @@ def _guide(options: argparse.Namespace) -> Cfg | None:
         return None
     window = {} if options.window is None else {"window": options.window}
     return guide(options.guidance_method or "cfg", scale=options.cfg, **window)
-
-
-def _opened(path: str) -> Image.Image:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except OSError as error:
-        raise InputError(f"{path}: no picture could be read: {error.strerror or error}") from error
