@@ -245,6 +245,7 @@ def test_pixels_there_and_back() -> None:
         ({"check_cache": True}, "no cache is given"),
         ({"stop": 7}, "stop must be a number of steps from 1 to 6, got 7"),
         ({"restart": (0.6, 0.3, 1)}, "a restart needs"),
+        ({"width": 8192, "height": 8192}, "262144 tokens is beyond the noise levels of nano-dev"),
     ],
 )
 def test_bad_input_is_refused_before_any_call(

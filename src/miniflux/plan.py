@@ -266,7 +266,13 @@ def levels_for(
         return levels
     own = dynamic_shift(flux1_mu(tokens)) if variant.shift else unshifted
     curve = own if shift is None else static_shift(shift)
-    return make_schedule(spacing_for(variant, method, spacing), variant.steps if steps is None else steps, curve)
+    steps = variant.steps if steps is None else steps
+    if shift is None and steps > 1 and curve(1 - 1 / steps) == 1:  # 0.99... rounds to it
+        raise InputError(
+            f"a picture of {tokens} tokens is beyond the noise levels of {variant.name}, which all become 1: ask for a "
+            f"smaller one, or give a shift"
+        )
+    return make_schedule(spacing_for(variant, method, spacing), steps, curve)
 
 
 def guidance_for(variant: Variant, embedded: bool, guidance: Scale | None) -> Scale | None:
