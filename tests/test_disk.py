@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Callable, Generator
@@ -13,6 +14,7 @@ import pytest
 from torch import nn
 
 import miniflux
+from miniflux.apps.cli import main
 from miniflux.cache import ResultCache
 from miniflux.checkpoints.saving import save, save_all_in_one, write_beside
 from miniflux.errors import OutputError
@@ -120,3 +122,27 @@ def test_two_writers_do_not_meet(tmp_path: Path) -> None:
 
     write_beside(tmp_path / "a.txt", outer)
     assert (tmp_path / "a.txt").read_text() == "outer" and names(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "a.gguf"), "a.gguf: No space left on device"),
+        (OSError(errno.EROFS, "Read-only file system", "b"), "b: Read-only file system"),
+        (OSError(errno.EIO, "Input/output error"), "a file: Input/output error"),
+        (MemoryError(), "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory"),
+    ],
+)
+def test_the_command_line_tells_them_as_mendable(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, said: str
+) -> None:
+    """Wherever they come from; one line, exit 2."""
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("miniflux.checkpoints.inspect", fails)
+    assert main(["inspect", "x"]) == 2
+    printed = capsys.readouterr().err.strip()
+    assert said in printed and "\n" not in printed and "fault" not in printed

@@ -7,6 +7,7 @@ faults, 130 when it was stopped by Ctrl-C (128 and the number of any other signa
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import signal
 import sys
@@ -22,6 +23,7 @@ from miniflux.errors import MinifluxError, WeightsNotFoundError
 from miniflux.version import __version__
 
 OK, FAULT, SIGNAL = 0, 1, 128
+DISK = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EROFS", "EFBIG", "EIO", "ENAMETOOLONG")} - {None}
 
 
 class Stopped(KeyboardInterrupt):
@@ -83,8 +85,24 @@ def _run(options: argparse.Namespace) -> int:
     except Exception as error:
         if options.verbose:
             raise
+        reason = _mendable(error)
+        if reason:
+            console.complain(reason)
+            return MENDABLE
         console.complain(f"a fault of ours: {type(error).__name__}: {error} (-v shows where)")
         return FAULT
+
+
+def _mendable(error: Exception) -> str:
+    """What to say of an exception of other libraries that somebody can mend: too little memory, or a disk that is full,
+    is read-only, or fails; empty for all others."""
+    from miniflux.memory.shortage import is_shortage
+
+    if is_shortage(error):
+        return "out of memory: end other programs, or ask for less"
+    if isinstance(error, OSError) and error.errno in DISK:
+        return f"{error.filename or 'a file'}: {error.strerror}"
+    return ""
 
 
 @contextmanager

@@ -311,12 +311,14 @@ def _model(said: dict[str, Any]) -> str:
 
 def _preview(options: argparse.Namespace, pipe: Pipeline, call: _Call, moment: Moment, about: dict[str, Any]) -> None:
     """Write how far a picture is beside where it will be."""
+    from miniflux.result import save_picture
+
     size = options.size if call.image is None else call.image.size
     width, height = size or (pipe.variant.size, pipe.variant.size)
     said = {"model": pipe.variant.name, "width": width, "height": height, "steps": moment.steps}
     stem = call.outputs.stem({**said, "solver": options.solver, **about})
     with new_file(call.outputs.folder / f"{stem}-step{moment.step:03d}.png", options.force) as path:
-        pipe.preview(moment, width, height).save(path)
+        save_picture(pipe.preview(moment, width, height), path, None)
 
 
 def _guide(options: argparse.Namespace) -> Cfg | None:
