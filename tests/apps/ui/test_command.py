@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import httpx
@@ -61,13 +62,14 @@ def test_serves_until_it_is_told_to_stop(
     environment = plain | {"TMPDIR": str(tmp_path)} | variables
     arguments = [sys.executable, "-m", "miniflux", "ui", *options]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    calm: Any = {"trust_env": False, "timeout": 60}
     heard = partial(signal.signal, how, signal.SIG_DFL)  # a shell's background jobs, these tests perhaps, ignore SIGINT
     with subprocess.Popen(arguments, env=environment, preexec_fn=heard, **pipes) as server:  # type: ignore[call-overload]
         try:
             line = server.stdout.readline()
             found = re.search(where, line)
             assert found is not None, server.stderr.read()
-            with httpx.Client(trust_env=False, base_url=found[0]) as asks, httpx.Client(trust_env=False) as streams:
+            with httpx.Client(**calm, base_url=found[0]) as asks, httpx.Client(**calm) as streams:
                 assert "miniflux" in asks.get("/").text
                 assert re.fullmatch("([a-z0-9:/.\\[\\]]+)(/draw)?", asks.get("/config").json()["root"])
                 url = f"{found[0]}/gradio_api/heartbeat/x"

@@ -27,7 +27,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 
 def client(page: Page, password: str | None = "secret") -> httpx.Client:
     """Somebody who has opened the page, and logged in if a password is given."""
-    asks = httpx.Client(base_url=page.url)
+    asks = httpx.Client(base_url=page.url, timeout=60)
     assert asks.get("/").status_code == 200
     if password is not None:
         asks.post("/login", data={"username": "ann", "password": password})
