@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import stat
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -106,11 +108,66 @@ def test_deleting(tmp_path: Path) -> None:
     assert not path.exists() and [entry.request.seed for entry in history.listed(ALICE)] == [3, 1, 0]
     with pytest.raises(InputError, match="no picture"):
         history.delete(ALICE, gone.id)
-    assert [entry.request.seed for entry in History(tmp_path).listed(ALICE)] == [3, 1, 0]
     history.delete(ALICE)
     assert history.listed(ALICE) == [] and len(list((tmp_path / "pictures").iterdir())) == 1
-    assert len(list((tmp_path / "sessions").iterdir())) == 1
+    history.close()
+    assert len(list((tmp_path / "sessions").iterdir())) == 1 and not list((tmp_path / "deleted").iterdir())
     assert len(History(tmp_path).listed(BOB)) == 1
+
+
+def test_deleted_picture_comes_back_at_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only for who deleted it, only for a while; then nothing of it is left on the disk."""
+    history = History(tmp_path)
+    for seed in range(4):
+        add(history, ALICE, seed)
+    ids = [entry.id for entry in history.listed(ALICE)]
+    kept = {id: history.path(ALICE, id).read_bytes() for id in ids}
+    history.delete(ALICE, ids[1])
+    history.delete(ALICE, ids[2])
+    with pytest.raises(InputError, match="no picture"):
+        history.path(ALICE, ids[1])
+    with pytest.raises(InputError, match="for good"):
+        history.restore(BOB, ids[1])
+    for id in ids[1:3]:
+        assert history.restore(ALICE, id).id == history.restore(ALICE, id).id == id
+    assert [entry.id for entry in history.listed(ALICE)] == ids
+    assert {id: history.path(ALICE, id).read_bytes() for id in ids} == kept
+    assert [entry.id for entry in History(tmp_path).listed(ALICE)] == ids
+
+    history.delete(ALICE, ids[0])
+    monkeypatch.setattr("miniflux.service.history.UNDO_SECONDS", -1)
+    with pytest.raises(InputError, match="for good"):
+        history.restore(ALICE, ids[0])
+    assert not [path for path in tmp_path.rglob("*") if ids[0] in path.name]
+
+
+def test_deleted_pictures_go_before_others_when_room_is_needed_and_with_the_run(tmp_path: Path) -> None:
+    history = History(tmp_path)
+    for seed in range(3):
+        add(history, ALICE, seed)
+    ids = [entry.id for entry in history.listed(ALICE)]
+    history.delete(ALICE, ids[0])
+    history.max_bytes = history._bytes + 40
+    add(history, BOB, 9)
+    assert not list((tmp_path / "deleted").iterdir())
+    assert [entry.id for entry in history.listed(ALICE)] == ids[1:]
+    history.delete(ALICE, ids[1])
+    again = History(tmp_path)
+    assert not list((tmp_path / "deleted").iterdir()) and [e.id for e in again.listed(ALICE)] == ids[2:]
+
+
+def test_all_pictures_of_a_session_in_one_archive(tmp_path: Path) -> None:
+    """The oldest first, with their settings; of nobody else."""
+    history = History(tmp_path)
+    for seed in range(3):
+        add(history, ALICE, seed)
+    add(history, BOB, 9)
+    with zipfile.ZipFile(io.BytesIO(b"".join(history.zipped(ALICE)))) as archive:
+        assert archive.testzip() is None
+        listed = list(reversed(history.listed(ALICE)))
+        assert [archive.read(name) for name in archive.namelist()] == [
+            history.path(ALICE, entry.id).read_bytes() for entry in listed
+        ]
 
 
 def test_it_is_bounded_per_session_and_by_bytes(tmp_path: Path) -> None:

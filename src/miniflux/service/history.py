@@ -15,7 +15,7 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from miniflux.checkpoints.saving import write_beside
 from miniflux.errors import InputError, OutputError, SettingsError
 from miniflux.result import Result, checked_output, save_picture
 from miniflux.sampling.checks import whole
+from miniflux.service.archive import name_of, zipped
 from miniflux.service.grids import Grid
 from miniflux.service.queue import Job
 from miniflux.settings import Request, strict
@@ -35,6 +36,7 @@ from miniflux.settings import Request, strict
 log = logging.getLogger(__name__)
 
 LOADED = 64  # sessions whose entries are kept in memory
+UNDO_SECONDS = 600  # for which a deleted picture can be had back
 
 
 def new_session() -> str:
@@ -88,11 +90,20 @@ class Entry:
         )
 
 
+@dataclass(frozen=True)
+class _Deleted:
+    """A picture that was deleted: by which session, when (`time.monotonic`), and its size."""
+
+    key: str
+    when: float
+    bytes: int
+
+
 class History:
     """All sessions.
 
     Args:
-        folder: where everything is kept: `pictures/`, which may be served, and `sessions/`, which may not.
+        folder: where everything is kept: `pictures/`, which may be served, `sessions/` and `deleted/`, which may not.
         per_session: pictures of one session; the oldest go first.
         max_bytes: of all pictures together; the oldest go first.
 
@@ -103,8 +114,9 @@ class History:
     def __init__(self, folder: str | Path, *, per_session: int = 200, max_bytes: int = 2_000_000_000) -> None:
         self.per_session, self.max_bytes = whole("per_session", per_session, 1), whole("max_bytes", max_bytes, 1)
         self.pictures, self._indices = Path(folder) / "pictures", Path(folder) / "sessions"
+        self._bin = Path(folder) / "deleted"
         try:
-            for place in (self.pictures, self._indices):
+            for place in (self.pictures, self._indices, self._bin):
                 place.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
             raise OutputError(f"{folder}: no folder for a history: {error.strerror}") from error
@@ -114,6 +126,11 @@ class History:
         found.sort(key=lambda x: x[1].st_mtime)
         self._sizes = {picture.stem: about.st_size for picture, about in found}  # the oldest first
         self._bytes = sum(self._sizes.values())
+        self._deleted: dict[
+            str, tuple[float, int]
+        ] = {}  # when, by `time.monotonic`, and how many bytes; the oldest first
+        for left in self._bin.glob("*.png"):  # by an earlier run, whose time for second thoughts is over
+            left.unlink(missing_ok=True)
 
     def add(self, session: str, request: Request, result: Result, title: str = "") -> list[Entry]:
         """Keep the pictures of a result, one entry each.
@@ -165,13 +182,14 @@ class History:
     def _keep(self, key: str, made: list[Entry]) -> None:
         """Enter pictures that were written, and let the oldest go."""
         with self._lock:
+            self._forget_old()
             own = self._entries(key)
             self._append(key, made)
             own += made
-            for entry in own[: -self.per_session]:
+            for entry in [entry for entry in own if entry.id in self._sizes][: -self.per_session]:
                 self._remove(entry.id)
-            while self._bytes > self.max_bytes and len(self._sizes) > 1:
-                self._remove(next(iter(self._sizes)))
+            while self._bytes > self.max_bytes and (self._deleted or len(self._sizes) > 1):
+                self._forget(next(iter(self._deleted))) if self._deleted else self._remove(next(iter(self._sizes)))
             self._compact(key)
 
     def deliver(self, job: Job, which: int, result: Result) -> None:
@@ -206,17 +224,72 @@ class History:
             save_picture(image.convert("RGB"), path, None)
         return path
 
+    def zipped(self, session: str) -> Iterator[bytes]:
+        """All pictures of a session as one zip archive, the oldest first; see `archive.zipped`."""
+        entries = list(reversed(self.listed(session)))
+        names = (name_of(i, entry.request.prompt) for i, entry in enumerate(entries, 1))
+        return zipped(zip(names, [self.pictures / entry.file for entry in entries], strict=True))
+
     def delete(self, session: str, id: str | None = None) -> None:
-        """Delete one picture of a session, or all of them; errors as of `get`."""
+        """Delete one picture of a session, or all of them; errors as of `get`.
+
+        For ten minutes `restore` can have them back, unless their room is needed before; then they are gone for good.
+        """
         key = _key(session)
         with self._lock:
+            self._forget_old()
             for entry in self.listed(session) if id is None else [self.get(session, id)]:
-                self._remove(entry.id)
+                try:
+                    (self.pictures / entry.file).replace(self._bin / entry.file)
+                except FileNotFoundError:  # somebody else has taken it away
+                    self._remove(entry.id)
+                    continue
+                except OSError as error:
+                    raise OutputError(f"the picture cannot be deleted: {error.strerror}") from error
+                self._deleted[entry.id] = _Deleted(key, time.monotonic(), self._sizes.pop(entry.id))
             self._compact(key)
+
+    def restore(self, session: str, id: str) -> Entry:
+        """A deleted picture again, at its place.
+
+        Raises:
+            InputError: the session has deleted no picture of this id, or too long ago.
+        """
+        with self._lock:
+            self._forget_old()
+            entry = next((entry for entry in self._entries(_key(session)) if entry.id == id), None)
+            if entry is None or id not in self._deleted:
+                if entry is not None and id in self._sizes:
+                    return entry
+                raise InputError(f"the picture {strict.shown(id)} cannot be had back: it is gone for good")
+            (self._bin / entry.file).replace(self.pictures / entry.file)
+            self._sizes[id] = self._deleted.pop(id).bytes
+            return entry
 
     def _remove(self, id: str) -> None:
         self._bytes -= self._sizes.pop(id, 0)
         (self.pictures / f"{id}.png").unlink(missing_ok=True)
+
+    def _forget(self, *ids: str) -> None:
+        """Let go of deleted pictures, and of what the indices say of them."""
+        keys: set[str] = set()
+        for id in ids:
+            gone = self._deleted.pop(id)
+            self._bytes -= gone.bytes
+            (self._bin / f"{id}.png").unlink(missing_ok=True)
+            keys.add(gone.key)
+        for key in keys:
+            self._compact(key)
+
+    def _forget_old(self) -> None:
+        """Let go of those that were deleted too long ago."""
+        now = time.monotonic()
+        self._forget(*[id for id, gone in self._deleted.items() if now - gone.when > UNDO_SECONDS])
+
+    def close(self) -> None:
+        """Let go of everything that was deleted: nobody can ask for it any more."""
+        with self._lock:
+            self._forget(*self._deleted)
 
     # The index of a session: a line of JSON per picture, the oldest first.
 
@@ -258,7 +331,7 @@ class History:
     def _compact(self, key: str) -> None:
         """Leave out of an index what is gone, if there is much of it."""
         own = self._entries(key)
-        kept = [entry for entry in own if entry.id in self._sizes]
+        kept = [entry for entry in own if entry.id in self._sizes or entry.id in self._deleted]
         if len(own) - len(kept) <= len(kept) // 4:
             return
         path = self._indices / f"{key}.jsonl"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 
-from miniflux.apps.ui import launch
+from miniflux.apps.ui import launch, layout
 from miniflux.apps.ui.launch import Page, served
 from miniflux.apps.ui.routes import COOKIE, state_of, valid
 from miniflux.apps.ui.site import opened
@@ -115,4 +117,19 @@ def test_end_of_a_job_is_told_once(page: Page) -> None:
 
 def test_style_and_script_are_in_the_package() -> None:
     folder = Path(launch.__file__).parent
-    assert all((folder / name).stat().st_size for name in ("page.css", "page.js", "icon.svg"))
+    names = ["page.css", "icon.svg", *(f"script/{name}.js" for name in layout.SCRIPTS)]
+    assert all((folder / name).stat().st_size for name in names)
+    assert {path.stem for path in (folder / "script").iterdir()} == set(layout.SCRIPTS)
+
+
+def test_all_pictures_in_one_file(page: Page) -> None:
+    """Of one's own only; streamed, so that no length is known before."""
+    owner, other = client(page), client(page)
+    ids = [drawn(page, owner.cookies[COOKIE]) for _ in range(2)]
+    reply = owner.get("/studio/pictures.zip")
+    assert reply.headers["content-type"] == "application/zip" and "content-length" not in reply.headers
+    with zipfile.ZipFile(io.BytesIO(reply.content)) as archive:
+        assert archive.namelist() == ["0001-a.png", "0002-a.png"]
+        assert archive.read("0001-a.png") == owner.get(f"/studio/picture/{ids[0]}.png").content
+    assert zipfile.ZipFile(io.BytesIO(other.get("/studio/pictures.zip").content)).namelist() == []
+    assert httpx.get(page.url + "/studio/pictures.zip").status_code == 401

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import secrets
@@ -10,7 +11,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from miniflux.apps.ui.site import Shelf
+from miniflux.apps.ui.site import BUNDLED, Shelf
 from miniflux.errors import InputError
 from miniflux.plan import AUTO, cache_for
 from miniflux.sampling import GUIDES
@@ -199,8 +200,24 @@ def rows(
             "about": lora.about,
             "reason": lora.reasons.get(model, ""),
             "receipt": lora.receipt,
+            "dropped": lora.id != BUNDLED,
         })  # fmt: skip
     return found
+
+
+def left_from(given: Any) -> dict[str, Any]:
+    """What a browser has kept of the controls, by name; of what is not its own, nothing."""
+    try:
+        left = json.loads(given or "{}")
+    except ValueError:
+        return {}
+    return left if isinstance(left, dict) else {}
+
+
+def at_most(given: Any, most: float) -> float:
+    """How far a slider must reach for a number that a browser has kept."""
+    sound = isinstance(given, (int, float)) and not isinstance(given, bool) and most < given < FAR
+    return given if sound else most
 
 
 def uses_from(given: Any, shelf: Shelf, model: str) -> list[LoraUse]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,8 @@ MAX_LIST_BYTES = 2**20  # of a file with prompts
 GREYED = ("guidance", "scale", "negative", "window_from", "window_to")  # controls that are without effect at times
 _count = itertools.count(1)
 
+OF_MODEL = ("model", "steps", "guidance", "width", "height", "aspect")
+"""Controls that are set anew when the page is started with another model."""
 LOCK = "(seed) => !['', '-1'].includes((seed ?? '').trim())"
 """Who writes a seed means it: it is kept for the next picture. In the browser, so that typing asks nobody."""
 
@@ -68,7 +71,34 @@ def connect(page: gr.Blocks, site: Site, c: Controls) -> None:
     on(c.stage.again, handlers.again, None, [c.stage])
     on(c.stage.cancel, handlers.cancel, None, [c.stage])
     on(c.stage.remove, handlers.remove, None, [c.stage])
-    on(page.load, handlers.arrive, {c.model}, [c.loras])
+    on(c.stage.restore, handlers.restore, None, [c.stage])
+    on(c.loras.remove, handlers.remove_lora, {c.model, c.loras}, [c.loras, c.stage])
+    _keep(page, site, c, quick)
+    left = {"js": "() => [miniflux.allKept()]"}
+    page.load(
+        _telling(handlers.arrive, c),
+        {c.kept},
+        [*c.settings.values(), c.also, c.forget, c.more, c.stage],
+        **left,
+        **quick,
+    )
+
+
+def _keep(page: gr.Blocks, site: Site, c: Controls, quick: dict[str, Any]) -> None:
+    """What is in the controls is kept by the browser, and comes back when the page is loaded again."""
+    kept = c.keeping
+    lists = {name: [value for _, value in it.choices] for name, it in kept.items() if _is_list(it)}
+    limits = {name: [it.minimum, it.maximum] for name, it in kept.items() if isinstance(it, gr.Slider)}
+    about = {"names": list(kept), "choices": lists, "limits": limits, "first": site.first, "ofModel": OF_MODEL}
+    inputs = list(kept.values())
+    names = json.dumps(list(kept))
+    keep = f"(...now) => {{ miniflux.keep(Object.fromEntries({names}.map((name, i) => [name, now[i]]))); return []; }}"
+    gr.on([it.change for it in inputs], None, inputs, None, js=keep, trigger_mode="multiple", **quick)
+    page.load(None, inputs, inputs, js=f"(...now) => miniflux.asLeft({json.dumps(about)}, now)", **quick)
+
+
+def _is_list(component: Any) -> bool:
+    return isinstance(component, gr.Dropdown) and not component.allow_custom_value
 
 
 def _telling(handler: Callable[..., Given], c: Controls) -> Callable[..., Given]:
@@ -161,7 +191,7 @@ class Handlers:
 
     def remove(self, event: gr.EventData, web: gr.Request) -> Given:
         self.site.history.delete(self._who(web)[0], str(event.id))
-        return {self.c.stage: said("info", "Deleted.")}
+        return {self.c.stage: {**said("info", "Deleted."), "undo": [str(event.id)]}}
 
     # Filling the controls
 
@@ -180,7 +210,7 @@ class Handlers:
         for name, update in self._grey(values["model"], values["method"]).items():
             updates[name] = {**updates[name], **update}
         updates[c.guidance]["value"] = 3.0 if values["guidance"] is None else values["guidance"]
-        for name, most in {**MOST, "width": 2 * model.size, "height": 2 * model.size}.items():
+        for name, most in self._most(model.name).items():
             slider = c.settings[name]
             updates[slider]["maximum"] = max(most, updates[slider]["value"])
         updates[c.aspect] = form.aspect_of(values["width"], values["height"], model.size) or "own size"
@@ -192,6 +222,10 @@ class Handlers:
         updates[c.forget] = gr.update(visible=bool(values["rest"]))
         updates[c.also] = gr.update(value=form.plainly(values["rest"]), visible=bool(values["rest"]))
         return updates, notes
+
+    def _most(self, model: str) -> dict[str, float]:
+        """Where the sliders end with a model."""
+        return {**MOST, "width": 2 * self.site.listed[model].size, "height": 2 * self.site.listed[model].size}
 
     def _grey(self, model: str, method: str) -> Given:
         grey = form.greyed(self.site.listed[model], method)
@@ -231,9 +265,34 @@ class Handlers:
         return {self.c.rest: {}, self.c.also: gr.update(visible=False), self.c.forget: gr.update(visible=False)}
 
     def arrive(self, given: Given, web: gr.Request) -> Given:
-        """The LoRAs that this browser has dropped before. Where the answer comes late, the page keeps what it has."""
-        _, shelf = self._who(web)
-        return {self.c.loras: [{**row, "late": True} for row in form.rows(shelf, given[self.c.model])]}
+        """What the page needs to know when it was loaded: the LoRAs that this browser has dropped, and what goes with
+        the controls as it has left them. Their values the page has put back itself, before this comes."""
+        c, (_, shelf) = self.c, self._who(web)
+        left = form.left_from(given[c.kept])
+        model = left.get("model")
+        if model not in self.site.listed or left.get("first") != self.site.first:
+            model = self.site.first
+        method = left.get("method")
+        updates = self._grey(model, method if method in form.METHODS else form.PLAIN)
+        updates[c.loras] = [{**row, "late": True} for row in form.rows(shelf, model)]
+        for name, most in self._most(model).items():
+            updates.setdefault(c.settings[name], gr.update())["maximum"] = max(most, form.at_most(left.get(name), most))
+        return updates
+
+    def remove_lora(self, given: Given, event: gr.EventData, web: gr.Request) -> Given:
+        session, shelf = self._who(web)
+        lora = shelf.loras.get(str(event.id))
+        self.site.remove_lora(session, str(event.id))
+        rows = form.rows(shelf, given[self.c.model], given=given[self.c.loras])
+        name = "" if lora is None else f" {lora.label}"
+        return {self.c.loras: rows, self.c.stage: said("info", f"The LoRA{name} is removed.")}
+
+    def restore(self, event: gr.EventData, web: gr.Request) -> Given:
+        session, _ = self._who(web)
+        back = [self.site.history.restore(session, id) for id in str(event.id).split(",")]
+        return {
+            self.c.stage: said("ok", "The picture is back." if len(back) == 1 else f"{len(back)} pictures are back.")
+        }
 
     # Files
 

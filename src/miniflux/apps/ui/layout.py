@@ -14,7 +14,8 @@ from miniflux.plan import AUTO
 from miniflux.sampling import SOLVERS
 from miniflux.sampling.schedules import SPACINGS
 
-SCRIPT = Path(__file__).with_name("page.js")
+SCRIPTS = ("page", "messages", "keeping", "stage", "history", "viewer", "loras")
+"""What the page does itself, in this order."""
 
 HELP = {
     "prompt": "What to draw, in plain words. Ctrl+Enter draws.",
@@ -65,8 +66,10 @@ MOST = {"steps": 100, "guidance": 10, "scale": 10, "images": 16}
 STAGE = """miniflux.stage(element, props, {
   use: (d) => trigger('use', d), again: (d) => trigger('again', d),
   cancel: (d) => trigger('cancel', d), remove: (d) => trigger('remove', d),
+  restore: (d) => trigger('restore', d),
 }, watch);"""
-"""Gradio finds the names of our events in this text."""
+LORAS = "miniflux.loras(element, props, {remove: (d) => trigger('remove', d)}, watch);"
+"""Gradio finds the names of our events in these texts."""
 
 DROP = (
     "Drop anywhere on the page: a LoRA (.safetensors), a saved picture, whose settings fill the controls, or a list of "
@@ -98,7 +101,7 @@ class Controls:
     shift: gr.Textbox
     step_cache: gr.Dropdown
     restart: gr.Textbox
-    rest: gr.State
+    rest: gr.JSON
     lock: gr.Checkbox
     aspect: gr.Dropdown
     prompts: gr.Textbox
@@ -115,12 +118,21 @@ class Controls:
     more: gr.Accordion
     draw_all: gr.Button
     draw_grid: gr.Button
+    kept: gr.Textbox
 
     @property
     def settings(self) -> dict[str, Any]:
         """The components whose values make a request, by the names that `form` uses."""
         names = [f.name for f in fields(self)]
         return {name: getattr(self, name) for name in names[: names.index("lock")]}
+
+    @property
+    def keeping(self) -> dict[str, Any]:
+        """The components that are as they were left when the page is loaded again; LoRAs see to it themselves."""
+        more = ("lock", "aspect", "prompts", "x", "x_values", "y", "y_values")
+        return {name: it for name, it in self.settings.items() if name != "loras"} | {
+            name: getattr(self, name) for name in more
+        }
 
 
 def build(site: Site) -> Controls:
@@ -133,7 +145,9 @@ def build(site: Site) -> Controls:
 
     made: dict[str, Any] = {}
     drawn: dict[str, Any] = {"html_template": "<div></div>", "apply_default_css": False, "padding": False}
-    gr.HTML(None, elem_id="mf-page", js_on_load=f"{SCRIPT.read_text('utf-8')}\nminiflux.page(element);", **drawn)
+    script = "\n".join((Path(__file__).parent / "script" / f"{name}.js").read_text("utf-8") for name in SCRIPTS)
+    gr.HTML(None, elem_id="mf-page", js_on_load=f"{script}\nminiflux.page(element);", **drawn)
+    made["kept"] = gr.Textbox(visible=False)
     with gr.Row(elem_id="mf-columns"):
         with gr.Column(elem_id="mf-left", scale=0, min_width=0):
             with gr.Column(elem_id="mf-compose", min_width=0):
@@ -163,9 +177,9 @@ def _model(site: Site, usable: Any, drawn: dict[str, Any]) -> dict[str, Any]:
     with gr.Accordion("Model and LoRAs", elem_classes="mf-room"):
         made["model"] = gr.Dropdown(list(site.listed), value=site.first, label="Model", **usable("model"))
         made["loras"] = gr.HTML(
-            form.rows(Shelf(site.bundled), site.first),
+            [{**row, "late": True} for row in form.rows(Shelf(site.bundled), site.first)],
             elem_id="mf-loras",
-            js_on_load="miniflux.loras(element, props, watch);",
+            js_on_load=LORAS,
             **drawn,
         )
         gr.HTML(None, elem_id="mf-drop-note", js_on_load=f'miniflux.note(element, "{DROP}");', **drawn)
@@ -210,7 +224,7 @@ def _sampling(site: Site, usable: Any) -> dict[str, Any]:
             label="Also in use, from a picture", interactive=False, visible=False, elem_id="mf-also"
         )
         made["forget"] = gr.Button("Forget these", size="sm", visible=False, elem_id="mf-forget")
-        made["rest"] = gr.State({})
+        made["rest"] = gr.JSON({}, visible=False)
     return made
 
 

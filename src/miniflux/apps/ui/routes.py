@@ -7,14 +7,16 @@ belongs to it; a picture's name, which cannot be guessed either, is of no use wi
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import re
+import secrets
 from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter, Depends, HTTPException
 from fastapi import Request as WebRequest
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from PIL import Image
 
 from miniflux.apps.ui import form
@@ -24,6 +26,8 @@ from miniflux.errors import MinifluxError
 from miniflux.service import Entry, Job
 
 COOKIE = "miniflux_session"
+SERVER = secrets.token_hex(8)
+"""Which process answers: a page that was loaded from another one must be loaded again."""
 UPLOAD = "/gradio_api/upload"
 
 
@@ -90,7 +94,14 @@ def router(site: Site, allowed: Callable[..., Any]) -> APIRouter:
         plain.save(data, "PNG")
         return Response(data.getvalue(), media_type="image/png", headers=headers)
 
-    assert upload and progress and state and about and picture
+    @routes.get("/studio/pictures.zip")
+    def pictures(web: WebRequest) -> StreamingResponse:
+        headers = {"content-disposition": 'attachment; filename="miniflux.zip"', "cache-control": "no-store"}
+        return StreamingResponse(
+            site.history.zipped(session_of(web.cookies)), media_type="application/zip", headers=headers
+        )
+
+    assert upload and progress and state and about and picture and pictures
     return routes
 
 
@@ -111,8 +122,8 @@ def state_of(site: Site, session: str, mark: str = "", seen: str = "") -> dict[s
     jobs = [_job(job, seen) for job in site.queue.jobs(session)]
     ended = [{"id": job.id, "state": job.state, "error": job.status().error} for job in site.ended(session)]
     entries = site.history.listed(session)
-    now = f"{len(entries)}:{entries[0].id}" if entries else "0"
-    said: dict[str, Any] = {"jobs": [job for job in jobs if job], "ended": ended, "mark": now}
+    now = hashlib.blake2b("".join(entry.id for entry in entries).encode(), digest_size=8).hexdigest()
+    said: dict[str, Any] = {"jobs": [job for job in jobs if job], "ended": ended, "mark": now, "server": SERVER}
     if now != mark:
         said["entries"] = [
             {

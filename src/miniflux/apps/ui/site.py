@@ -267,6 +267,7 @@ def opened(
             yield Site(models, queue, history, uploads, ALIASES.get(first, first))
     finally:
         uploads.close()
+        history.close()
 
 
 def checked(weights: str | None, device: str | None, dtype: str | None) -> None:
