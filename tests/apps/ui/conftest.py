@@ -67,8 +67,29 @@ class Tab:
         return self.ready()
 
     def ready(self) -> Tab:
-        self.until(lambda: self.all(".mf-figure") and self.all("#mf-draw") and self.all(".mf-lora"), "the page")
+        self.until(lambda: all(map(self.all, (".mf-figure", "#mf-draw", ".mf-lora", "#mf-lock input"))), "the page")
         return self
+
+    def resized(self, width: int, height: int = 900) -> Tab:
+        """The window as large as that; below 600 pixels it is a phone's."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        return self
+
+    def box(self, selector: str) -> dict[str, float]:
+        """Where an element is in the window."""
+        self.one(selector)
+        return self.js("return document.querySelector(arguments[0]).getBoundingClientRect().toJSON()", selector)
+
+    def in_view(self, selector: str) -> bool:
+        """Whether the middle of an element is in the window, and nothing lies over it."""
+        return self.js(
+            """const found = document.querySelector(arguments[0]); if (!found) return false;
+            const box = found.getBoundingClientRect(), x = box.x + box.width / 2, y = box.y + box.height / 2;
+            const top = box.width && box.height ? document.elementFromPoint(x, y) : null;
+            return Boolean(top) && found.contains(top);""",
+            selector,
+        )
 
     def all(self, selector: str) -> list[WebElement]:
         return self.driver.find_elements(By.CSS_SELECTOR, selector)
@@ -215,6 +236,7 @@ def opened_tab(page: Page) -> Iterator[Tab]:
 @pytest.fixture
 def tab(opened_tab: Tab) -> Tab:
     """The tab that the tests share, with quick settings and a seed that stays."""
+    opened_tab.js("document.querySelectorAll('.mf-lora input:checked').forEach((box) => box.click())")
     if not opened_tab.js("return document.querySelector('#mf-lock input').checked"):
         opened_tab.press("#mf-lock input")
     return opened_tab.fill("prompt", "a red circle on a blue background").fill("steps", 2).fill("images", 1)

@@ -109,7 +109,7 @@ def test_reload_keeps_the_history_and_use_settings_fills_the_controls(tab: Tab) 
     (id,) = tab.draw()
     before = tab.pictures
     tab.open().until(lambda: tab.pictures == before, "the history")
-    assert tab.value("seed") == "0"
+    tab.fill("seed", 0).fill("prompt", "something else").fill("steps", 2)
     tab.press(f"[data-id='{id}'] .mf-tile").press("#mf-use")
     tab.until(lambda: "settings" in tab.message, "the settings")
     assert tab.value("prompt") == "a small cyan cross on a red background"
@@ -255,7 +255,7 @@ def test_settings_under_more_are_drawn_with_and_come_back(tab: Tab) -> None:
     tab.open().press("#mf-more button").one("#mf-shift textarea, #mf-shift input")
     tab.choose("method", "cfg").until(lambda: not disabled(tab, "window_to"), "the method's window")
     tab.choose("step_cache", "taylor").fill("window_to", 0.6).fill("shift", "1.5").fill("restart", "0.3, 0.6, 1")
-    tab.press("#mf-lock input").fill("steps", 8).fill("seed", 3).fill("width", 64).fill("height", 64).draw()
+    tab.fill("steps", 8).fill("seed", 3).fill("width", 64).fill("height", 64).draw()
     details = tab.details()
     assert "window 0, 0.6" in details["guide"].replace("0.0", "0")
     assert (details["shift"], details["restart"]) == ("1.5", "0.3, 0.6, 1") and "taylor" in details["cache"]
@@ -264,7 +264,8 @@ def test_settings_under_more_are_drawn_with_and_come_back(tab: Tab) -> None:
     assert [tab.value(name) for name in ("window_to", "shift", "restart")] == ["0.6", "1.5", "0.3, 0.6, 1"]
     (again,) = tab.draw()
     assert tab.all(f"[data-id='{again}'] .mf-badge")  # the same picture, from the cache
-    tab.open().press("#mf-more button").one("#mf-window_to input")
+    tab.choose("method", "none").until(lambda: disabled(tab, "window_to"), "no method")
+    tab.choose("step_cache", "none").fill("window_to", 1).fill("shift", "").fill("restart", "")
     assert disabled(tab, "window_to") and "Without effect" in tab.js(
         "return document.querySelector('#mf-window_to').textContent"
     )
@@ -336,7 +337,7 @@ def test_dropped_lora_gives_its_receipt_and_works_beside_the_other(tab: Tab, pag
     details = tab.details()
     assert [value for name, value in details.items() if name.startswith("LoRA")] == ["strength 1.0", "strength 1.0"]
     tab.open().until(lambda: len(tab.all(".mf-lora")) == 2, "the second row, after a reload")
-    assert [box.is_selected() for box in tab.all(".mf-lora input[type=checkbox]")] == [True, False]
+    assert [box.is_selected() for box in tab.all(".mf-lora input[type=checkbox]")] == [True, True]
 
 
 def test_model_without_guidance_says_why_it_is_grey(tab: Tab) -> None:

@@ -29,9 +29,6 @@ _count = itertools.count(1)
 
 OF_MODEL = ("model", "steps", "guidance", "width", "height", "aspect")
 """Controls that are set anew when the page is started with another model."""
-LOCK = "(seed) => !['', '-1'].includes((seed ?? '').trim())"
-"""Who writes a seed means it: it is kept for the next picture. In the browser, so that typing asks nobody."""
-
 Given = dict[Any, Any]
 """What Gradio gives a handler, and what it takes from it: values or updates by their components."""
 
@@ -55,7 +52,6 @@ def connect(page: gr.Blocks, site: Site, c: Controls) -> None:
     on(c.draw.click, handlers.draw, {*form_in, c.lock}, [c.seed, c.stage])
     on(c.draw_all.click, handlers.draw_all, {*form_in, c.prompts}, [c.stage])
     on(c.draw_grid.click, handlers.draw_grid, {*form_in, c.x, c.x_values, c.y, c.y_values}, [c.stage])
-    c.seed.input(None, c.seed, c.lock, js=LOCK, **quick)
     on(c.die.click, handlers.roll, None, [c.seed])
     on(c.forget.click, handlers.forget, None, [c.rest, c.also, c.forget])
     on(c.model.input, handlers.model, form_in, [

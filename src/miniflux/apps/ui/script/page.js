@@ -165,6 +165,11 @@ window.miniflux ??= (() => {
         document.querySelector("#mf-draw")?.click();
       }
     });
+    addEventListener("input", (event) => { // who writes a seed means it: it is kept for the next picture
+      if (!event.target.closest?.("#mf-seed")) return;
+      const lock = document.querySelector("#mf-lock input"), wanted = !["", "-1"].includes(event.target.value.trim());
+      if (lock && lock.checked !== wanted) lock.click();
+    }, true);
     addEventListener("click", (event) => { // before Gradio, which would wait for a server that is not there
       if (!event.target.closest?.("#mf-draw, #mf-draw-all, #mf-draw-grid, #mf-die, #mf-forget")) return;
       if (!there()) event.stopPropagation();
