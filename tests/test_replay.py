@@ -18,7 +18,7 @@ import miniflux
 from miniflux import lora
 from miniflux.apps.cli import main
 from miniflux.checkpoints.finding import BUNDLED
-from miniflux.errors import InputError, ReplayError, SettingsError
+from miniflux.errors import InputError, LoraError, ReplayError, SettingsError
 from miniflux.pipeline import Pipeline
 from miniflux.replay import Replay, replay
 from miniflux.result import save_picture
@@ -222,6 +222,83 @@ def test_a_lora_that_moved_is_found_or_missed_by_name(pipes: Pipes, picture: Pat
     assert again(edited(path, elsewhere), pipes).same
 
 
+def test_a_lora_that_is_named_for_the_one_in_the_file(pipes: Pipes, picture: Path, tmp_path: Path) -> None:
+    """By its hash, whatever it is called; by its place, another one, which is said; not if the picture has none."""
+    renamed = (tmp_path / "style.safetensors").rename(tmp_path / "renamed.safetensors")
+    with pytest.raises(ReplayError, match=r"style.safetensors is missing \(--model, --weights and --lora name other"):
+        again(picture, pipes)
+    assert again(picture, pipes, loras=[renamed]).same
+    other = tmp_path / "other.safetensors"
+    tensors = {key: 2 * tensor for key, tensor in miniflux.checkpoints.files.open_tensors(REALISM).items()}
+    miniflux.checkpoints.files.write_tensors(other, tensors, {})
+    with pytest.raises(ReplayError, match="other.safetensors is not the one that the picture was made with"):
+        again(picture, pipes, loras=[other])
+    assert not again(picture, pipes, loras=[other], force=True).same
+    with pytest.raises(InputError, match="other.safetensors is none of those that the picture was made with"):
+        again(picture, pipes, loras=[renamed, other])
+    plain = drawn(pipes, Request(prompt="a star", width=32, height=32, steps=2)).save(tmp_path / "plain.png")
+    with pytest.raises(InputError, match=r"renamed.safetensors is none of those .* \(none\)"):
+        again(plain, pipes, loras=[renamed])
+    with pytest.raises(LoraError, match="nothing.safetensors: no such file"):
+        again(picture, pipes, loras=["nothing.safetensors"])
+
+
+def test_a_model_that_moved_is_found_beside_the_picture(tmp_path: Path) -> None:
+    """A fine-tune by its path: where it was, beside the picture, by `model`, or missed by name; never another one."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir(), new.mkdir()
+    tensors = dict(miniflux.checkpoints.files.open_tensors(BUNDLED / "flux1-nano-dev.safetensors").items())
+    tensors["final_layer.linear.bias"] = tensors["final_layer.linear.bias"] + 0.25
+    tuned = old / "tuned.safetensors"
+    miniflux.checkpoints.files.write_tensors(tuned, tensors, {})
+    others = {
+        "autoencoder": BUNDLED / "ae.safetensors",
+        "clip": BUNDLED / "text_encoder",
+        "t5": BUNDLED / "text_encoder_2",
+        "clip_tokenizer": BUNDLED / "tokenizer",
+        "t5_tokenizer": BUNDLED / "tokenizer_2",
+    }
+    for place in others.values():
+        (old / place.name).symlink_to(place)
+    pipe = miniflux.load(tuned)
+    picture = pipe.generate("a star", width=32, height=32, steps=2).save(new / "x.png")
+    assert replay(picture).same
+    for file in list(old.iterdir()):
+        file.rename(new / file.name)
+    assert replay(picture).same  # beside it, with its other parts
+    elsewhere = tmp_path / "elsewhere"
+    new.rename(elsewhere)
+    new.mkdir()
+    picture = Path(shutil.copy(elsewhere / "x.png", new / "x.png"))
+    with pytest.raises(ReplayError, match=r"tuned.safetensors is neither there nor beside the picture \(--model"):
+        replay(picture)
+    assert replay(picture, model=elsewhere / "tuned.safetensors").same
+    assert replay(picture, weights=elsewhere).same
+    with pytest.raises(ReplayError, match=r"flux1-nano-dev.safetensors is not the tuned.safetensors"):
+        replay(picture, model="nano-dev")
+    old.mkdir(exist_ok=True)
+    # Another one where it was: the one beside the picture is taken.
+    for file in elsewhere.iterdir():
+        (old / file.name).symlink_to(BUNDLED / "flux1-nano-dev.safetensors" if file.suffix else file)
+    (old / "ae.safetensors").unlink()
+    (old / "ae.safetensors").symlink_to(BUNDLED / "ae.safetensors")
+    assert replay(elsewhere / "x.png").same
+
+
+def test_weights_of_a_known_model_beside_the_picture(tmp_path: Path) -> None:
+    """Drawn with another autoencoder from `--weights`; made again with the one that lies beside it."""
+    tensors = dict(miniflux.checkpoints.files.open_tensors(BUNDLED / "ae.safetensors").items())
+    tensors["decoder.conv_out.bias"] = tensors["decoder.conv_out.bias"] + 0.25
+    miniflux.checkpoints.files.write_tensors(tmp_path / "ae.safetensors", tensors, {})
+    result = miniflux.load("nano", weights=tmp_path).generate("a star", width=32, height=32, steps=2)
+    assert replay(result.save(tmp_path / "x.png")).same
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    with pytest.raises(ReplayError, match="autoencoder: .*ae.safetensors is not the ae.safetensors"):
+        replay(shutil.copy(tmp_path / "x.png", elsewhere / "x.png"))
+    assert replay(elsewhere / "x.png", weights=tmp_path).same
+
+
 def test_other_weights_are_refused_by_name(pipes: Pipes, picture: Path) -> None:
     def other(about: dict[str, Any]) -> None:
         for file in about["files"]:
@@ -304,6 +381,12 @@ def test_command_line(picture: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["replay", str(picture), "-o", str(out)]) == 0
     assert "the same pixels" in capsys.readouterr().out
     assert read_picture(out).origin == "miniflux"
+    assert main(["replay", str(picture), "-o", str(out)]) == 0
+    assert f"{tmp_path / 'again-1.png'}: written" in capsys.readouterr().out
+    style = (tmp_path / "style.safetensors").rename(tmp_path / "s.safetensors")
+    assert main(["replay", str(picture), "--lora", str(style), "--model", "nano"]) == 0
+    assert "the same pixels" in capsys.readouterr().out
+    style.rename(tmp_path / "style.safetensors")
     (tmp_path / "style.safetensors").unlink()
     assert main(["replay", str(picture), "-o", str(tmp_path / "no.png")]) == 2
     error = capsys.readouterr().err
@@ -312,6 +395,8 @@ def test_command_line(picture: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     said = capsys.readouterr().out
     assert "PSNR" in said and "style.safetensors is missing" in said
     assert read_picture(out).origin == "none"
+    assert main(["replay", str(picture), "--force", "-o", str(picture)]) == 2
+    assert "is what is read from" in capsys.readouterr().err
     assert main(["replay", str(out)]) == 2
     assert "nothing that was written by miniflux" in capsys.readouterr().err
 

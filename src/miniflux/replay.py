@@ -16,18 +16,27 @@ from PIL import Image
 from miniflux import lora
 from miniflux.checkpoints.folders import models
 from miniflux.checkpoints.origin import Stamp
-from miniflux.errors import InputError, ReplayError, SettingsError
+from miniflux.errors import (
+    CheckpointError,
+    InputError,
+    MinifluxError,
+    ReplayError,
+    SettingsError,
+    WeightsNotFoundError,
+)
 from miniflux.loaded import summary
-from miniflux.lora.attaching import BUNDLED_LORAS
+from miniflux.lora.attaching import BUNDLED_LORAS, resolved
 from miniflux.memory.compute import choose_device
 from miniflux.pictures import digest_of, on_white, open_picture
 from miniflux.pipeline import Pipeline, load
 from miniflux.result import QUALITY, Result, joined, labelled, psnr
 from miniflux.settings import LoraUse, Record, Request, read_picture, strict
+from miniflux.variants import ALIASES, VARIANTS
 from miniflux.version import __version__
 
 log = logging.getLogger(__name__)
 
+OTHERS = "--model, --weights and --lora name other files"  # as the command line has them; arguments from Python
 NEAR = 1e-12  # noise levels that close are the same
 
 
@@ -59,6 +68,8 @@ def replay(
     weights: str | Path | None = None,
     device: str | None = None,
     image: str | Path | Image.Image | None = None,
+    model: str | Path | None = None,
+    loras: Sequence[str | Path] = (),
     progress: Callable[[int, int], None] | None = None,
     pipes: MutableMapping[tuple[str, str | None], Pipeline] | None = None,
 ) -> Replay:
@@ -70,12 +81,16 @@ def replay(
         weights: look for the model's files here first.
         device: None for the one it was made on, if there is such a one.
         image: the picture that was changed or its file, if it was made from one.
+        model: what to load instead of the model that the file names. Models and LoRAs that are not where they were are
+            looked for beside the picture.
+        loras: files to take for LoRAs that the file names: those of their hash or name, or in order if as many.
         progress: called after every step with (steps done, steps in all).
         pipes: pipelines that were loaded before, by model and dtype, without LoRAs; those that are loaded are added.
 
     Raises:
         SettingsError: it holds no settings of ours, or damaged ones.
         ReplayError: a weight or LoRA file is another one or missing (all are named), or the picture to change is.
+        InputError: a picture or a LoRA was given that the file does not name.
         MinifluxError: as `load` and `generate`.
     """
     reading = read_picture(path)
@@ -98,12 +113,13 @@ def replay(
     for record in records:
         key = (record.request.model, record.request.dtype)
         if key not in pipes:
-            pipes[key] = _loaded(record, weights, device)
+            pipes[key] = _fitting(record, Path(path).parent, model, weights, device)
         pipe = pipes[key]
         wrong = _wrong_files(record, pipe)
-        uses = _found_loras(record.request.loras, Path(path).parent, wrong)
+        uses = _found_loras(record.request.loras, Path(path).parent, loras, wrong)
         if wrong and not force:
-            raise ReplayError(f"{path}: not made again, because {'; '.join(dict.fromkeys(wrong))} (force goes on)")
+            why = "; ".join(dict.fromkeys(wrong))
+            raise ReplayError(f"{path}: not made again, because {why} ({OTHERS}; --force goes on)")
         differences += wrong
 
         def told(step: int, _: int, done: int = done) -> None:
@@ -125,7 +141,7 @@ def replay(
             f"the file has {kept.size[0]}x{kept.size[1]} pixels, its settings make {made.size[0]}x{made.size[1]}"
         )
         if not force:
-            raise ReplayError(f"{path}: {differences[-1]} (force goes on)")
+            raise ReplayError(f"{path}: {differences[-1]} (--force goes on)")
         kept = kept.resize(made.size)
     seen = _as_stored(made, kind)
     gap = np.abs(np.asarray(seen, np.int16) - np.asarray(kept, np.int16))
@@ -157,22 +173,65 @@ def _check_image(request: Request, image: Image.Image | None) -> None:
         if image is not None:
             raise InputError("a picture to change was given, and this one was not made from any")
     elif image is None:
-        raise ReplayError("it was made from another picture, which its file does not hold: give that one as well")
+        raise ReplayError("it was made from another picture, which its file does not hold: give that as well (--image)")
     elif digest_of(image) != request.image:
-        raise ReplayError("the picture to change is not the one it was made from: its pixels differ")
+        raise ReplayError("the picture to change is not the one it was made from: its pixels differ (--image)")
 
 
-def _loaded(record: Record, weights: str | Path | None, device: str | None) -> Pipeline:
-    """The pipeline of a record, on its device if there is such a one here, in its precision."""
+def _fitting(
+    record: Record, beside: Path, model: str | Path | None, weights: str | Path | None, device: str | None
+) -> Pipeline:
+    """The first pipeline whose files are those of the record, of those that can be meant; else the first of all."""
+    first: Pipeline | None = None
+    failed: MinifluxError | None = None
+    for name, folder in _places(record.request.model, beside, model, weights):
+        try:
+            pipe = _loaded(record, name, folder, device)
+        except (CheckpointError, WeightsNotFoundError) as error:
+            failed = failed or error
+            continue
+        if not _wrong_files(record, pipe):
+            return pipe
+        first = first or pipe
+    if first is None:
+        assert failed is not None
+        raise failed
+    return first
+
+
+def _places(
+    named: str, beside: Path, model: str | Path | None, weights: str | Path | None
+) -> list[tuple[str | Path, str | Path | None]]:
+    """What to load, and which folder to look in first: as the picture says, and beside it.
+
+    Raises:
+        ReplayError: the model is none of ours, and there is no such file.
+    """
+    folders = [weights, *([beside] if weights is None and models(beside) else [])]
+    if model is not None:
+        return [(model, folder) for folder in folders]
+    known = {*VARIANTS, *ALIASES, *(variant.repository for variant in VARIANTS.values())}
+    if named in known:
+        return [(named, folder) for folder in folders]
+    name = Path(named.replace("\\", "/")).name
+    paths = [Path(named), *([] if weights is None else [Path(weights) / name]), beside / name]
+    there = [path for path in dict.fromkeys(paths) if path.exists()]
+    if not there:
+        raise ReplayError(f"the model {named} is neither there nor beside the picture ({OTHERS})")
+    return [(path, folder) for path in there for folder in folders]
+
+
+def _loaded(record: Record, model: str | Path, weights: str | Path | None, device: str | None) -> Pipeline:
+    """A pipeline for a record, on its device if there is such a one here, in its precision."""
     request = record.request
     if device is None and record.device:
         try:
             device = str(choose_device(record.device))
         except InputError:  # which is said after the run
             log.warning("there is no device %s here", strict.shown(record.device))
-    pipe = load(request.model, weights=weights, device=device, dtype=request.dtype)
+    pipe = load(model, weights=weights, device=device, dtype=request.dtype)
     if record.dtype and str(pipe.dtype).removeprefix("torch.") != record.dtype:  # what suits a device may change
-        pipe = load(request.model, weights=weights, device=pipe.device, dtype=record.dtype)
+        pipe = load(model, weights=weights, device=pipe.device, dtype=record.dtype)
     return pipe
 
 
@@ -196,22 +255,39 @@ def _wrong_files(record: Record, pipe: Pipeline) -> list[str]:
     return wrong
 
 
-def _found_loras(uses: Sequence[LoraUse], beside: Path, wrong: list[str]) -> list[LoraUse]:
-    """The LoRAs of a record as they are here; `wrong` grows by those that differ or are not found."""
+def _found_loras(uses: Sequence[LoraUse], beside: Path, given: Sequence[str | Path], wrong: list[str]) -> list[LoraUse]:
+    """The LoRAs of a record as they are here; `wrong` grows by those that differ or are not found.
+
+    Raises:
+        InputError: one was given that is not one of them.
+    """
     found: list[LoraUse] = []
-    for use in uses:
+    files_given = [resolved(lora) for lora in given]
+    unused = [Path(str(lora)) for lora in files_given]
+    for i, use in enumerate(uses):
         name = Path(use.file.replace("\\", "/")).name
-        places = [Path(use.file), beside / name, BUNDLED_LORAS / name, BUNDLED_LORAS / f"{name}.safetensors"]
-        files = [file for place in places for file in _tensors(place)]
-        same = [file for file in files if use.sha256 in (None, Stamp.of(file).sha256())]
-        if same or files:
-            file = (same or files)[0]
-            if not same:
-                wrong.append(f"LoRA {file} is not the one that the picture was made with")
-            found.append(LoraUse(str(file), use.scale))
-        else:
+        mine = [Path(str(lora)) for lora in files_given]
+        by_name = [lora for lora in mine if name in (lora.name, lora.stem)]
+        in_order = [mine[i]] if len(mine) == len(uses) else []
+        elsewhere = [Path(use.file), beside / name, BUNDLED_LORAS / name, BUNDLED_LORAS / f"{name}.safetensors"]
+        same = [file for place in (*mine, *elsewhere) for file in _tensors(place) if _is(file, use)]
+        likely = [file for place in (*by_name, *in_order, *elsewhere) for file in _tensors(place)]
+        if not same and not likely:
             wrong.append(f"LoRA {use.file} is missing")
+            continue
+        file = (likely if use.sha256 is None and likely else same or likely)[0]
+        if not same:
+            wrong.append(f"LoRA {file} is not the one that the picture was made with")
+        unused = [lora for lora in unused if file not in _tensors(lora)]
+        found.append(LoraUse(str(file), use.scale))
+    if unused:
+        names = ", ".join(use.file for use in uses) or "none"
+        raise InputError(f"the LoRA {unused[0]} is none of those that the picture was made with ({names})")
     return found
+
+
+def _is(file: Path, use: LoraUse) -> bool:
+    return use.sha256 in (None, Stamp.of(file).sha256())
 
 
 def _tensors(place: Path) -> list[Path]:

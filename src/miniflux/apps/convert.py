@@ -5,7 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from miniflux.apps import arguments, console
+from miniflux.apps.outputs import new_file
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 PROMPTS = ("a red circle on a blue background", "a green ring left of a white heart on a black background")
 WORST = 10  # layers that are listed unless -v asks for all
@@ -37,6 +43,7 @@ def add(commands: Any) -> None:
     )
     convert.add_argument("--weights", metavar="FOLDER", help="for --picture: where the model's other files are")
     convert.add_argument("-v", "--verbose", action="store_true", help="list every layer, and say more")
+    arguments.add_force(convert)
     convert.set_defaults(run=_convert)
 
 
@@ -44,28 +51,32 @@ def _convert(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from miniflux.checkpoints import convert
+    from miniflux.checkpoints.outputs import names_file
 
-    with tqdm(unit="tensor", leave=False, disable=not sys.stderr.isatty()) as bar:
+    target = Path(options.target)
+    place = new_file(target, options.force, [options.source], folder=not names_file(target))
+    before = pictures(options.source, options.weights) if options.picture else []  # what cannot be drawn is said first
+    with place as path, tqdm(unit="tensor", leave=False, disable=not sys.stderr.isatty()) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        made = convert(options.source, options.target, layout=options.layout, format=options.format, progress=progress)
-    print(made.report(None if options.verbose else WORST))
+        made = convert(options.source, path, layout=options.layout, format=options.format, progress=progress)
+    console.say(made.report(None if options.verbose else WORST))
     if options.picture:
-        for prompt, value in pictures(options.source, options.target, options.weights).items():
-            print(f"picture: PSNR {value:.1f} dB, {prompt!r}")
+        from miniflux.result import psnr
+
+        for prompt, old, new in zip(PROMPTS, before, pictures(path, options.weights), strict=True):
+            console.say(f"picture: PSNR {psnr(old, new):.1f} dB, {prompt!r}")
 
 
-def pictures(before: str | Path, after: str | Path, weights: str | Path | None = None) -> dict[str, float]:
-    """PSNR between the pictures that two files draw, by prompt, in dB; with seed 0 and the defaults of the model.
+def pictures(path: str | Path, weights: str | Path | None = None) -> list[Image.Image]:
+    """What a model draws of `PROMPTS`, with seed 0 and its own defaults.
 
     Raises:
-        MinifluxError: either cannot be loaded as a pipeline.
+        MinifluxError: it cannot be loaded as a pipeline.
     """
     from miniflux.pipeline import load
-    from miniflux.result import psnr
 
-    drawn = [load(path, weights=weights).generate(list(PROMPTS), seed=0).images for path in (before, after)]
-    return {prompt: psnr(a, b) for prompt, a, b in zip(PROMPTS, *drawn, strict=True)}
+    return load(path, weights=weights).generate(list(PROMPTS), seed=0).images

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from miniflux.apps import console
 from miniflux.errors import InputError
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def _fetch(options: argparse.Namespace) -> None:
     from miniflux.variants import variant
 
     plan = hub.plan(variant(options.name))
-    print(_said(plan))
+    console.say(_said(plan))
     if options.dry_run:
         return
     if plan.wanted and plan.variant.gated and not options.accept_licence:
@@ -56,7 +57,7 @@ def _fetch(options: argparse.Namespace) -> None:
     total = sum(file.size for file in plan.wanted)
     with tqdm(total=total, initial=plan.begun, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
         folder = hub.fetch(plan, bar.update)
-    print(f"{plan.variant.name}: complete, checksums as the Hub states them, in {folder}")
+    console.say(f"{plan.variant.name}: complete, checksums as the Hub states them, in {folder}")
 
 
 def _said(plan: Plan) -> str:
@@ -77,7 +78,7 @@ def _ask(variant: Variant) -> None:
         InputError: it is refused, or there is nobody to ask.
     """
     where = f"{variant.licence}, https://huggingface.co/{variant.repository}"
-    if not sys.stdin.isatty():
+    if sys.stdin is None or not sys.stdin.isatty():  # pyright: ignore[reportUnnecessaryComparison]: closed
         raise InputError(f"{variant.name} is under the {where}: to accept it, run this again with --accept-licence")
     print(f"Do you accept the {where}? [y/N] ", end="", flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
@@ -105,7 +106,7 @@ def _variants(options: argparse.Namespace) -> None:
                 "missing": {part: size.get(part, 0) for part in PARTS if part not in found},
             }
         )
-    print(json.dumps(rows, indent=1) if options.json else _table(rows))
+    console.say(json.dumps(rows, indent=1) if options.json else _table(rows))
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
-from miniflux.apps import arguments
+from miniflux.apps import arguments, console
+from miniflux.apps.outputs import new_file
 
 
 def add(commands: Any) -> None:
@@ -46,39 +49,51 @@ def add(commands: Any) -> None:
         "--to", default="kohya", metavar="DIALECT", help="diffusers, kohya (default), comfyui or xlabs"
     )
     extract.set_defaults(run=_extract)
-    arguments.add_verbose(inspect_lora)
-    arguments.add_verbose(convert)
-    arguments.add_verbose(merge)
-    arguments.add_verbose(extract)
+    for command in (inspect_lora, convert, merge, extract):
+        arguments.add_verbose(command)
+    for command in (convert, merge, extract):
+        arguments.add_force(command)
 
 
 def _inspect(options: argparse.Namespace) -> None:
     from miniflux.lora import inspect
 
-    print(inspect(options.file, options.model))
+    console.say(str(inspect(options.file, options.model)))
 
 
 def _convert(options: argparse.Namespace) -> None:
     from miniflux.lora import convert, fits
 
     model, *others = (options.model,) if options.model else fits(options.file)
-    count = convert(options.file, options.output, options.to, model)
+    with _written(options, [options.file]) as path:
+        count = convert(options.file, path, options.to, model)
     also = f" (it fits {', '.join(others)} as well)" if others else ""
-    print(f"{options.output}: {count} tensors, {options.to}, for {model}{also}")
+    console.say(f"{path}: {count} tensors, {options.to}, for {model}{also}")
 
 
 def _merge(options: argparse.Namespace) -> None:
     from miniflux.lora import merge_files
 
-    receipts = merge_files(options.base, options.lora, options.output, pack=options.pack)
-    applied, size = sum(receipt.applied for receipt in receipts), os.path.getsize(options.output)
-    print(f"{options.output}: {applied} changes merged, {size:,} bytes")
+    with _written(options, [options.base, *(file for file, _ in options.lora)]) as path:
+        receipts = merge_files(options.base, options.lora, path, pack=options.pack)
+    applied, size = sum(receipt.applied for receipt in receipts), os.path.getsize(path)
+    console.say(f"{path}: {applied} changes merged, {size:,} bytes")
 
 
 def _extract(options: argparse.Namespace) -> None:
     from miniflux.lora import extract
 
-    found = extract(options.base, options.tuned, options.output, options.rank, options.to)
+    with _written(options, [options.base, options.tuned]) as path:
+        found = extract(options.base, options.tuned, path, options.rank, options.to)
     worst = min(found, key=lambda module: module.captured, default=None)
     held = "" if worst is None else f"; at least {100 * worst.captured:.2f} % of each difference ({worst.target})"
-    print(f"{options.output}: {len(found)} modules at rank {options.rank}{held}")
+    console.say(f"{path}: {len(found)} modules at rank {options.rank}{held}")
+
+
+def _written(options: argparse.Namespace, inputs: list[str]) -> AbstractContextManager[Path]:
+    """Where the result goes; refused at once if nothing can be written there."""
+    from miniflux.checkpoints.saving import checkpoint_path
+
+    if not options.output.endswith(".gguf"):
+        checkpoint_path(options.output)
+    return new_file(options.output, options.force, inputs)

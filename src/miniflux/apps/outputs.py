@@ -158,9 +158,8 @@ def check_place(path: Path, endings: Sequence[str] | None = None, *, folder: boo
         OutputError: another ending, no such folder, no permission, or too long a name.
     """
     if endings is not None and path.suffix.lower() not in endings:
-        raise OutputError(
-            f"{path}: a picture is written as {', '.join(endings)}, got the ending {path.suffix!r} (a folder ends in /)"
-        )
+        hint = "" if path.suffix else " (a folder ends in /)"
+        raise OutputError(f"{path}: a picture is written as {', '.join(endings)}, got the ending {path.suffix!r}{hint}")
     parent = path.parent
     while folder and not os.path.lexists(parent):
         parent = parent.parent
@@ -276,8 +275,10 @@ def _empty(path: Path, folder: bool) -> bool:
     return stat.S_ISREG(about.st_mode) and about.st_size == 0
 
 
-def new_file(given: str | Path, force: bool, inputs: Sequence[str | Path] = ()) -> AbstractContextManager[Path]:
-    """A path to write one file to: the given one, numbered if it is taken; see `claimed`.
+def new_file(
+    given: str | Path, force: bool, inputs: Sequence[str | Path] = (), *, folder: bool = False
+) -> AbstractContextManager[Path]:
+    """A path to write one file to (or a folder): the given one, numbered if it is taken; see `claimed`.
 
     Args:
         inputs: what the result is made from, which is not written over.
@@ -291,6 +292,6 @@ def new_file(given: str | Path, force: bool, inputs: Sequence[str | Path] = ()) 
         with suppress(OSError):
             if os.path.samefile(path, source):
                 raise OutputError(f"{path}: is what is read from; give the result another name")
-    if path.is_dir():
+    if path.is_dir() and not folder:
         raise OutputError(f"{path}: is a folder")
-    return claimed(numbered(path), force)
+    return claimed(numbered(path, whole=folder), force, folder)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
+from miniflux.apps import console
+from miniflux.apps.outputs import new_file
 from miniflux.errors import ReplayError
 
 
@@ -14,11 +17,16 @@ def add(commands: Any) -> None:
         "replay",
         help="make a saved picture again, and compare",
         description="Make a picture again from the settings in its file. On a CPU in float32 its pixels are the same, "
-        "byte for byte. Refused if a weight or LoRA file is not the one that it was made with.",
+        "byte for byte. Refused if a weight or LoRA file is not the one that it was made with. Models and LoRAs that "
+        "are not where they were are looked for beside the picture.",
     )
     command.add_argument("picture", metavar="PICTURE", help="a .png, .jpg or .webp of miniflux")
     command.add_argument("-o", "--output", metavar="FILE", help="write what was made")
-    command.add_argument("--force", action="store_true", help="go on where files differ, and show the difference")
+    command.add_argument("--force", action="store_true", help="go on where files differ, and show the difference; "
+        "write over --output if it is there, else it is numbered")  # fmt: skip
+    command.add_argument("--model", metavar="NAME|PATH", help="load this instead of the model that the file names")
+    command.add_argument("--lora", action="append", default=[], metavar="PATH", help="take this for a LoRA that the "
+        "file names; may be given several times")  # fmt: skip
     command.add_argument("--weights", metavar="FOLDER", help="look for the model's files here first")
     command.add_argument("--device", metavar="NAME", help="default: the one it was made on")
     command.add_argument("--image", metavar="FILE", help="the picture that was changed, if it was made from one")
@@ -29,18 +37,37 @@ def add(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     import torch
+    from tqdm import tqdm
 
     from miniflux.pictures import open_picture
     from miniflux.replay import replay
     from miniflux.result import checked_output, save_picture
     from miniflux.settings import read_picture
 
-    output = None if options.output is None else checked_output(options.output)
+    place = None
+    if options.output is not None:
+        checked_output(options.output)
+        place = new_file(options.output, options.force, [options.picture])
     image = None if options.image is None else open_picture(options.image)
     records = read_picture(options.picture).records
     if records and records[0].device == "cpu" and 0 < records[0].threads <= 256:
         torch.set_num_threads(records[0].threads)  # products are summed in another order by another number
-    made = replay(options.picture, force=options.force, weights=options.weights, device=options.device, image=image)
+    with tqdm(unit="step", leave=False, disable=not sys.stderr.isatty()) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        made = replay(
+            options.picture,
+            force=options.force,
+            weights=options.weights,
+            device=options.device,
+            image=image,
+            model=options.model,
+            loras=options.lora,
+            progress=progress,
+        )
     if made.same:
         said = f"{options.picture}: made again, the same pixels"
     else:
@@ -48,8 +75,9 @@ def _run(options: argparse.Namespace) -> None:
         if not options.force:
             why = "; ".join(made.differences) or "nothing else that its file tells does"
             raise ReplayError(f"{said} ({why}; --force goes on)")
-    print("\n".join([said, *(f"  {line}" for line in made.differences)]))
-    if output is not None:
+    console.say("\n".join([said, *(f"  {line}" for line in made.differences)]))
+    if place is not None:
         made.result.hash_files()
-        save_picture(made.image, output, None if options.no_metadata else made.result.settings)
-        print(f"{output}: written")
+        with place as path:
+            save_picture(made.image, path, None if options.no_metadata else made.result.settings)
+        console.say(f"{path}: written")

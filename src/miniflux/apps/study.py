@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
-from miniflux.apps import arguments
+from miniflux.apps import arguments, console
+from miniflux.apps.outputs import check_place, new_file
 
 
 def add(commands: Any) -> None:
@@ -36,27 +39,46 @@ def add(commands: Any) -> None:
     )
     solvers.add_argument("--plot", metavar="FILE", help="draw it: .png, .svg or .pdf (needs miniflux[study])")
     solvers.set_defaults(run=_solvers)
-    arguments.add_verbose(schedules)
-    arguments.add_verbose(solvers)
+    for command in (schedules, solvers):
+        arguments.add_verbose(command)
+        arguments.add_force(command)
 
 
 def _schedule(options: argparse.Namespace) -> None:
+    place = _figure(options)
     from miniflux.study import schedules
 
     width, height = options.size
     names = options.names or (list(schedules.SPACINGS) if options.plot else ["uniform"])
     made = schedules.schedules(names, options.steps, width, height, options.shift)
-    if options.plot:
-        print(f"{schedules.plot(made, options.plot)}: {len(made)} schedules of {options.steps} steps")
-    else:
-        print("\n\n".join(str(schedule) for schedule in made))
+    if place is None:
+        console.say("\n\n".join(str(schedule) for schedule in made))
+        return
+    with place as path:
+        schedules.plot(made, path)
+    console.say(f"{path}: {len(made)} schedules of {options.steps} steps")
 
 
 def _solvers(options: argparse.Namespace) -> None:
+    place = _figure(options)
     from miniflux.pipeline import load
     from miniflux.study import solvers
 
+    solvers.check(options.calls, options.prompts)
     errors = solvers.measure(load(options.model), options.calls, options.prompts)
-    print(solvers.table(errors))
-    if options.plot:
-        print(solvers.plot(errors, options.plot))
+    console.say(solvers.table(errors))
+    if place is not None:
+        with place as path:
+            solvers.plot(errors, path)
+        console.say(str(path))
+
+
+def _figure(options: argparse.Namespace) -> AbstractContextManager[Path] | None:
+    """Where a figure goes, if one is wanted; refused before anything is computed, or torch imported."""
+    if options.plot is None:
+        return None
+    from miniflux.study import plotting
+
+    check_place(Path(options.plot), plotting.KINDS)
+    plotting.check()
+    return new_file(options.plot, options.force)

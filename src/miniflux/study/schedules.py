@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from miniflux.plan import MAX_SIDE
 from miniflux.result import checked_output
 from miniflux.sampling import Schedule, schedule
+from miniflux.sampling.checks import whole
 from miniflux.sampling.latents import PIXELS_PER_TOKEN
 from miniflux.sampling.schedules import SPACINGS, dynamic_shift, flux1_mu, static_shift
 from miniflux.study import plotting
@@ -20,6 +22,8 @@ def schedules(names: Sequence[str], steps: int, width: int, height: int, shift: 
     Raises:
         InputError: an unknown name, or a number out of its range.
     """
+    for name, side in (("width", width), ("height", height)):
+        whole(name, side, PIXELS_PER_TOKEN, MAX_SIDE)
     tokens = (width // PIXELS_PER_TOKEN) * (height // PIXELS_PER_TOKEN)
     curve = dynamic_shift(flux1_mu(tokens)) if shift is None else static_shift(shift)
     return [schedule(name, steps, curve) for name in names]

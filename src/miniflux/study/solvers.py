@@ -12,10 +12,13 @@ from statistics import median
 
 from torch import Tensor
 
+from miniflux.errors import InputError
 from miniflux.nano import scenes
 from miniflux.pipeline import Pipeline
+from miniflux.plan import MAX_IMAGES, MAX_STEPS
 from miniflux.result import checked_output
 from miniflux.sampling import SOLVERS, solver
+from miniflux.sampling.checks import whole
 from miniflux.study import plotting
 
 REFERENCE = ("rk4", 250)  # solver and steps: 1000 calls
@@ -42,8 +45,22 @@ def distance(latents: Tensor, reference: Tensor) -> float:
     return float(gaps.median())
 
 
+def check(calls: Sequence[int], prompts: int) -> None:
+    """Raises InputError unless there are prompts, and numbers of calls to compare."""
+    whole("prompts", prompts, 1, MAX_IMAGES)
+    if not calls:
+        raise InputError("calls must be at least one number, got none")
+    for count in calls:
+        whole("calls", count, 1, MAX_STEPS)
+
+
 def measure(pipe: Pipeline, calls: Sequence[int], prompts: int, names: Sequence[str] | None = None) -> list[Error]:
-    """Every deterministic solver (or the named ones) at about these numbers of calls, against a reference of 1000."""
+    """Every deterministic solver (or the named ones) at about these numbers of calls, against a reference of 1000.
+
+    Raises:
+        InputError: no prompts, or a number of calls below 1.
+    """
+    check(calls, prompts)
     texts = captions(prompts)
     reference = pipe.generate(texts, solver=REFERENCE[0], steps=REFERENCE[1]).latents
     errors: list[Error] = []
