@@ -173,7 +173,9 @@ def _check_image(request: Request, image: Image.Image | None) -> None:
         if image is not None:
             raise InputError("a picture to change was given, and this one was not made from any")
     elif image is None:
-        raise ReplayError("it was made from another picture, which its file does not hold: give that as well (--image)")
+        raise ReplayError(
+            "it was made from another picture, which its file does not hold: give that one as well (--image FILE)"
+        )
     elif digest_of(image) != request.image:
         raise ReplayError("the picture to change is not the one it was made from: its pixels differ (--image)")
 
