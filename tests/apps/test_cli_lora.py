@@ -136,7 +136,7 @@ def test_merge_into_packed_layers(style: Path, tmp_path: Path, capsys: pytest.Ca
     capsys.readouterr()
     for option, dtype in (([], torch.float16), (["--pack"], torch.uint8)):
         out = tmp_path / "merged.safetensors"
-        assert run("lora", "merge", str(packed), "--lora", f"{style}:0.2", *option, "-o", str(out)) == 0
+        assert run("lora", "merge", str(packed), "--lora", f"{style}:0.2", *option, "-o", str(out), "--force") == 0
         said = capsys.readouterr()
         assert said.out == f"{out}: 2 changes merged, {out.stat().st_size:,} bytes\n"
         assert said.err.count("\n") == len(option) and ("packed weights lose part of their" in said.err) == bool(option)
