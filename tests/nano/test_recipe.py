@@ -13,7 +13,7 @@ from miniflux.checkpoints.finding import BUNDLED
 from miniflux.nano import scenes
 from miniflux.nano.recipe import __main__ as recipe
 from miniflux.nano.recipe import autoencoder as stage1
-from miniflux.nano.recipe import distil, flow
+from miniflux.nano.recipe import distil, flow, pairs, polish
 from miniflux.nano.recipe.flow import Phase
 from miniflux.nano.recipe.text import train_tokenizers, varied
 from miniflux.sampling import image_ids, text_ids
@@ -33,9 +33,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(stage1, name, count)
     for name in ("TEACHER", "DEV", "SCHNELL"):
         patch.setattr(recipe, name, [Phase(name.lower(), 2, SMALL, 2, 1e-3)])
+    for name in ("OWN_DEV", "OWN_SCHNELL"):
+        patch.setattr(recipe, name, polish.Phase(name.lower(), 2, SMALL, 2, 1e-3, kept=(2, 2)))
+    # After two steps of training nothing is drawn as asked.
+    patch.setattr(pairs, "snapped", lambda pixels, scene: scene)
     patch.setattr(flow, "COMPILE", False)
     patch.setattr(recipe, "POOL", 8)
-    patch.setattr(recipe, "REPORT", {"teacher": 2, "dev": 2, "schnell": 2})
+    patch.setattr(recipe, "REPORT", {"teacher": 2, "dev": 2, "schnell": 2, "own": 2})
     patch.setattr(recipe, "SHEET", 2)
     recipe.make(folder)
     recipe.make(folder)  # finds everything done and only exports again
@@ -51,6 +55,7 @@ def test_the_run_leaves_models_that_load_and_draw(made: Path) -> None:
 
 def test_every_stage_leaves_a_sheet(made: Path) -> None:
     assert {file.name.split("-")[0] for file in made.glob("*.png")} == {"teacher", "dev", "schnell"}
+    assert {file.name.rsplit("-", 1)[0] for file in made.glob("*own*.png")} == {"dev-own", "schnell-own"}
 
 
 def test_rounded_weights_are_those_that_an_nf4_file_holds(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import copy
 import logging
 import random
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,10 +26,12 @@ from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.flux1 import Flux1
 from miniflux.nano import scenes
 from miniflux.nano.recipe import autoencoder as stage1
+from miniflux.nano.recipe import polish
 from miniflux.nano.recipe.adherence import judge
-from miniflux.nano.recipe.distil import dev_from, guidance_loss, schnell_from, steps_loss
+from miniflux.nano.recipe.distil import SCHNELL_GUIDANCE, dev_from, guidance_loss, schnell_from, steps_loss
 from miniflux.nano.recipe.export import export_encoders, export_network
 from miniflux.nano.recipe.flow import OTHERS, SMALL, Phase, Teacher, run, teacher_loss
+from miniflux.nano.recipe.pairs import Pairs
 from miniflux.nano.recipe.text import T5_LENGTH, TextEncoders, train_tokenizers
 from miniflux.pipeline import Pipeline
 from miniflux.text import Text, load_clip_tokenizer, load_t5_tokenizer
@@ -66,9 +69,11 @@ SCHNELL = [
     Phase("schnell", 300, ALL, 48, 4e-4, main=0.25),
     Phase("schnell small shapes", 300, SMALLEST, 48, 4e-4, main=0.25),
 ]
+OWN_DEV = polish.Phase("dev, own pictures", 1_300, EVEN, 24, 4e-4)
+OWN_SCHNELL = polish.Phase("schnell, own pictures", 500, EVEN, 24, 4e-4)
 
 POOL = 4_000  # pictures of the main canvas kept as latents; a quarter for the short stages
-REPORT = {"teacher": 2000, "dev": 150, "schnell": 150}  # steps between sheets
+REPORT = {"teacher": 2000, "dev": 150, "schnell": 150, "own": 200}  # steps between sheets
 SHEET = 36  # pictures on a sheet
 
 
@@ -156,12 +161,41 @@ def make(folder: Path, start: Path | None = None, begin: int = 0, again: bool = 
     loss = partial(steps_loss, schnell_state.model, dev, teacher)
     run(schnell_state, SCHNELL, autoencoder, loss, 5, POOL // 4, (REPORT["schnell"], schnell_report))
 
+    dev, schnell = polished(folder, dev, averaged(schnell_state), teacher.text, autoencoder)
     weights = folder / "weights"
     export_encoders(teacher.text, folder / "text", weights)
     export_network(autoencoder, weights / "ae.safetensors")
     export_network(dev, weights / VARIANTS["nano-dev"].file)
-    export_network(averaged(schnell_state), weights / VARIANTS["nano-schnell"].file)
+    export_network(schnell, weights / VARIANTS["nano-schnell"].file)
     log.info("finished: %s", weights)
+
+
+def polished(
+    folder: Path, dev: Flux1, schnell: Flux1, encoders: TextEncoders, autoencoder: Autoencoder
+) -> tuple[Flux1, Flux1]:
+    """nano-dev after learning from its own pictures, and nano-schnell after learning from those of nano-dev."""
+    pairs = partial(Pairs, autoencoder)
+
+    def show(name: str, state: TrainingState[Flux1]) -> tuple[int, Callable[[int], None]]:
+        return REPORT["own"], partial(report, name, state.average, encoders, autoencoder, folder)
+
+    about = {"stage": "dev, own pictures"}
+    student = copy.deepcopy(dev).requires_grad_(True)
+    state = TrainingState(student, folder / "dev-own", OWN_DEV.rate, about, decay=0.995, matrices=matrices)
+    state.resume()
+    loss = partial(polish.dev_loss, student, dev, encoders)
+    polish.run(state, OWN_DEV, partial(pairs, state.average, encoders), loss, 71, show("dev-own", state))
+    finished = averaged(state)
+
+    about = {"stage": "schnell, own pictures"}
+    student = copy.deepcopy(schnell).requires_grad_(True)
+    state = TrainingState(student, folder / "schnell-own", OWN_SCHNELL.rate, about, decay=0.995, matrices=matrices)
+    state.resume()
+    loss = partial(polish.schnell_loss, student, encoders)
+    built_in = (SCHNELL_GUIDANCE, SCHNELL_GUIDANCE)
+    drawn = partial(pairs, finished, encoders, guidance=built_in)
+    polish.run(state, OWN_SCHNELL, drawn, loss, 51, show("schnell-own", state))
+    return finished, averaged(state)
 
 
 def main() -> None:

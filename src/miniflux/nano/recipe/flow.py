@@ -74,10 +74,8 @@ def initial_weights(model: Flux1) -> None:
 class Pictures:
     """Pairs of latents and captions, kept in memory and renewed little by little, for one canvas."""
 
-    def __init__(
-        self, autoencoder: Autoencoder, size: tuple[int, int], count: int, seed: int, lit: bool = False
-    ) -> None:
-        self.autoencoder, self.size, self.rng, self.lit = autoencoder, size, random.Random(seed), lit
+    def __init__(self, autoencoder: Autoencoder, size: tuple[int, int], count: int, seed: int) -> None:
+        self.autoencoder, self.size, self.rng = autoencoder, size, random.Random(seed)
         self.captions: list[str] = []
         self.latents: Tensor = torch.empty(0)
         self.next = 0
@@ -88,10 +86,7 @@ class Pictures:
     @torch.inference_mode()
     def _make(self, count: int) -> tuple[list[str], Tensor]:
         made = [(scenes.two_objects if self.rng.random() < 0.6 else scenes.one_object)(self.rng) for _ in range(count)]
-        drawn = [
-            scenes.render_lit(scene, *self.size, self.rng) if self.lit else scenes.render(scene, *self.size)
-            for scene in made
-        ]
+        drawn = [scenes.render(scene, *self.size) for scene in made]
         pixels = np.stack([np.asarray(picture) for picture in drawn])
         x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
         with mixed_precision():
@@ -116,13 +111,11 @@ class Pictures:
 class Data:
     """A collection of `Pictures`: one for the main canvas and smaller ones for the others."""
 
-    def __init__(
-        self, autoencoder: Autoencoder, sizes: tuple[tuple[int, int], ...], seed: int, pool: int, lit: bool = False
-    ) -> None:
+    def __init__(self, autoencoder: Autoencoder, sizes: tuple[tuple[int, int], ...], seed: int, pool: int) -> None:
         self.shares = Counter(sizes[1:])
         counts = [pool, *(max(1, pool // 40 * min(share, 4)) for share in self.shares.values())]
         self.pools = [
-            Pictures(autoencoder, size, count, seed + 7 * i, lit)
+            Pictures(autoencoder, size, count, seed + 7 * i)
             for i, (size, count) in enumerate(zip((sizes[0], *self.shares), counts, strict=True))
         ]
         self.rng = random.Random(seed)
@@ -212,18 +205,16 @@ def run(
     seed: int,
     pool: int,
     every: tuple[int, Callable[[int], None]],
-    lit: bool = False,
 ) -> None:
     """Train through the phases, from wherever `state` is; saved every 500 steps. `pool` pictures of the
-    main canvas are kept as latents, a fortieth of that or more of each other one. `every`: (steps, what to do then).
-    `lit`: pictures under a lamp instead of flat ones."""
+    main canvas are kept as latents, a fortieth of that or more of each other one. `every`: (steps, what to do then)."""
     end = 0
     for number, phase in enumerate(phases):
         begin, end = end, end + phase.steps
         if state.step >= end:
             continue
         rng = random.Random(seed + state.step)
-        data = Data(autoencoder, phase.sizes, seed + 1000 * number + state.step, pool, lit)
+        data = Data(autoencoder, phase.sizes, seed + 1000 * number + state.step, pool)
         started, first, mean = time.monotonic(), state.step, 0.0
         state.rate = phase.rate
         while state.step < end:

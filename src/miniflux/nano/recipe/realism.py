@@ -21,11 +21,12 @@ import miniflux
 from miniflux.checkpoints.files import write_tensors
 from miniflux.checkpoints.saving import write_beside
 from miniflux.models.flux1 import Flux1
-from miniflux.nano.recipe.distil import GUIDANCE_RANGE
-from miniflux.nano.recipe.flow import OTHERS, Phase, embed, run, velocity
+from miniflux.nano.recipe.flow import OTHERS, embed, noise_levels, velocity
+from miniflux.nano.recipe.pairs import Pair, Pairs
+from miniflux.nano.recipe.polish import Phase, run
 from miniflux.nano.recipe.text import TextEncoders
 from miniflux.pipeline import Pipeline
-from miniflux.training.flow import logit_normal_sigmas, mix
+from miniflux.training.flow import mix
 from miniflux.training.lora import TrainableLora
 from miniflux.training.state import TrainingState
 
@@ -33,8 +34,7 @@ log = logging.getLogger(__name__)
 
 RANK = 64
 MAIN = (128, 128)
-PHASES = [Phase("realism", 2600, (MAIN, *OTHERS), 32, 2e-3, main=0.7)]
-POOL = 1500
+PHASE = Phase("realism", 900, (MAIN, *OTHERS), 32, 3e-3, main=0.7, kept=(300, 10))
 SCALES = (0.75, 1.25)  # practised: the light is on at 0.8 already, and 1.25 does not overdo it
 PROMPTS = ("a red circle on a blue background", "a large yellow star on a purple background",
            "a green square left of a orange circle on a white background")  # fmt: skip
@@ -58,30 +58,21 @@ def encoders_of(pipe: Pipeline) -> TextEncoders:
 
 
 def realism_loss(
-    flux: Flux1,
-    lora: TrainableLora,
-    plain: Flux1,
-    encoders: TextEncoders,
-    captions: list[str],
-    x0: Tensor,
-    size: tuple[int, int],
-    rng: random.Random,
+    flux: Flux1, lora: TrainableLora, encoders: TextEncoders, pool: Pairs, pairs: list[Pair], rng: random.Random
 ) -> Tensor:
-    """Flow matching on lit pictures, for the guided prediction.
+    """Flow matching between a noise and what nano-dev makes of it, drawn under the lamp.
 
-    nano-dev predicts what guidance makes of a prediction. What it makes of it, v(g) - v(1) of the plain model, is added
-    to the target, so that the LoRA learns the light and leaves the guidance as it is. Light is seen at all noise
-    levels, not only at the high ones where shapes are decided.
+    Each noise has one picture, the scene just where nano-dev puts it without the LoRA, so that only the light is left
+    to learn. Where noises and pictures know nothing of each other, the shading is averaged away.
     """
     lora.set_scale(rng.uniform(*SCALES))
-    sigmas, noise = logit_normal_sigmas(len(x0), mean=0.5, std=1.4), torch.randn_like(x0)
-    strength = torch.empty(len(x0)).uniform_(*GUIDANCE_RANGE)
-    x = mix(x0, noise, sigmas)
+    noise, lit = torch.stack([pair.states[0] for pair in pairs]), torch.stack([pair.clean for pair in pairs])
+    sigmas = torch.where(torch.rand(len(noise)) < 0.5, torch.rand(len(noise)), noise_levels(*noise.shape[:2]))
+    strength = torch.tensor([pair.guidance for pair in pairs])
     with torch.no_grad():
-        text = embed(encoders, captions, rng)
-        guided = velocity(plain, x, size, sigmas, text, guidance=strength).float()
-        pushed = guided - velocity(plain, x, size, sigmas, text, guidance=torch.ones_like(strength)).float()
-    return F.mse_loss(velocity(flux, x, size, sigmas, text, guidance=strength).float(), noise - x0 + pushed)
+        text = embed(encoders, [pair.caption for pair in pairs], rng)
+    v = velocity(flux, mix(lit, noise, sigmas), pool.size, sigmas, text, guidance=strength)
+    return F.mse_loss(v.float(), noise - lit)
 
 
 def make(folder: Path) -> Path:
@@ -92,15 +83,19 @@ def make(folder: Path) -> Path:
     for network in (pipe.transformer, plain, pipe.autoencoder, pipe.text.clip, pipe.text.t5):
         network.requires_grad_(False)
     lora = TrainableLora(pipe.transformer, attention_layers(pipe.transformer), RANK, "realism")
-    state = TrainingState(lora, folder / "realism", PHASES[0].rate, {"rank": RANK}, decay=0.995)
+    state = TrainingState(lora, folder / "realism", PHASE.rate, {"rank": RANK}, decay=0.995)
     state.resume()
 
     def report(step: int) -> None:
         lora.set_scale(1.0)
         pipe.generate(PROMPTS, images=3).save(folder / f"realism-{step:05d}.png")
 
-    loss = partial(realism_loss, pipe.transformer, lora, plain, encoders_of(pipe))
-    run(state, PHASES, pipe.autoencoder, loss, 6, POOL, (300, report), lit=True)
+    encoders = encoders_of(pipe)
+
+    def pairs_of(size: tuple[int, int], seed: int) -> Pairs:
+        return Pairs(pipe.autoencoder, plain, encoders, size, seed, lit=True)
+
+    run(state, PHASE, pairs_of, partial(realism_loss, pipe.transformer, lora, encoders), 6, (300, report))
     path = folder / "weights" / "loras" / "realism.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = state.average.tensors(plain, "xlabs", torch.bfloat16)
