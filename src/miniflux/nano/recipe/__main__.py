@@ -176,7 +176,7 @@ def polished(
     """nano-dev after learning from its own pictures, and nano-schnell after learning from those of nano-dev."""
     pairs = partial(Pairs, autoencoder)
 
-    def show(name: str, state: TrainingState[Flux1]) -> tuple[int, Callable[[int], None]]:
+    def show(name: str, state: TrainingState[Flux1]) -> tuple[int, Callable[[int], object]]:
         return REPORT["own"], partial(report, name, state.average, encoders, autoencoder, folder)
 
     about = {"stage": "dev, own pictures"}

@@ -152,7 +152,7 @@ def run(
     make: Callable[[tuple[int, int], int], Pairs],
     loss_of: Callable[[Pairs, list[Pair], random.Random], Tensor],
     seed: int,
-    every: tuple[int, Callable[[int], None]],
+    every: tuple[int, Callable[[int], object]],
 ) -> None:
     """Train to the end of the phase, from wherever `state` is; saved every 100 steps. `every`: (steps, what to do
     then)."""
