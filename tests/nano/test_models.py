@@ -28,8 +28,9 @@ def test_all_files_together_are_at_most_24_megabytes() -> None:
 def test_every_file_is_an_official_layout_without_problems() -> None:
     found = inspect(BUNDLED).parts
     networks = {"Flux1", "Autoencoder", "ClipTextEncoder", "T5Encoder", "TinyDecoder"}
-    assert {part.network for part in found} == networks
-    assert all(part.layout == "original" and not part.problems for part in found)
+    assert {part.network for part in found} == networks | {"LoRA"}
+    assert all(part.layout == ("XLabs" if part.network == "LoRA" else "original") for part in found)
+    assert not any(part.problems for part in found)
     for file in BUNDLED.rglob("*.safetensors"):
         assert {entry.dtype for entry in open_tensors(file).entries.values()} == {torch.bfloat16}
 

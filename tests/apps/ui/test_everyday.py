@@ -110,7 +110,7 @@ def test_phone_has_words_picture_and_history_before_all_controls(tab: Tab) -> No
     try:
         if not tab.pictures:
             tab.draw()
-        groups = "return [...document.querySelectorAll('#mf-settings .label-wrap')].filter((x) => x.classList.contains('open')).length"
+        groups = "return document.querySelectorAll('#mf-settings .label-wrap.open').length"
         tab.until(lambda: tab.js(groups) == 0, "closed groups")
         tops = [
             tab.box(f"#mf-{name}")["top"] + tab.js("return scrollY")

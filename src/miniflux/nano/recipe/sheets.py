@@ -1,0 +1,54 @@
+"""The pictures of the documents: `python -m miniflux.nano.recipe.sheets [FOLDER]` (docs/images) draws them anew."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+import miniflux
+from miniflux.nano import scenes
+from miniflux.nano.recipe.realism import PROMPTS as LIT_PROMPTS
+
+GAP = 4  # white pixels between pictures
+SEED = 2026
+SIZES = ((64, 64), (96, 96), (192, 64), (96, 160), (192, 128), (192, 192))
+SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
+SIZED_PROMPTS = ("a large yellow star on a purple background", "a red square on a white background",
+                 "a green ring left of a white heart on a black background")  # fmt: skip
+
+
+def sheet(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    """Pictures in rows; columns are as wide as their widest one, rows as high as their highest."""
+    widths = [max(row[i].width for row in rows) for i in range(len(rows[0]))]
+    heights = [max(picture.height for picture in row) for row in rows]
+    whole = sum(widths) + GAP * (len(widths) - 1), sum(heights) + GAP * (len(heights) - 1)
+    made = Image.new("RGB", whole, "white")
+    for j, row in enumerate(rows):
+        for i, picture in enumerate(row):
+            made.paste(picture, (sum(widths[:i]) + GAP * i, sum(heights[:j]) + GAP * j))
+    return made
+
+
+def main() -> None:
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/images")
+    pipe = miniflux.load("nano")
+    rng = random.Random(SEED)
+    wanted = [(scenes.two_objects if i % 2 else scenes.one_object)(rng, held_out=i % 3 == 0) for i in range(40)]
+    drawn = pipe.generate([scene.caption for scene in wanted], seed=SEED).images
+    sheet([drawn[i : i + 10] for i in range(0, 40, 10)]).save(folder / "nano.png")
+    columns = [pipe.generate(SIZED_PROMPTS, seed=9, width=width, height=height).images for width, height in SIZES]
+    sheet(list(zip(*columns, strict=True))).save(folder / "nano-sizes.png")
+    columns = []
+    for scale in SCALES:
+        miniflux.lora.attach(pipe, "realism", scale, name="light")
+        columns.append(pipe.generate(LIT_PROMPTS, seed=7).images)
+        miniflux.lora.detach(pipe, "light")
+    sheet(list(zip(*columns, strict=True))).save(folder / "realism.png")
+
+
+if __name__ == "__main__":
+    main()
