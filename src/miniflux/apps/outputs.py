@@ -246,6 +246,8 @@ class _Claim:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(held), os.stat(path)) and _empty(path, folder):
                 return cls(held, made)
+        except BlockingIOError:
+            pass  # somebody else saw our empty file and was quicker
         except OSError:
             if made:  # a file system without locks: that we made it has to do
                 return cls(held, made)

@@ -27,7 +27,7 @@ WORDS: dict[type[nn.Module], str] = {
     T5Encoder: "a text encoder (T5)",
     TinyDecoder: "a tiny decoder for previews",
 }
-PICKLED = "a pickled checkpoint of torch.save, which can run programs when it is read"
+PICKLED = "a pickled checkpoint of torch.save: a pickle, which can run code and is never loaded"
 # What files of other kinds begin with.
 BEGINNINGS: tuple[tuple[bytes, str], ...] = (
     (b"\x89PNG\r\n\x1a\n", "a picture (PNG)"),

@@ -1,4 +1,4 @@
-"""The pictures of the documents: `python -m miniflux.nano.recipe.sheets [FOLDER]` (docs/images) draws them anew."""
+"""Sheets of what nano draws, for documents: `python -m miniflux.nano.recipe.sheets FOLDER`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def sheet(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/images")
+    folder = Path(sys.argv[1])
     pipe = miniflux.load("nano")
     rng = random.Random(SEED)
     wanted = [(scenes.two_objects if i % 2 else scenes.one_object)(rng, held_out=i % 3 == 0) for i in range(40)]
