@@ -126,9 +126,7 @@ class History:
         found.sort(key=lambda x: x[1].st_mtime)
         self._sizes = {picture.stem: about.st_size for picture, about in found}  # the oldest first
         self._bytes = sum(self._sizes.values())
-        self._deleted: dict[
-            str, tuple[float, int]
-        ] = {}  # when, by `time.monotonic`, and how many bytes; the oldest first
+        self._deleted: dict[str, _Deleted] = {}  # the oldest first
         for left in self._bin.glob("*.png"):  # by an earlier run, whose time for second thoughts is over
             left.unlink(missing_ok=True)
 
