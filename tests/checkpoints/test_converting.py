@@ -537,6 +537,26 @@ def test_sources_that_cannot_be_converted(source: Path, everything: Path, tmp_pa
         convert(tmp_path / "nothing.safetensors", out)
 
 
+@pytest.mark.parametrize("name", ["ae.pt", "text_encoder_2/pytorch_model.bin", "ae.safetensors.crdownload"])
+def test_networks_that_cannot_be_read_are_not_left_out(name: str, source: Path, tmp_path: Path) -> None:
+    """A pickled autoencoder, or half of one, beside a transformer: nothing is written, and inspect names it."""
+    folder = tmp_path / "model"
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).write_bytes(b"x")
+    (folder / source.name).write_bytes(source.read_bytes())
+    why = "half of a download" if name.endswith("download") else "neither safetensors nor GGUF"
+    with pytest.raises(CheckpointError, match=f"would be left out: {name} \\({why}\\); take them away"):
+        convert(folder, tmp_path / "out", layout="diffusers")
+    assert not list(tmp_path.glob("out*"))
+    assert inspect(folder).parts[0].problems[-1] == f"beside it, {name} cannot be read: {why}"
+    (folder / name).unlink()
+    assert convert(folder, tmp_path / "out", layout="diffusers").networks == ["transformer"]
+
+
+def test_a_report_without_layers(source: Path, tmp_path: Path) -> None:
+    assert "the worst 0" in convert(source, tmp_path / "a.safetensors", format="nf4").report(worst=0)
+
+
 def test_without_the_package_gguf(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 

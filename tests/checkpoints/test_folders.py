@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from miniflux.checkpoints import inspect, open_tensors
-from miniflux.checkpoints.folders import entries, is_litter, models, named, tensor_paths, walk
+from miniflux.checkpoints.folders import entries, is_litter, models, named, tensor_paths, unread, walk
 from miniflux.checkpoints.jsonfiles import MAX_MARKS
 from miniflux.errors import CheckpointError
 from miniflux.models.autoencoder import Autoencoder
@@ -152,6 +152,59 @@ def test_folders_that_hold_each_other(tmp_path: Path) -> None:
     put(tmp_path / "a" / "model.safetensors")
     (tmp_path / "a" / "again").symlink_to(tmp_path, target_is_directory=True)
     assert [model.path for model in walk(tmp_path)] == [tmp_path / "a" / "model.safetensors"]
+
+
+def test_folders_at_any_depth_and_not_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network that lies deeper than people usually keep them is none that may be lost."""
+    deep = tmp_path.joinpath(*"abcdefgh") / "model.safetensors"
+    put(tmp_path / "b.safetensors", deep)
+    assert [model.path for model in walk(tmp_path)] == [tmp_path / "b.safetensors", deep]
+    monkeypatch.setattr("miniflux.checkpoints.folders.MAX_FOLDERS", 8)
+    with pytest.raises(CheckpointError, match="holds more than 8 folders; give the one of the model"):
+        walk(tmp_path)
+
+
+# Of a file that holds a network and cannot be read: its name, and what stands beside it.
+LOST = [
+    "ae.pt",
+    "flux1.ckpt",
+    "pytorch_model.bin",
+    "pytorch_model-00001-of-00002.bin",
+    "ae.safetensors.part",
+    "ae.GGUF.aria2",
+]
+FOUND = {
+    "pytorch_model.bin": "model.safetensors",
+    "pytorch_model-00001-of-00002.bin": "model.fp16.safetensors",
+    "pytorch_model.fp16.bin": "model.safetensors",
+    "tf_model.h5": "model.sft",
+    "flux1-dev.safetensors.crdownload": "flux1-dev.safetensors",
+    "optimizer.bin": "model.safetensors",
+    "._ae.pt": "model.safetensors",
+    "notes.txt.part": "model.safetensors",
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_files_that_hold_a_network_and_cannot_be_read(name: str, tmp_path: Path) -> None:
+    put(tmp_path / "other.safetensors")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / name).write_bytes(b"x")
+    assert list(unread(tmp_path)) == [tmp_path / "a" / name]
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_files_whose_network_can_be_read_beside_them(name: str, tmp_path: Path) -> None:
+    put(tmp_path / FOUND[name])
+    (tmp_path / name).write_bytes(b"x")
+    assert unread(tmp_path) == {}
+
+
+def test_links_of_networks_that_lead_nowhere(tmp_path: Path) -> None:
+    put(tmp_path / "model.safetensors")
+    for name in ("ae.safetensors", "text_encoder_2", "README.md"):
+        (tmp_path / name).symlink_to(tmp_path / "gone")
+    assert {path.name for path in unread(tmp_path)} == {"ae.safetensors", "text_encoder_2"}
 
 
 def test_tags_of_a_trainer_in_the_header(tmp_path: Path) -> None:

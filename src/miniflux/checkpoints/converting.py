@@ -107,7 +107,7 @@ class Conversion:
         if not self.layers:
             return "\n".join([*lines, "every number is the same"])
         shown = self.layers[:worst]
-        width = max(len(layer.name) for layer in shown)
+        width = max((len(layer.name) for layer in shown), default=0)
         lines.append(f"relative error by layer{'' if worst is None else f', the worst {len(shown)}'}:")
         return "\n".join(lines + [f"  {layer.error:.2e}  {layer.name:<{width}}  {layer.format}" for layer in shown])
 

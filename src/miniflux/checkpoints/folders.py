@@ -23,11 +23,13 @@ LITTER = (
     *("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "__pycache__", "@eadir", "#recycle"),
     *("$recycle.bin", "system volume information", "lost+found"),
 )
-LITTER_ENDINGS = (
-    *(".incomplete", ".part", ".partial", ".crdownload", ".download", ".opdownload", ".aria2", ".!ut", ".tmp"),
-    *(".temp", "~", ":zone.identifier", ".lock"),
-)
-MAX_DEPTH = 4  # of folders in folders; ComfyUI's have two
+HALVES = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".opdownload", ".aria2", ".!ut")
+LITTER_ENDINGS = (*HALVES, ".tmp", ".temp", "~", ":zone.identifier", ".lock")
+# Weights as others keep them: pickled, which can run programs when they are read, or of other libraries.
+UNREAD = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".onnx")
+TRAINERS = ("optimizer", "scheduler", "random_states", "rng_state", "training_args", "scaler", "sampler", "dl_state")
+"""What the names of files begin with that hold where a training run stopped, and no network."""
+MAX_FOLDERS = 10_000  # in a folder, at any depth
 INDEX = re.compile(r"(.+?)\.(?:safetensors|sft)\.index(?:\.([\w-]+))?\.json", re.IGNORECASE)
 SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.[\w-]+)?")  # a variant is named before the number or behind it
 MAX_SHARDS = 1000  # of one model; published ones have a few dozen
@@ -213,17 +215,61 @@ def tensor_paths(path: str | Path) -> list[Path]:
 
 
 def walk(folder: Path) -> list[Model]:
-    """The models in a folder and in the folders in it, each folder once, whatever links there are.
+    """The models in a folder and in the folders in it.
 
     Raises:
-        CheckpointError: one of them cannot be read.
+        CheckpointError: one of them cannot be read, or there are too many.
     """
-    found: list[Model] = []
-    seen: set[Path] = set()
-    level = [folder]
-    for _ in range(MAX_DEPTH + 1):
-        level = list({real: place for place in level if (real := place.resolve()) not in seen}.values())
-        seen.update(place.resolve() for place in level)
-        found += [model for place in level for model in models(place)]
-        level = [entry for place in level for entry in entries(place) if entry.is_dir()]
+    return [model for place in _places(folder) for model in models(place)]
+
+
+def unread(folder: Path) -> dict[Path, str]:
+    """Files in a folder and in the folders in it that must hold a network, by their names, and cannot be read, with the
+    reason: pickled ones, halves of downloads, links that lead nowhere. Those whose network lies beside them in a file
+    that can be read are none.
+
+    Raises:
+        CheckpointError: as of `walk`.
+    """
+    found: dict[Path, str] = {}
+    for place in _places(folder):
+        here = {model.stem.lower() for model in models(place)}
+        for path in sorted(place.iterdir()):
+            stem, why = _unread(path)
+            plain = stem.rpartition(".")[0]
+            if why and not (here & {stem, plain} or any(other.startswith(f"{stem}.") for other in here)):
+                found[path] = why
     return found
+
+
+def _unread(path: Path) -> tuple[str, str]:
+    """The stem of the network that a file must hold, and why it cannot be read; empty where it is no such file."""
+    name = path.name.lower()
+    whole = next((name.removesuffix(half) for half in HALVES if name.endswith(half)), name)
+    ending = next((ending for ending in (*SAFETENSORS, *GGUF, *UNREAD) if whole.endswith(ending)), None)
+    if ending is None and not path.suffix and not path.exists():
+        ending = ""  # a link to a folder
+    if ending is None or name.startswith((".", "~$", *TRAINERS)) or path.is_dir():
+        return "", ""
+    stem = re.sub("^(pytorch|tf|flax)_", "", whole.removesuffix(ending))
+    if match := SHARD.fullmatch(stem):
+        stem = match[1] + (match[4] or "")
+    if whole != name:
+        return stem, "half of a download"
+    if not path.exists():
+        return stem, "a link that leads nowhere"
+    return stem, "neither safetensors nor GGUF" if ending in UNREAD else ""
+
+
+def _places(folder: Path) -> list[Path]:
+    """A folder and the folders in it, each once, whatever links there are."""
+    found = {folder.resolve(): folder}
+    waiting = [folder]
+    while waiting:
+        for entry in entries(waiting.pop(0)):
+            if entry.is_dir() and (real := entry.resolve()) not in found:
+                found[real] = entry
+                waiting.append(entry)
+        if len(found) > MAX_FOLDERS:
+            raise CheckpointError(f"{folder}: holds more than {MAX_FOLDERS:,} folders; give the one of the model")
+    return list(found.values())

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from miniflux.checkpoints.files import Entry, Selection, TensorSource, open_tensors
-from miniflux.checkpoints.folders import Model, walk
+from miniflux.checkpoints.folders import Model, unread, walk
 from miniflux.checkpoints.formats.reading import contents_of, format_of, formats_in
 from miniflux.checkpoints.jsonfiles import json_file, json_of
 from miniflux.checkpoints.loading import bare, compare, is_finite
@@ -123,6 +123,8 @@ def inspect(path: str | Path, *, data: bool = False) -> Inspection:
     absent = _absent(parts, path if folders else None)
     if absent:
         parts[0].problems.append(f"missing beside it: {', '.join(absent)}")
+    lost = unread(path) if path.is_dir() else {}
+    parts[0].problems.extend(f"beside it, {file.relative_to(path)} cannot be read: {why}" for file, why in lost.items())
     return Inspection(parts)
 
 

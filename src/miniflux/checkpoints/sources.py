@@ -11,7 +11,7 @@ from torch import nn
 
 from miniflux.checkpoints.configs import autoencoder_config, text_config
 from miniflux.checkpoints.files import TensorSource, open_tensors
-from miniflux.checkpoints.folders import Model
+from miniflux.checkpoints.folders import Model, unread
 from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.formats.scaled import METADATA
 from miniflux.checkpoints.inspection import WORDS, axes_beside, flux1_config, is_lora, models_in
@@ -82,10 +82,17 @@ def inputs(path: str | Path) -> Inputs:
     """The networks of a file, a folder with shards, or a model folder: single files, sub-folders, or both.
 
     Raises:
-        CheckpointError: nothing readable is there, no network that is known here, or a network twice that differs.
+        CheckpointError: nothing readable is there, no network that is known here, a network twice that differs, or a
+            file that must hold one and cannot be read.
     """
     path = Path(path)
     models = models_in(path)
+    if path.is_dir() and (lost := unread(path)):
+        named = ", ".join(f"{file.relative_to(path)} ({why})" for file, why in lost.items())
+        raise CheckpointError(
+            f"{path}: what is in these files would be left out: {named:.1000}; take them away, or put "
+            "safetensors files in their place"
+        )
     left_out: dict[str, str] = {}
     found: list[Input] = []
     for model in models:

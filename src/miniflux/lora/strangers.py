@@ -54,8 +54,14 @@ TEXTS: tuple[tuple[bytes, str], ...] = (
 # Keys of networks and LoRAs of other families, by a piece that only they have.
 FAMILIES: tuple[tuple[str, str], ...] = (
     ("lora_unet_down_blocks_", "a LoRA for Stable Diffusion (its U-Net has down_blocks)"),
+    ("lora_unet_up_blocks_", "a LoRA for Stable Diffusion (its U-Net has up_blocks)"),
+    ("lora_unet_mid_block_", "a LoRA for Stable Diffusion (its U-Net has a mid_block)"),
     ("lora_unet_input_blocks_", "a LoRA for Stable Diffusion XL (its U-Net has input_blocks)"),
+    ("lora_unet_middle_block_", "a LoRA for Stable Diffusion XL (its U-Net has a middle_block)"),
+    ("lora_unet_output_blocks_", "a LoRA for Stable Diffusion XL (its U-Net has output_blocks)"),
     ("unet.down_blocks.", "a LoRA for Stable Diffusion (its U-Net has down_blocks)"),
+    ("unet.up_blocks.", "a LoRA for Stable Diffusion (its U-Net has up_blocks)"),
+    ("unet.mid_block.", "a LoRA for Stable Diffusion (its U-Net has a mid_block)"),
     ("lora_unet_joint_blocks_", "a LoRA for Stable Diffusion 3 (it has joint_blocks)"),
     ("model.diffusion_model.input_blocks.", "a checkpoint of Stable Diffusion"),
     ("model.diffusion_model.joint_blocks.", "a checkpoint of Stable Diffusion 3"),
