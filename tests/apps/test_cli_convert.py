@@ -41,3 +41,14 @@ def test_what_cannot_be_converted_is_said_in_one_line(tmp_path: Path, capsys: py
         said = capsys.readouterr().err
         assert message in said and len(said.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "/"])
+def test_a_result_needs_a_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Folders that have none, in which nothing is numbered."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", str(BUNDLED / "ae.safetensors"), name]) == 2
+    assert "give the result a name of its own" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -508,6 +508,9 @@ def test_places_that_cannot_be_written(source: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="there is no folder|cannot be written"):
         convert(source, tmp_path / "file" / "a.safetensors", format="nf4")
+    for name in (".", "..", "/"):
+        with pytest.raises(InputError, match=f"{name}: give the result a name of its own"):
+            convert(source, name)
 
 
 def test_sources_that_cannot_be_converted(source: Path, everything: Path, tmp_path: Path) -> None:

@@ -94,6 +94,10 @@ TENSORS: dict[str, tuple[dict[str, Tensor], str]] = {
         nothing("lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"),
         "a LoRA for Stable Diffusion (its U-Net has down_blocks), not a LoRA for FLUX",
     ),
+    "LoRA of the end of SDXL": (
+        nothing("lora_unet_output_blocks_1_0_emb_layers_1.lora_up.weight", "lora_te2_text_model_x.alpha"),
+        "a LoRA for Stable Diffusion XL (its U-Net has output_blocks), not a LoRA for FLUX",
+    ),
 }
 
 

@@ -296,4 +296,6 @@ def new_file(
                 raise OutputError(f"{path}: is what is read from; give the result another name")
     if path.is_dir() and not folder:
         raise OutputError(f"{path}: is a folder")
+    if path.name in ("", ".."):
+        raise OutputError(f"{path}: give the result a name of its own")
     return claimed(numbered(path, whole=folder), force, folder)

@@ -148,6 +148,8 @@ def convert(
     """
     # 1. Which networks, and what becomes of them.
     target, read = Path(target), inputs(source)
+    if target.name in ("", ".."):
+        raise InputError(f"{target}: give the result a name of its own")
     found = read.networks
     encoding = None if format is None else find_format(format)
     several = len(found) > 1
