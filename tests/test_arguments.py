@@ -81,9 +81,14 @@ def test_noise_levels_of_any_kind(pipe: Pipeline) -> None:
         assert json.dumps(result.settings) == json.dumps(expected.settings)
 
 
-def test_a_function_may_answer_in_numpy(pipe: Pipeline) -> None:
-    plain = draw(pipe, guidance=lambda sigma: 2.0 + sigma)
-    assert torch.equal(draw(pipe, guidance=lambda sigma: np.float64(2.0 + sigma)).latents, plain.latents)
+@pytest.mark.parametrize("form", [np.float64, np.array, lambda x: torch.tensor(x, dtype=torch.float64)])
+def test_a_function_may_answer_in_numpy(pipe: Pipeline, form: Any, tmp_path: Path) -> None:
+    """Of guidance, and of a guide; and its picture can be written, with its numbers."""
+    plain = draw(pipe, guidance=lambda s: 2.0 + s, guide=guide("cfg", scale=lambda s: 1.5 + s))
+    same = draw(pipe, guidance=lambda s: form(2.0 + s), guide=guide("cfg", scale=lambda s: form(1.5 + s)))
+    assert torch.equal(same.latents, plain.latents)
+    assert json.dumps(same.settings) == json.dumps(plain.settings)
+    same.save(tmp_path / "x.png")
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
@@ -127,10 +132,12 @@ def test_prompts_of_any_kind(pipe: Pipeline, prompts: Any) -> None:
 
 def test_the_empty_prompt_is_a_prompt(pipe: Pipeline) -> None:
     assert draw(pipe, "").settings[0]["prompt"] == ""
-    assert draw(pipe, np.str_("a")).settings[0]["prompt"] == "a"
+    assert draw(pipe, np.str_("a")).settings[0]["prompt"] == draw(pipe, np.array("a")).settings[0]["prompt"] == "a"
 
 
-@pytest.mark.parametrize("prompt", [None, 5, b"a", {"a": 1}, {"a"}, [None], ["a", 5], [b"a"], [["a"]], [], (), True])
+@pytest.mark.parametrize(
+    "prompt", [None, 5, b"a", {"a": 1}, {"a"}, [None], ["a", 5], [b"a"], [["a"]], [], (), True, np.array(5)]
+)
 def test_what_is_no_prompt_is_refused(pipe: Pipeline, prompt: Any) -> None:
     with pytest.raises(InputError, match="prompt must be"):
         draw(pipe, prompt)
@@ -237,6 +244,8 @@ def test_a_callback_that_returns_nonsense_is_refused(pipe: Pipeline) -> None:
         draw(pipe, callback=lambda i, moment: moment.x[:, :2])
     with pytest.raises(InputError, match="callback must return"):
         draw(pipe, callback=lambda i, moment: 5)
+    with pytest.raises(InputError, match="callback must return None or a torch tensor, got ndarray"):
+        draw(pipe, callback=lambda i, moment: moment.x.numpy())
 
 
 def test_a_moment_of_another_size_is_refused(pipe: Pipeline) -> None:
@@ -251,6 +260,11 @@ def test_public_names_are_shown() -> None:
     assert all(getattr(miniflux, name) is not None for name in miniflux.__all__)
 
 
+def test_results_can_be_compared_and_kept_in_sets(pipe: Pipeline) -> None:
+    one, again = draw(pipe), draw(pipe)
+    assert one == one and one != again and len({one, again, one}) == 2
+
+
 def test_a_result_shows_itself(pipe: Pipeline) -> None:
     """In a notebook as a picture, in text as a line."""
     one, four = draw(pipe, seed=3), draw(pipe, seed=3, images=4)
@@ -262,7 +276,7 @@ def test_a_result_shows_itself(pipe: Pipeline) -> None:
 
 
 @pytest.mark.parametrize("name", [*miniflux.variants.names(), "nano"])
-def test_tiny_pipelines(name: str) -> None:
+def test_tiny_pipelines(name: str, caplog: pytest.LogCaptureFixture) -> None:
     """Of every variant, the same for the same seed, with the variant's own defaults."""
     pipe, again, other = miniflux.tiny(name, seed=1), miniflux.tiny(name, seed=1), miniflux.tiny(name, seed=2)
     variant = miniflux.variants.variant(name)
@@ -273,6 +287,7 @@ def test_tiny_pipelines(name: str) -> None:
     assert not torch.equal(first.latents, pipe.generate("y").latents)
     assert not torch.equal(first.latents, pipe.generate("x", seed=1).latents)
     assert len(np.unique(np.array(first.images[0]).reshape(-1, 3), axis=0)) > 1000
+    assert not caplog.records  # no size is better than another
     assert pipe.transformer.config.guidance_embed == variant.transformer.guidance_embed
 
 

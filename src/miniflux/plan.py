@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,8 +24,8 @@ from miniflux.sampling import CACHES, GUIDES, Moment, Schedule, Solver, custom_s
 from miniflux.sampling import cache as find_cache
 from miniflux.sampling import schedule as make_schedule
 from miniflux.sampling.caches import Cache
-from miniflux.sampling.checks import check_number, finite, several, shown, whole
-from miniflux.sampling.guidance import Cfg, Nag, Scale, named_guide
+from miniflux.sampling.checks import check_number, finite, plain, several, shown, whole
+from miniflux.sampling.guidance import Cfg, Nag, Scale, named_guide, scale_at
 from miniflux.sampling.latents import MAX_SEED, PATCH, PIXELS_PER_TOKEN
 from miniflux.sampling.schedules import SPACINGS, dynamic_shift, flux1_mu, static_shift, unshifted
 from miniflux.text.decoding import repaired
@@ -54,6 +54,7 @@ def prompts_for(prompt: str | Iterable[str]) -> list[str]:
     Raises:
         InputError: there is none, or one is no string or holds half a character.
     """
+    prompt = plain(prompt)
     several = [prompt] if isinstance(prompt, str) else prompt
     if isinstance(several, (bytes, Mapping, AbstractSet)) or not isinstance(several, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError(f"prompt must be a string or a list of strings, got {shown(several)}")
@@ -173,20 +174,20 @@ class Plan:
     def described(self) -> dict[str, Any]:
         """As plain JSON: functions as their values at the noise levels."""
 
-        def plain(value: Any) -> Any:
+        def told(value: Any) -> Any:
             if callable(value):
-                return [value(sigma) for sigma in self.levels[:-1]]
+                return [scale_at(cast(Scale, value), sigma) for sigma in self.levels[:-1]]
             return _listed(value)
 
         guide = None
         if self.guide is not None:
             method = next(name for name, kind in GUIDES.items() if kind is type(self.guide))
-            guide = {"method": method, **{f.name: plain(getattr(self.guide, f.name)) for f in fields(self.guide)}}
+            guide = {"method": method, **{f.name: told(getattr(self.guide, f.name)) for f in fields(self.guide)}}
         return {
             "steps": self.levels.steps,
             "sigmas": list(self.levels),
             "solver": self.method.name,
-            "guidance": plain(self.guidance),
+            "guidance": told(self.guidance),
             "guide": guide,
             "stop": self.stop,
             **({} if self.cache is None else {"cache": self.cache_described()}),
@@ -226,6 +227,8 @@ class Watcher:
         if replacement is not None and getattr(replacement, "shape", None) != moment.x.shape:
             given = shown(getattr(replacement, "shape", replacement))
             raise InputError(f"callback must return None or latents {tuple(moment.x.shape)}, got {given}")
+        if replacement is not None and not isinstance(replacement, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InputError(f"callback must return None or a torch tensor, got {type(replacement).__name__}")
         self.moment = moment if replacement is None else replace(moment, x=replacement.to(moment.x))
         self.replaced |= replacement is not None
         if self.watch is not None:

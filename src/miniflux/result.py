@@ -24,7 +24,7 @@ from miniflux.sampling.checks import shown
 from miniflux.settings.texts import options_for
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)  # tensors and pictures have no single answer to ==
 class Result:
     """What a call of `generate` made.
 

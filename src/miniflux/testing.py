@@ -24,7 +24,7 @@ from miniflux.pipeline import Pipeline
 from miniflux.sampling.checks import whole
 from miniflux.sampling.latents import MAX_SEED
 from miniflux.text import Text, load_clip_tokenizer, load_t5_tokenizer
-from miniflux.variants import VARIANTS, Variant
+from miniflux.variants import VARIANTS, Sizes, Variant
 from miniflux.variants import variant as find_variant
 
 SIZE = 64  # pixels that are drawn unless others are asked for
@@ -116,6 +116,7 @@ def _small(variant: Variant) -> Variant:
         t5=t5,
         t5_length=TEXT,
         size=SIZE,
+        learned=Sizes(),  # none better than others
         tiny=preview,
         downloads=(),
     )

@@ -104,6 +104,13 @@ def test_force_never_writes_over_pictures_of_the_same_call(tmp_path: Path) -> No
     assert placed(outputs, {}, {}, {"prompt": "A STAR"}) == ["a-star.png", "a-star-1.png", "A-STAR-2.png"]
 
 
+def test_force_does_not_write_a_sheet_over_a_picture_that_is_on_it(tmp_path: Path) -> None:
+    to = ["-o", str(tmp_path / "x.png"), "--grid", str(tmp_path / "x-1.png"), "--force"]
+    assert run("generate", "a star", *to, *QUICK, "--images", "2") == 0
+    assert names(tmp_path) == ["x-1-1.png", "x-1.png", "x-2.png"]
+    assert Image.open(tmp_path / "x-1.png").size == (64, 48)
+
+
 def test_a_failed_picture_leaves_no_name_behind(tmp_path: Path) -> None:
     def fail() -> None:
         with claimed(numbered(tmp_path / "x.png"), force=False) as path:

@@ -26,6 +26,7 @@ from tests.apps.test_cli import QUICK, run
         (["a red circle", "star"], ["a red circle", "star"]),
         (["赤い円", "青い星"], ["赤い円", "青い星"]),
         (["@@home with a view"], ["@home with a view"]),
+        (["@@home", "with", "a", "view"], ["@home with a view"]),
         ([""], [""]),
         (["caf\udcc3\udca9 noir"], ["café noir"]),  # typed in the C locale
     ],
@@ -38,6 +39,9 @@ def test_words(words: list[str], prompts: list[str]) -> None:
     ("words", "named"),
     [
         (["a", "red", "dark blue circle"], "where does a prompt end in 'a' 'red' 'dark blue circle'"),
+        (["@list.txt", "a", "red", "circle"], "where does a prompt end in '@list.txt' 'a' 'red' 'circle'"),
+        (["a", "cat", "-", "on", "a", "mat"], "where does a prompt end in 'a' 'cat' '-'"),
+        (["portrait", "of", "@somebody"], "where does a prompt end in 'portrait' 'of' '@somebody'"),
         (["@nothing.txt"], "'nothing.txt': no prompts could be read: No such file"),
         (["@nothing.txt"], "is written @@nothing.txt"),
         (["@."], "Is a directory"),

@@ -180,7 +180,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.grid is not None:
         from miniflux.result import joined
 
-        with new_file(options.grid, options.force) as path:
+        with new_file(options.grid, options.force and not call.outputs.wrote(options.grid)) as path:
             joined(call.sheet).save(path, metadata=not options.no_metadata)
         console.say(f"{path}: all {len(call.sheet)} on one sheet")
     if options.cache is not None:

@@ -102,6 +102,10 @@ class Outputs:
         stem = Path(self._named(about)).stem
         return stem if self.fields or self.total == 1 else f"{stem}-{about['index']}"
 
+    def wrote(self, path: str | Path) -> bool:
+        """Whether a picture of this call is there."""
+        return os.path.exists(path) and any(done.exists() and os.path.samefile(done, path) for done in self.done)
+
     @contextmanager
     def place(self, about: Mapping[str, Any]) -> Generator[Path]:
         """The path of the next picture, taken; `about` says what of `FIELDS` the pattern holds.

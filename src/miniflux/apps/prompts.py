@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import unicodedata
 from collections.abc import Sequence
+from itertools import pairwise
 
 from miniflux.apps import console
 from miniflux.errors import InputError
@@ -16,7 +17,8 @@ def prompts_of(words: Sequence[str]) -> list[str]:
     """The prompts that the words of a command line stand for.
 
     `@FILE` stands for the lines of a file, `-` for those of stdin, `@@...` for a prompt that begins with @. Several
-    single words are one prompt whose quotes were forgotten; several texts of several words are several prompts.
+    single words and nothing else are one prompt whose quotes were forgotten; texts of several words are a prompt each,
+    and so is a single word between lists.
 
     Raises:
         InputError: a file cannot be read or holds no prompt; or words of which nobody knows where a prompt ends.
@@ -26,26 +28,30 @@ def prompts_of(words: Sequence[str]) -> list[str]:
     if words.count(STDIN) > 1:
         raise InputError("stdin (-) can be read once, and is named twice")
     texts = [repaired("the prompt", word) for word in words]
-    if len(texts) > 1 and not any(word == STDIN or word.startswith("@") for word in texts):
-        single = [text for text in texts if _is_a_word(text)]
-        if len(single) == len(texts):
-            whole = " ".join(texts)
-            console.complain(f"one prompt of {len(texts)} words: {whole!r} (several prompts: each line of @FILE or -)")
-            return [whole]
-        if len(single) > 1:
+    single = [_is_a_word(text) and not _is_a_list(text) for text in texts]
+    listed = any(map(_is_a_list, texts))
+    if any(a and b for a, b in pairwise(single)) if listed else sum(single) > 1:
+        if not all(single):
             shown = " ".join(repr(text) for text in texts)
             raise InputError(
                 f"where does a prompt end in {shown}? Quote each one as a whole, or give @FILE with one a line"
             )
+        texts = [" ".join(texts)]
+        console.complain(f"one prompt of {len(single)} words: {texts[0]!r} (several prompts: each line of @FILE or -)")
     prompts: list[str] = []
     for text in texts:
         if text == STDIN:
             prompts += _lines("stdin", _read_stdin())
-        elif text.startswith("@") and not text.startswith("@@"):
+        elif _is_a_list(text):
             prompts += _lines(text[1:], _read(text))
         else:
             prompts.append(text[1:] if text.startswith("@") else text)
     return prompts
+
+
+def _is_a_list(text: str) -> bool:
+    """Whether it stands for prompts that are written elsewhere."""
+    return text == STDIN or (text.startswith("@") and not text.startswith("@@"))
 
 
 def _is_a_word(text: str) -> bool:
