@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise, permutations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -297,6 +299,32 @@ def test_bad_scales_are_refused(scale: Any, network: Flux1, base: Callable[[], b
     with pytest.raises(InputError, match="scale|begins with"):
         set_scale(network, "x", scale)
     assert torch.equal(out(network), before) and attached(network) == {"x": 0.5}
+
+
+@pytest.mark.parametrize("form", [np.float32, np.int64, lambda x: np.array(x, np.float32), torch.tensor])
+def test_scales_may_be_numbers_of_numpy_and_torch(form: Any, network: Flux1) -> None:
+    attach(network, lora(network, QKV, LINEAR1), scale=form(2), name="x")
+    kept = attached(network)["x"]
+    assert kept == 2 and type(kept) in (int, float)  # as settings write it
+    expected = out(network)
+    for scale in ({"double": form(2), "single": 2.0}, lambda _: form(2)):
+        set_scale(network, "x", scale)
+        assert torch.equal(out(network), expected)
+    set_scale(network, "x", 1)
+    set_schedule(network, "x", lambda _: form(2))
+    assert torch.equal(out(network), expected)
+
+
+@pytest.mark.parametrize("factor", [math.nan, None, "1"])
+def test_a_schedule_that_returns_nonsense_is_refused(factor: Any, network: Flux1) -> None:
+    """By name; and the network works again when it is gone."""
+    attach(network, lora(network, QKV), name="x")
+    expected = out(network)
+    set_schedule(network, "x", lambda _: factor)
+    with pytest.raises(InputError, match="schedule of LoRA 'x' returns must be a finite number, got"):
+        out(network)
+    set_schedule(network, "x", None)
+    assert torch.equal(out(network), expected)
 
 
 def test_a_schedule_follows_the_noise(network: Flux1, base: Callable[[], bool]) -> None:

@@ -19,6 +19,7 @@ from miniflux.lora.layer import Change
 from miniflux.models.clip import ClipTextEncoder
 from miniflux.models.flux1 import Flux1
 from miniflux.models.t5 import T5Encoder
+from miniflux.sampling.checks import check_number
 from miniflux.text import Text
 
 
@@ -200,26 +201,23 @@ def scale_of(scale: Scale, layer: str) -> float:
         return float(scale[max(fitting, key=len)]) if fitting else 1.0
     if not callable(scale):
         return float(scale)
-    value = float(scale(layer))
-    if not math.isfinite(value):
-        raise InputError(f"the scale of {layer} must be a finite number, got {value!r}")
-    return value
+    return float(check_number(f"the scale of {layer}", scale(layer), -math.inf))
 
 
-def check_scale(scale: Scale, layers: Sequence[str], name: str) -> None:
-    """Refuse scales that mean nothing for a LoRA that changes `layers`.
+def checked_scale(scale: Scale, layers: Sequence[str], name: str) -> Scale:
+    """A scale in Python's own numbers, if it means something for a LoRA that changes `layers`.
 
     Raises:
         InputError: a scale is not a finite number, or a beginning of a name in a dict fits no layer.
     """
-    values = list(scale.values()) if isinstance(scale, Mapping) else [] if callable(scale) else [scale]
-    for value in values:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)  # pyright: ignore[reportUnnecessaryIsInstance]
-        if not number or not math.isfinite(value):
-            raise InputError(f"the scale of a LoRA must be a finite number, got {value!r}")
+    what = "the scale of a LoRA"
     if isinstance(scale, Mapping):
+        scale = {start: check_number(what, value, -math.inf) for start, value in scale.items()}
         idle = [start for start in scale if not any(layer.startswith(start) for layer in layers)]
         if idle:
             raise InputError(f"no module that LoRA {name!r} changes begins with {idle[0]!r}")
+    elif not callable(scale):
+        scale = check_number(what, scale, -math.inf)
     for layer in layers:
         scale_of(scale, layer)
+    return scale

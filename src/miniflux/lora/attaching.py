@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -23,8 +24,8 @@ from miniflux.lora.adapters import (
     Scale,
     Target,
     adapters_of,
-    check_scale,
     checked_name,
+    checked_scale,
     following,
     named,
     networks,
@@ -36,6 +37,7 @@ from miniflux.lora.planning import WIDENED, planned
 from miniflux.lora.receipt import Receipt
 from miniflux.lora.standing import remember
 from miniflux.models.flux1 import Flux1
+from miniflux.sampling.checks import check_number
 
 BUNDLED_LORAS = BUNDLED / "loras"
 
@@ -93,7 +95,7 @@ def attach(
         raise LoraError(f"a LoRA named {name!r} is attached already; detach it first, or give this one another name")
     files = tuple(stamps(where)) if isinstance(where, Path) else ()
     plan = planned(found, read(where), strict)
-    check_scale(scale, [layer for changes in plan.changes.values() for layer, _ in changes], name)
+    scale = checked_scale(scale, [layer for changes in plan.changes.values() for layer, _ in changes], name)
     for kind, network in found.items():
         adapter = Adapter(name, plan.file.source, changes=plan.changes.get(kind, []), files=files)
         for (module, parameter), tensor in plan.replaced.get(kind, {}).items():
@@ -144,7 +146,7 @@ def set_scale(target: Target, name: str, scale: Scale) -> None:
         InputError: a scale is not a finite number, or a beginning of a name in a dict fits no module of the LoRA.
     """
     found = named(target, name)
-    check_scale(scale, [layer for _, adapter in found for layer in adapter.layers], name)
+    scale = checked_scale(scale, [layer for _, adapter in found for layer in adapter.layers], name)
     if any(adapter.merged for _, adapter in found):
         raise LoraError(f"LoRA {name!r} is merged into the weights: unmerge it before changing its scale")
     for network, adapter in found:
@@ -213,9 +215,10 @@ def _watch(network: nn.Module, adapter: Adapter, schedule: Callable[[float], flo
 
     def before(_: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
         timesteps = options["timesteps"] if "timesteps" in options else inputs[4]
+        lock.acquire()  # `after` lets go of it, also if this fails
         factor = schedule(float(timesteps[0]))
-        lock.acquire()
-        apply_scale(network, adapter, factor)
+        what = f"what the schedule of LoRA {adapter.name!r} returns"
+        apply_scale(network, adapter, check_number(what, factor, -math.inf))
 
     def after(*_: Any) -> None:
         lock.release()

@@ -20,7 +20,7 @@ from miniflux.checkpoints.prefixes import open_part
 from miniflux.checkpoints.saving import checkpoint_path, write_beside
 from miniflux.checkpoints.unfinished import write_frame
 from miniflux.errors import CheckpointError, InputError, LoraError, OutputError
-from miniflux.lora.adapters import Scale, check_scale, scale_of
+from miniflux.lora.adapters import Scale, checked_scale, scale_of
 from miniflux.lora.attaching import resolved
 from miniflux.lora.bases import bases_of
 from miniflux.lora.dialects import NORM_PARAMETER
@@ -100,7 +100,7 @@ def merge_files(
     plans = [planned({"transformer": network}, file, strict=True) for file in files]
     for plan, (_, scale) in zip(plans, loras, strict=True):
         changes = plan.changes.get("transformer", [])
-        check_scale(scale, [layer for layer, _ in changes], plan.file.source)
+        scale = checked_scale(scale, [layer for layer, _ in changes], plan.file.source)
         scales = [scale_of(scale, layer) for layer, _ in changes]
         for (layer, change), value in zip(changes, scales, strict=True):
             weights.changes.setdefault(layer, []).append((change, value))
