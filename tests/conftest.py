@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,3 +50,12 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
         return folder / name
 
     return unpacked
+
+
+@pytest.fixture(autouse=True)
+def log_level() -> Iterator[None]:
+    """The command line sets the level of the root logger, as is its right; the next test finds it as it was."""
+    root = logging.getLogger()
+    before = root.level
+    yield
+    root.setLevel(before)
