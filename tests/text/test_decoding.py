@@ -17,11 +17,15 @@ TEXTS = ["a red star\na blue ring", "ein Wärter\nfaçade", "дом\nкот", "�
 ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-32"]
 
 
-@pytest.mark.parametrize("text", TEXTS)
-@pytest.mark.parametrize("encoding", [*ENCODINGS, "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        *((text, encoding) for text in TEXTS for encoding in [*ENCODINGS, "utf-32-le", "utf-32-be"]),
+        # Without a mark and without a line end nothing tells UTF-16 from UTF-8: no NUL lies beside an ASCII letter.
+        *((text, encoding) for text in TEXTS if "\n" in text for encoding in ["utf-16-le", "utf-16-be"]),
+    ],
+)
 def test_files_in_unicode_are_read_with_and_without_a_mark(text: str, encoding: str) -> None:
-    if encoding.startswith("utf-16-") and "\n" not in text:
-        pytest.skip("no NUL beside an ASCII letter tells it from UTF-8")
     assert decoded("the list", text.encode(encoding)) == text
 
 
