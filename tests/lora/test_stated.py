@@ -177,6 +177,8 @@ FLAT: list[tuple[dict[str, str], float]] = [
     ({"transformer.lora_alpha": "8", "transformer.alpha_pattern": '{"proj_out": 2, "1.proj_out": 16}'}, 0.5),
     ({"transformer.lora_alpha": "8", "transformer.alpha_pattern": '{"^proj_out": 2}'}, 2.0),
     ({"r": "4", "lora_alpha": "8"}, 2.0),
+    ({"lora_alpha": "8", "init_lora_weights": "gaussian"}, 2.0),
+    ({"lora_alpha": "8", "init_lora_weights": "True"}, 2.0),
     ({"lora_adapter_metadata": '{"r": 4, "lora_alpha": 8}'}, 2.0),
     ({"text_encoder.lora_alpha": "8"}, 1.0),
     ({"transformer.lora_alpha": "None"}, 1.0),
@@ -214,6 +216,11 @@ def test_text_encoders_have_configs_of_their_own(tmp_path: Path) -> None:
         ({"transformer.lora_alpha": "abc"}, "transformer.lora_alpha is no JSON"),
         ({"transformer.lora_alpha": '"8"'}, "the lora_alpha of .* is '8'"),
         ({"transformer.lora_alpha": "0"}, "expected a number, not 0"),
+        (
+            {"transformer.init_lora_weights": "pissa_niter_16"},
+            "init_lora_weights of transformer .* is pissa_niter_16: it",
+        ),
+        ({"lora_adapter_metadata": '{"transformer.init_lora_weights": "olora"}'}, "is olora: it was trained beside"),
         ({"transformer.lora_alpha": "8", "transformer.r": "16"}, "the rank 16, its tensors have 4"),
         (
             {"transformer.lora_alpha": "8", "transformer.rank_pattern": '{"proj_out": 8}'},

@@ -18,7 +18,10 @@ log = logging.getLogger(__name__)
 PEFT_METADATA = "lora_adapter_metadata"  # header entry of diffusers: JSON with PEFT's config per network
 PEFT_CONFIG = "adapter_config.json"  # beside the file, as PEFT itself saves it
 COMPONENTS: dict[Network, str] = {"transformer": "transformer", "clip": "text_encoder", "t5": "text_encoder_2"}
-FIELDS = ("r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "use_rslora", "peft_type")
+TEXTS = ("peft_type", "init_lora_weights")
+FIELDS = ("r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "use_rslora", *TEXTS)
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Beginnings of PEFT's ways to begin a LoRA that take what it begins with out of the weights it hangs on."""
 PREFIXES = ("transformer.", "text_encoder.", "text_encoder_2.", "diffusion_model.", "base_model.model.")
 """Of keys, before the name that a module has in the network that PEFT saw; one or two of them."""
 
@@ -33,12 +36,21 @@ class Stated:
 
     Raises:
         CheckpointError: it is no JSON, or not what a config is made of.
-        LoraError: a pattern is no regular expression, or cannot be matched in bounded time.
+        LoraError: a pattern is no regular expression, or cannot be matched in bounded time; or the LoRA belongs to
+            other weights than the model's.
     """
 
     def __init__(self, name: str, metadata: Mapping[str, str], config: Mapping[str, Any] | None) -> None:
         self.name = name
         self.configs = _of_header(metadata) or ({} if config is None else {"transformer": dict(config)})
+        for component, config in self.configs.items():
+            init = config.get("init_lora_weights")
+            if isinstance(init, str) and init.strip('"').lower().startswith(CHANGES_BASE):
+                raise LoraError(
+                    f"{name}: the init_lora_weights of {component} in its metadata is {init}: it was trained beside "
+                    "weights that PEFT had changed, and is none for the model's own; PEFT converts it when it is saved "
+                    "with path_initial_model_for_weight_conversion"
+                )
         self.patterns = {
             (component, field): Patterns(f"{name}: the {field} of {component} in its metadata", _keys(config, field))
             for component, config in self.configs.items()
@@ -126,7 +138,7 @@ def _of_header(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     for key, text in metadata.items():
         component, field = _split(key)
         if field in FIELDS and component in COMPONENTS.values():
-            configs.setdefault(component, {})[field] = text if field == "peft_type" else _flat(key, text)
+            configs.setdefault(component, {})[field] = text if field in TEXTS else _flat(key, text)
     return configs
 
 
