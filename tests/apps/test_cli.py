@@ -218,3 +218,14 @@ def test_help_and_version_cost_no_torch() -> None:
 def test_each_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(command, "--help") == 0
     assert "usage:" in capsys.readouterr().out
+
+
+def test_too_long_a_text_is_refused_before_it_is_encoded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encode(*_: object) -> None:
+        raise AssertionError("encoded")
+
+    monkeypatch.setattr("miniflux.text.Text.encode", encode)
+    assert run("generate", "a star", "-o", str(tmp_path / "x.png"), "--t5-length", "99999") == 2
+    assert "t5_length must be a whole number from 1 to 16384, got 99999" in capsys.readouterr().err

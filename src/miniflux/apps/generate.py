@@ -268,7 +268,7 @@ def _draw(options: argparse.Namespace, pipe: Pipeline, call: _Call) -> None:
     total = len(call.prompts)
     with tqdm(unit="step", leave=False, disable=not sys.stderr.isatty()) as bar:
         for i, prompt in enumerate(call.prompts):
-            if i % TEXTS_AHEAD == 0:
+            if i % TEXTS_AHEAD == 1:  # not before the first picture, whose call checks everything
                 ahead = list(dict.fromkeys(call.prompts[i : i + TEXTS_AHEAD]))
                 pipe.text.encode(ahead, options.t5_length, options.padding)
             about = {"index": i + 1, "seed": call.seed + i, "prompt": prompt}
