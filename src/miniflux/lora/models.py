@@ -14,16 +14,16 @@ from miniflux.lora.files import Group, shape_of
 from miniflux.models.clip import ClipTextEncoder
 from miniflux.models.flux1 import Flux1
 from miniflux.models.t5 import T5Encoder
-from miniflux.variants import FLUX2_SIZES, OTHER_TRANSFORMERS, VARIANTS, Flux2Sizes, variant
+from miniflux.variants import FLUX2_SIZES, OTHER_TRANSFORMERS, VARIANTS, Flux2Sizes, Variant, variant
 
 
-def stand_ins(model: str) -> dict[Network, nn.Module]:
-    """The networks of a variant, on the meta device.
+def stand_ins(model: str | Variant) -> dict[Network, nn.Module]:
+    """The networks of a variant, or of the one of this name, on the meta device.
 
     Raises:
         InputError: an unknown model.
     """
-    sizes = variant(model)
+    sizes = model if isinstance(model, Variant) else variant(model)
     return {
         "transformer": bare(Flux1, sizes.transformer),
         "clip": bare(ClipTextEncoder, sizes.clip),

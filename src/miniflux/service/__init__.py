@@ -3,13 +3,15 @@
 No code of the web is in here: the page and later an HTTP server parse, call these, and show.
 """
 
+from miniflux.service.catalogue import Catalogue, Listed
 from miniflux.service.grids import Axis, Grid, batch, parse_prompts
 from miniflux.service.history import Entry, History, new_session
-from miniflux.service.models import Listed, Models
+from miniflux.service.models import Models
 from miniflux.service.queue import Cost, Job, Queue, Status
 
 __all__ = [
     "Axis",
+    "Catalogue",
     "Cost",
     "Entry",
     "Grid",

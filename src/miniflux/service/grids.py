@@ -117,6 +117,8 @@ class Axis:
     def label(self, value: Any) -> str:
         """What stands at the side of the sheet."""
         text = f"{value:g}" if isinstance(value, float) else str(value)
+        if self.setting == "model":
+            text = re.split(r"[\\/]", text)[-1]  # of a path, what tells it apart
         return strict.shown(text).strip("'\"") if self.setting in ("prompt", "negative") else f"{self.setting} {text}"
 
 

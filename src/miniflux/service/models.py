@@ -8,7 +8,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -18,11 +18,12 @@ import torch
 
 from miniflux import lora
 from miniflux.cache import ResultCache, result_cache
-from miniflux.checkpoints.finding import find
-from miniflux.checkpoints.origin import Stamp, stamped, stamps
-from miniflux.errors import CheckpointError, InputError, LoraError, WeightsNotFoundError
+from miniflux.checkpoints.origin import Stamp, stamps
+from miniflux.errors import CheckpointError, InputError, LoraError
 from miniflux.lora import Receipt
 from miniflux.lora.attaching import resolved
+from miniflux.lora.models import stand_ins
+from miniflux.lora.planning import planned
 from miniflux.memory.ledger import Run
 from miniflux.memory.room import Room
 from miniflux.pipeline import Pipeline, load
@@ -30,38 +31,15 @@ from miniflux.result import Result
 from miniflux.sampling import Moment
 from miniflux.sampling.guidance import Nag
 from miniflux.sampling.latents import PIXELS_PER_TOKEN
+from miniflux.service.catalogue import Catalogue, Listed
 from miniflux.service.queue import Cost, Preview, Step
 from miniflux.settings import LoraUse, Request
-from miniflux.variants import ALIASES, VARIANTS, Variant, variant
+from miniflux.variants import ALIASES, VARIANTS
 
 log = logging.getLogger(__name__)
 
 REMEMBERED = 256  # requests whose answers are looked up without the model
 LONG = 10_000  # characters of a prompt that is not remembered so
-
-
-@dataclass(frozen=True, kw_only=True)
-class Listed:
-    """One model for a list to choose from.
-
-    Attributes:
-        name: what `Request.model` takes.
-        missing: why it cannot be loaded: the files that are not here; empty if it can.
-        bundled: whether its weights are inside the package.
-        guided: whether it reads `guidance`; the others refuse it.
-        steps, guidance, size: its defaults.
-        previews: whether previews can be made.
-    """
-
-    name: str
-    missing: str
-    bundled: bool
-    licence: str
-    guided: bool
-    steps: int
-    guidance: float | None
-    size: int
-    previews: bool
 
 
 class _Loaded:
@@ -85,6 +63,10 @@ class Models:
         max_bytes: of loaded weights; the least recently used models that nobody uses are let go first. None for no
             bound.
         cache: pictures that were drawn before, see `miniflux.load`; shared by all models.
+        folder: models in it are listed as well, see `Catalogue.scan`.
+
+    Raises:
+        InputError: there is no such folder.
     """
 
     def __init__(
@@ -95,8 +77,10 @@ class Models:
         dtype: str | None = None,
         max_bytes: int | None = None,
         cache: ResultCache | str | Path | None = None,
+        folder: str | Path | None = None,
     ) -> None:
         self.weights, self.device, self.dtype, self.max_bytes = weights, device, dtype, max_bytes
+        self.catalogue = Catalogue(weights, folder)
         self.results = result_cache(cache)
         self._loaded: OrderedDict[tuple[str, str | None], _Loaded] = OrderedDict()
         self._room = Room()
@@ -106,30 +90,8 @@ class Models:
     # What there is
 
     def listed(self) -> list[Listed]:
-        """Every variant, those whose weights are here first."""
-        found = [self._listed(v) for v in VARIANTS.values()]
-        return sorted(found, key=lambda model: (bool(model.missing), not model.bundled))
-
-    def _listed(self, v: Variant) -> Listed:
-        missing = ""
-        try:
-            find(v, self._first())
-        except WeightsNotFoundError as error:
-            missing = str(error).partition("\n")[0]
-        return Listed(
-            name=v.name,
-            missing=missing,
-            bundled=v.bundled,
-            licence=v.licence,
-            guided=v.transformer.guidance_embed,
-            steps=v.steps,
-            guidance=v.guidance,
-            size=v.size,
-            previews=bool(v.preview),
-        )
-
-    def _first(self) -> list[Path]:
-        return [] if self.weights is None else [Path(self.weights)]
+        """See `Catalogue.listed`."""
+        return self.catalogue.listed()
 
     def lora(self, file: str | Path, model: str | None = None) -> Receipt:
         """The receipt of a LoRA file, without loading a model.
@@ -140,7 +102,11 @@ class Models:
         Raises:
             LoraError, CheckpointError: it cannot be used, and the message says why.
         """
-        return lora.inspect(file, model)
+        sizes = None if model is None else self.catalogue.variant_of(model)
+        if sizes is None or VARIANTS.get(sizes.name) is not None:
+            return lora.inspect(file, None if sizes is None else sizes.name)
+        networks = stand_ins(sizes)
+        return planned(networks, lora.read(resolved(file)), strict=True).receipt(str(file), networks)
 
     # Models at work
 
@@ -178,7 +144,8 @@ class Models:
                     self._loaded.move_to_end(key)
                     return self._loaded[key]
             self._make_room(key[0])
-            pipe = load(key[0], weights=self.weights, device=self.device, dtype=key[1], cache=self.results)
+            weights = self.catalogue.weights_of(key[0])
+            pipe = load(key[0], weights=weights, device=self.device, dtype=key[1], cache=self.results)
             with self._lock:
                 self._loaded[key] = loaded = _Loaded(pipe)
             self._let_go(0, key)  # in a wider precision than that of its files it is larger than they are
@@ -186,8 +153,8 @@ class Models:
 
     def _make_room(self, name: str) -> None:
         """Let models go until there is room for the files of another one."""
-        if self.max_bytes is not None and name in VARIANTS:
-            self._let_go(sum(stamp.size for _, stamp in stamped(find(variant(name), self._first()))))
+        if self.max_bytes is not None:
+            self._let_go(self.catalogue.bytes_of(name))
 
     def _let_go(self, wanted: int, kept: tuple[str, str | None] | None = None) -> None:
         """Let go of what nobody uses, the least recently used first, until so many more bytes are within the bound."""
@@ -278,9 +245,9 @@ class Models:
         key = self._key(request)
         with self._lock:
             loaded = self._loaded.get(key)
-        if loaded is None and key[0] in VARIANTS:
-            find(variant(key[0]), self._first())
-        chosen = variant(key[0]) if loaded is None else loaded.pipe.variant
+        if loaded is None:
+            self.catalogue.bytes_of(key[0])  # refuses what is not here
+        chosen = self.catalogue.variant_of(key[0]) if loaded is None else loaded.pipe.variant
         width, height = request.size(chosen)
         tokens = (width // PIXELS_PER_TOKEN) * (height // PIXELS_PER_TOKEN)
         method = None if request.guide is None else type(request.guide).__name__
