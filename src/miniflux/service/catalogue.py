@@ -12,7 +12,7 @@ from pathlib import Path
 from miniflux.checkpoints.assembly import locate
 from miniflux.checkpoints.files import TensorSource
 from miniflux.checkpoints.finding import find
-from miniflux.checkpoints.folders import MAX_DEPTH, entries, models
+from miniflux.checkpoints.folders import MAX_FOLDERS, entries, models
 from miniflux.checkpoints.formats.reading import format_of
 from miniflux.checkpoints.loading import bare, compare
 from miniflux.checkpoints.origin import Stamp, stamped
@@ -114,7 +114,7 @@ def candidates(folder: Path) -> Iterator[tuple[Path, MinifluxError | None]]:
     """
     seen: set[Path] = set()
     level = [folder]
-    for _ in range(MAX_DEPTH + 1):
+    while level and len(seen) < MAX_FOLDERS:
         deeper: list[Path] = []
         for place in level:
             if place.resolve() in seen:

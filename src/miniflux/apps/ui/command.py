@@ -35,7 +35,10 @@ def add(commands: Any) -> None:
     ui.add_argument("--auth", type=_auth, metavar="USER:PASSWORD", help="let in only who knows them")
     ui.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="also answer to this name, NAME "
                     "or NAME:PORT, by which a proxy in front is asked; may be given several times")  # fmt: skip
-    ui.add_argument("--model", default="nano", metavar="NAME", help="chosen at first; default %(default)s")
+    ui.add_argument("--model", default="nano", metavar="NAME", help="chosen at first: a name, or the path of a file or "
+                    "folder; default %(default)s")  # fmt: skip
+    ui.add_argument("--models", metavar="FOLDER", help="list all FLUX.1 models in this folder and in those inside: "
+                    "safetensors, GGUF, fp8, fine-tunes, pipelines")  # fmt: skip
     ui.add_argument("--weights", metavar="FOLDER", help="look for models here first")
     ui.add_argument("--device", metavar="NAME", help="cpu, cuda, mps ...; default the best there is")
     ui.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16; default what suits the device")
@@ -150,6 +153,7 @@ def run(options: argparse.Namespace) -> None:
                 waiting=options.queue,
                 workers=options.workers,
                 cache=options.cache,
+                shelf=options.models,
             ) as site,
             served(
                 site,

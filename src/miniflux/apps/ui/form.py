@@ -6,7 +6,7 @@ import json
 import math
 import re
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from miniflux.sampling.latents import MAX_SEED
 from miniflux.service import Listed
 from miniflux.settings import AtLevels, LoraUse, Request
 from miniflux.settings.strict import shown
-from miniflux.variants import variant
+from miniflux.variants import ALIASES
 
 PLAIN = "none"
 """The guidance method of who wants none beside the model's own."""
@@ -71,7 +71,7 @@ def request_from(given: Mapping[str, Any], shelf: Shelf, listed: Mapping[str, Li
     about: dict[str, Any] = {
         **rest,
         "prompt": given["prompt"] or "",
-        "model": model.name,
+        "model": model.model,
         "loras": [use_as_json(use) for use in uses_from(given["loras"], shelf, model.name)],
         "steps": whole("steps", given["steps"]),
         "solver": given["solver"],
@@ -92,7 +92,7 @@ def request_from(given: Mapping[str, Any], shelf: Shelf, listed: Mapping[str, Li
         about["negative"] = given["negative"] or None
     if given["step_cache"] != NO_CACHE:
         name = given["step_cache"]
-        about["cache"] = cache if cache.get("name") == name else cache_as_json(name, model.name)
+        about["cache"] = cache if cache.get("name") == name else cache_as_json(name, model)
     if given["shift"]:
         about["shift"] = shift_from(given["shift"])
     if given["restart"]:
@@ -104,20 +104,22 @@ def values_from(request: Request, shelf: Shelf, listed: Mapping[str, Listed]) ->
     """The values of the controls for a request, and what of it the page cannot have, a line each."""
     notes: list[str] = []
     about = request.as_json()
-    model = listed.get(request.model)
+    model = listed_as(request.model, listed)
     if model is None:
-        notes.append(f"the model {shown(request.model)} is not on this machine")
+        notes.append(f"the model {shown(name_of(request.model))} is not on this machine")
         model = next(iter(listed.values()))
+    elif model.path not in ("", request.model):
+        notes.append(f"the model {model.name} was taken for its name: whether it is the same file is not known")
     guide, cache = about.get("guide"), about.get("cache")
     rest: dict[str, Any] = {name: about[name] for name in CARRIED if name in about}
-    if rest.get("t5_length") == variant(model.name).t5_length:  # saved pictures state it
+    if rest.get("t5_length") == model.variant.t5_length:  # saved pictures state it
         del rest["t5_length"]
     if guide is not None and {**guide, "window": None} != {
         **guide_as_json(guide["method"], guide["scale"]),
         "window": None,
     }:
         rest["guide"] = guide
-    if cache is not None and cache != cache_as_json(cache["name"], model.name):
+    if cache is not None and cache != cache_as_json(cache["name"], model):
         rest["cache"] = cache
     if isinstance(request.guidance, AtLevels):
         rest["guidance"] = about["guidance"]
@@ -214,10 +216,10 @@ def left_from(given: Any) -> dict[str, Any]:
     return left if isinstance(left, dict) else {}
 
 
-def at_most(given: Any, most: float) -> float:
-    """How far a slider must reach for a number that a browser has kept."""
-    sound = isinstance(given, (int, float)) and not isinstance(given, bool) and most < given < FAR
-    return given if sound else most
+def bound(given: Any, usual: float, farther: Callable[[float, float], float]) -> float:
+    """How far a slider must reach for a number that a browser has kept; `farther` is min or max."""
+    sound = isinstance(given, (int, float)) and not isinstance(given, bool) and 0 <= given < FAR
+    return farther(given, usual) if sound else usual
 
 
 def uses_from(given: Any, shelf: Shelf, model: str) -> list[LoraUse]:
@@ -225,7 +227,7 @@ def uses_from(given: Any, shelf: Shelf, model: str) -> list[LoraUse]:
     uses: list[LoraUse] = []
     for row in given if isinstance(given, list) else []:
         lora = shelf.loras.get(str(row.get("id"))) if isinstance(row, dict) else None
-        if lora is None or not row.get("on") or model in lora.reasons:
+        if lora is None or not row.get("on") or lora.reasons.get(model):
             continue
         strength = row.get("strength")
         if isinstance(strength, dict):
@@ -250,6 +252,37 @@ def greyed(model: Listed, method: str) -> dict[str, str]:
         for name in ("negative", "window_from", "window_to"):
             found[name] = found["scale"]
     return found
+
+
+def name_of(model: str) -> str:
+    """A model's name; of a path its end, which tells nothing of the machine."""
+    return re.split(r"[\\/]", model)[-1]
+
+
+def listed_as(model: str, listed: Mapping[str, Listed]) -> Listed | None:
+    """Which model of the list a request means: by its name, its path, or the name of its file. A path is not opened."""
+    model = ALIASES.get(model, model)
+    paths = [one for one in listed.values() if one.path]
+    exact = listed.get(model) or next((one for one in paths if one.path == model), None)
+    return exact or next((one for one in paths if name_of(one.path) == name_of(model) != model), None)
+
+
+def sides_of(model: Listed) -> tuple[int, int]:
+    """The shortest and the longest side that the page offers: what the model learned, at most twice as wide as high."""
+    learned = model.variant.learned
+    low, high = learned.sides or (SIDE, 2 * model.size)
+    if learned.sides is None and learned.area is not None:
+        low, high = (math.sqrt(area * share) for area, share in zip(learned.area, (0.5, 2), strict=True))
+    return max(SIDE, SIDE * math.ceil(low / SIDE)), max(SIDE, SIDE * math.floor(high / SIDE))
+
+
+def unlearned(request: Request, model: Listed) -> str:
+    """What to say of a size that the model never learned; empty if it did."""
+    width, height = request.size(model.variant)
+    learned = model.variant.learned
+    if (width, height) in learned:
+        return ""
+    return f"{width} × {height} is not a size that {model.name} learned, and may come out wrong; it learned {learned}."
 
 
 def size_of(aspect: str, base: int) -> tuple[int, int]:
@@ -295,13 +328,13 @@ def restart_from(given: str) -> list[float]:
 def more_than_usual(values: Mapping[str, Any]) -> bool:
     """Whether a control under *More* is not as it is at first."""
     usual = {"window_from": 0.0, "window_to": 1.0, "shift": "", "step_cache": NO_CACHE, "restart": ""}
-    return any(values[name] != value for name, value in usual.items())
+    return any(values.get(name, value) != value for name, value in usual.items())
 
 
-def cache_as_json(name: str, model: str) -> dict[str, Any]:
+def cache_as_json(name: str, model: Listed) -> dict[str, Any]:
     """A step cache as it is for a model unless told otherwise."""
-    usual = cache_for(variant(model), name)
-    return Request(prompt="", model=model, cache=usual).as_json()["cache"]
+    usual = cache_for(model.variant, name)
+    return Request(prompt="", model=model.model, cache=usual).as_json()["cache"]
 
 
 def guide_as_json(method: str, scale: Any) -> dict[str, Any]:
@@ -356,7 +389,7 @@ def described(request: Request, model: Listed | None) -> list[tuple[str, str]]:
     lines = [
         ("prompt", request.prompt),
         ("negative prompt", request.negative or ""),
-        ("model", request.model),
+        ("model", name_of(request.model) if model is None else model.name),
         ("seed", str(request.seed)),
         ("steps", "" if steps is None else str(steps)),
         ("guidance", f"{guidance:g}" if isinstance(guidance, (int, float)) else plainly(about.get("guidance", ""))),
@@ -383,7 +416,7 @@ def caption(request: Request) -> str:
 
 def line(request: Request) -> str:
     """The settings that people look for first."""
-    parts = [f"seed {request.seed}", request.model]
+    parts = [f"seed {request.seed}", name_of(request.model)]
     parts += [f"{Path(use.file).stem} {use.strength:g}" for use in request.loras if isinstance(use.strength, float)]
     return " · ".join(parts)
 

@@ -13,7 +13,7 @@ from typing import Any
 import gradio as gr
 
 from miniflux.apps.ui import form
-from miniflux.apps.ui.layout import HELP, MOST, Controls
+from miniflux.apps.ui.layout import HELP, LEAST, MOST, Controls, learned
 from miniflux.apps.ui.routes import COOKIE, valid
 from miniflux.apps.ui.site import Shelf, Site
 from miniflux.errors import InputError, MinifluxError
@@ -74,7 +74,7 @@ def connect(page: gr.Blocks, site: Site, c: Controls) -> None:
     page.load(
         _telling(handlers.arrive, c),
         {c.kept},
-        [*c.settings.values(), c.also, c.forget, c.more, c.stage],
+        [*c.settings.values(), c.also, c.forget, c.more, c.aspect, c.refused, c.stage],
         **left,
         **quick,
     )
@@ -140,9 +140,13 @@ class Handlers:
     def _begun(self, job: Job) -> dict[str, Any]:
         """What to say of a job that was just put in line."""
         if job.state != "done":
-            return said("info", "")
+            return said("info", "\n".join(dict.fromkeys(filter(None, map(self._unlearned, job.requests)))))
         many = "they were" if sum(request.images for request in job.requests) > 1 else "it was"
         return said("cached", f"From the cache: {many} drawn before with the same settings.")
+
+    def _unlearned(self, request: Request) -> str:
+        model = form.listed_as(request.model, self.site.listed)
+        return "" if model is None else form.unlearned(request, model)
 
     # Drawing
 
@@ -164,6 +168,7 @@ class Handlers:
         y = Axis.parse(given[self.c.y], given[self.c.y_values] or "") if given[self.c.y] else None
         for axis in (x, y):
             self._check_axis(axis)
+        x, y = self._models(x), None if y is None else self._models(y)
         grid = Grid(self._request(given, shelf), x, y)
         return {self.c.stage: self._begun(self.site.submit_grid(session, grid))}
 
@@ -173,6 +178,12 @@ class Handlers:
             for name in axis.values:
                 if name not in self.site.listed:
                     raise MinifluxError(f"model {name!r} is not in the list: {', '.join(self.site.listed)}")
+
+    def _models(self, axis: Axis) -> Axis:
+        """An axis of models as requests take them."""
+        if axis.setting != "model":
+            return axis
+        return Axis(axis.setting, tuple(self.site.listed[name].model for name in axis.values))
 
     def again(self, event: gr.EventData, web: gr.Request) -> Given:
         session, _ = self._who(web)
@@ -206,10 +217,14 @@ class Handlers:
         for name, update in self._grey(values["model"], values["method"]).items():
             updates[name] = {**updates[name], **update}
         updates[c.guidance]["value"] = 3.0 if values["guidance"] is None else values["guidance"]
-        for name, most in self._most(model.name).items():
+        for name, (least, most) in self._limits(model.name).items():
             slider = c.settings[name]
-            updates[slider]["maximum"] = max(most, updates[slider]["value"])
-        updates[c.aspect] = form.aspect_of(values["width"], values["height"], model.size) or "own size"
+            value = updates[slider]["value"]
+            updates[slider] |= {"minimum": min(least, value), "maximum": max(most, value)}
+        if unlearned := form.unlearned(request, model):
+            notes.append(unlearned.rstrip("."))
+        shape = form.aspect_of(values["width"], values["height"], model.size) or "own size"
+        updates[c.aspect] = gr.update(value=shape, info=learned(model))
         if values["rest"]:
             notes.append(f"also in use, without a control: {form.plainly(values['rest'])}")
         updates[c.lock] = True
@@ -219,9 +234,10 @@ class Handlers:
         updates[c.also] = gr.update(value=form.plainly(values["rest"]), visible=bool(values["rest"]))
         return updates, notes
 
-    def _most(self, model: str) -> dict[str, float]:
-        """Where the sliders end with a model."""
-        return {**MOST, "width": 2 * self.site.listed[model].size, "height": 2 * self.site.listed[model].size}
+    def _limits(self, model: str) -> dict[str, tuple[float, float]]:
+        """Where the sliders begin and end with a model."""
+        sides = form.sides_of(self.site.listed[model])
+        return {**{name: (LEAST[name], most) for name, most in MOST.items()}, "width": sides, "height": sides}
 
     def _grey(self, model: str, method: str) -> Given:
         grey = form.greyed(self.site.listed[model], method)
@@ -237,9 +253,11 @@ class Handlers:
         if model.guidance is not None:
             updates[c.guidance]["value"] = model.guidance
         for side in (c.width, c.height):
-            updates[side] = gr.update(value=model.size, maximum=2 * model.size)
+            least, most = form.sides_of(model)
+            updates[side] = gr.update(value=model.size, minimum=least, maximum=most)
         rows = form.rows(shelf, model.name, given=given[c.loras])
-        return {**updates, c.steps: model.steps, c.aspect: "1:1", c.loras: rows}
+        aspect = gr.update(value="1:1", info=learned(model))
+        return {**updates, c.steps: model.steps, c.aspect: aspect, c.loras: rows}
 
     def method(self, given: Given) -> Given:
         return self._grey(given[self.c.model], given[self.c.method])
@@ -264,6 +282,7 @@ class Handlers:
         """What the page needs to know when it was loaded: the LoRAs that this browser has dropped, and what goes with
         the controls as it has left them. Their values the page has put back itself, before this comes."""
         c, (_, shelf) = self.c, self._who(web)
+        self.site.refresh()
         left = form.left_from(given[c.kept])
         model = left.get("model")
         if model not in self.site.listed or left.get("first") != self.site.first:
@@ -271,8 +290,18 @@ class Handlers:
         method = left.get("method")
         updates = self._grey(model, method if method in form.METHODS else form.PLAIN)
         updates[c.loras] = [{**row, "late": True} for row in form.rows(shelf, model)]
-        for name, most in self._most(model).items():
-            updates.setdefault(c.settings[name], gr.update())["maximum"] = max(most, form.at_most(left.get(name), most))
+        if form.more_than_usual(left):
+            updates[c.more] = gr.update(open=True)
+        if isinstance(left.get("rest"), dict) and left["rest"]:
+            updates[c.also] = gr.update(value=form.plainly(left["rest"]), visible=True)
+            updates[c.forget] = gr.update(visible=True)
+        for name, (least, most) in self._limits(model).items():
+            value, slider = left.get(name), updates.setdefault(c.settings[name], gr.update())
+            slider |= {"minimum": form.bound(value, least, min), "maximum": form.bound(value, most, max)}
+        updates[c.aspect] = gr.update(info=learned(self.site.listed[model]))
+        updates[c.refused] = gr.update(value=self.site.models.catalogue.refused)
+        if list(self.site.listed) != [value for _, value in c.model.choices]:
+            updates[c.model] = gr.update(choices=list(self.site.listed), value=model)
         return updates
 
     def remove_lora(self, given: Given, event: gr.EventData, web: gr.Request) -> Given:

@@ -13,6 +13,7 @@ from miniflux.apps.ui.site import Shelf, Site
 from miniflux.plan import AUTO
 from miniflux.sampling import SOLVERS
 from miniflux.sampling.schedules import SPACINGS
+from miniflux.service import Listed
 
 SCRIPTS = ("page", "messages", "keeping", "stage", "history", "viewer", "loras")
 """What the page does itself, in this order."""
@@ -34,7 +35,7 @@ HELP = {
     "restart": "Go back to more noise: low, high, times, as 0.3, 0.6, 2",
     "seed": "The same seed and settings give the same picture; empty or -1: a random one",
     "lock": "Keep the seed for the next picture",
-    "aspect": "Shape of the picture, at the size the model likes best",
+    "aspect": "Shape of the picture, at about the pixels that suit {name}, which learned {learned}",
     "width": "In pixels",
     "height": "In pixels",
     "images": "Each from the next seed",
@@ -61,7 +62,8 @@ AXES = [
     ("height", "height"),
 ]
 MOST = {"steps": 100, "guidance": 10, "scale": 10, "images": 16}
-"""Where sliders end; settings of pictures that lie beyond make them longer."""
+LEAST = {"steps": 1, "guidance": 0, "scale": 0, "images": 1}
+"""Where sliders end and begin; settings of pictures that lie beyond make them longer."""
 
 STAGE = """miniflux.stage(element, props, {
   use: (d) => trigger('use', d), again: (d) => trigger('again', d),
@@ -76,6 +78,11 @@ DROP = (
     "prompts (.txt)."
 )
 NO_AXIS = ("nothing", "")
+
+
+def learned(model: Listed) -> str:
+    """What to say beside the shapes of pictures."""
+    return HELP["aspect"].format(name=model.name, learned=model.variant.learned)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +126,7 @@ class Controls:
     draw_all: gr.Button
     draw_grid: gr.Button
     kept: gr.Textbox
+    refused: gr.HTML
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -176,6 +184,12 @@ def _model(site: Site, usable: Any, drawn: dict[str, Any]) -> dict[str, Any]:
     made: dict[str, Any] = {}
     with gr.Accordion("Model and LoRAs", elem_classes="mf-room"):
         made["model"] = gr.Dropdown(list(site.listed), value=site.first, label="Model", **usable("model"))
+        made["refused"] = gr.HTML(
+            site.models.catalogue.refused,
+            elem_id="mf-refused",
+            js_on_load="miniflux.refused(element, props, watch);",
+            **drawn,
+        )
         made["loras"] = gr.HTML(
             [{**row, "late": True} for row in form.rows(Shelf(site.bundled), site.first)],
             elem_id="mf-loras",
@@ -229,15 +243,16 @@ def _sampling(site: Site, usable: Any) -> dict[str, Any]:
 
 
 def _shape(site: Site, usable: Any) -> dict[str, Any]:
-    base = site.listed[site.first].size
+    first = site.listed[site.first]
+    least, most = form.sides_of(first)
     made: dict[str, Any] = {}
     with gr.Accordion("Size, seed, number", elem_classes="mf-room"):
-        made["aspect"] = gr.Dropdown([*form.ASPECTS, "own size"], value="1:1", label="Aspect", **usable("aspect"))
+        told: dict[str, Any] = {**usable("aspect"), "info": learned(first)}
+        made["aspect"] = gr.Dropdown([*form.ASPECTS, "own size"], value="1:1", label="Aspect", **told)
         with gr.Row():
             for side in ("width", "height"):
-                made[side] = gr.Slider(
-                    64, 2 * base, value=base, step=form.SIDE, label=side.capitalize(), min_width=120, **usable(side)
-                )
+                about: dict[str, Any] = {"label": side.capitalize(), "min_width": 120, **usable(side)}
+                made[side] = gr.Slider(least, most, value=first.size, step=form.SIDE, **about)
         with gr.Row(elem_id="mf-seeds"):
             # Text, because browsers round numbers above 2**53, and seeds go to 2**64.
             made["seed"] = gr.Textbox(label="Seed", value="0", lines=1, max_lines=1, min_width=120, **usable("seed"))

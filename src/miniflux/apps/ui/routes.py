@@ -76,7 +76,7 @@ def router(site: Site, allowed: Callable[..., Any]) -> APIRouter:
     @routes.get("/studio/about/{id}")
     def about(web: WebRequest, id: str) -> JSONResponse:
         request = _entry(site, session_of(web.cookies), id).request
-        return JSONResponse(form.described(request, site.listed.get(request.model)))
+        return JSONResponse(form.described(request, form.listed_as(request.model, site.listed)))
 
     @routes.get("/studio/picture/{id}.png")
     def picture(web: WebRequest, id: str, download: bool = False, bare: bool = False) -> Response:

@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +17,10 @@ import torch
 from miniflux.apps.ui.uploads import Uploads
 from miniflux.cache import ResultCache
 from miniflux.errors import InputError, MinifluxError
+from miniflux.lora import Receipt
 from miniflux.lora.attaching import BUNDLED_LORAS
 from miniflux.memory.compute import choose_device, choose_dtype
+from miniflux.models.flux1 import Flux1Config
 from miniflux.result import Result
 from miniflux.service import Grid, History, Job, Listed, Models, Queue
 from miniflux.settings import Request
@@ -43,7 +45,7 @@ class Lora:
         label: what people read.
         file: what `LoraUse` takes.
         sha256: of the file.
-        reasons: by model, why it cannot be used there; models it fits are not in it.
+        reasons: by model, why it cannot be used there; empty where it can.
         about: a line.
         receipt: a table of what it changes.
     """
@@ -86,13 +88,30 @@ class Site:
         self.models, self.queue, self.history, self.uploads = models, queue, history, uploads
         self.folder = uploads.place
         uploads.busy = self._waits_for
-        self.listed: dict[str, Listed] = {model.name: model for model in models.listed() if not model.missing}
-        if first not in self.listed:
+        self.listed = self._listed()
+        named = next((model.name for model in self.listed.values() if first in (model.name, model.path)), None)
+        if named is None:
             raise InputError(f"--model {first}: not on this machine; there are {', '.join(self.listed)}")
-        self.first = first
+        self.first = named
         self.bundled = {BUNDLED: self._lora(BUNDLED, "Realism", BUNDLED, BUNDLED_LORAS / f"{BUNDLED}.safetensors")}
         self._shelves: OrderedDict[str, Shelf] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock, self._scanning = threading.Lock(), threading.Lock()
+
+    def _listed(self) -> dict[str, Listed]:
+        return {model.name: model for model in self.models.listed() if not model.missing}
+
+    def refresh(self) -> None:
+        """Look again at what is in the folder of models; LoRAs are compared with what is new."""
+        with self._scanning:
+            if not self.models.catalogue.scan():
+                return
+            listed = self._listed()
+            new = [name for name, model in listed.items() if self.listed.get(name) != model]
+            with self._lock:
+                shelves = [*self._shelves.values(), Shelf(self.bundled)]
+            for lora in {id(lora): lora for shelf in shelves for lora in list(shelf.loras.values())}.values():
+                lora.reasons.update(self._reasons(lora.file, {name: listed[name] for name in new})[0])
+            self.listed = listed
 
     def shelf(self, session: str) -> Shelf:
         """What this session has; a new one has the bundled LoRA."""
@@ -129,21 +148,29 @@ class Site:
 
     def _lora(self, id: str, label: str, file: str, path: Path) -> Lora:
         """Read a file, against every model there is; raises if it fits none."""
-        reasons: dict[str, str] = {}
-        receipt, model, refusal = None, "", None
-        for name in self.listed:
-            try:
-                found = self.models.lora(file, name)
-                receipt, model = receipt or found, model or name
-            except MinifluxError as error:
-                reasons[name], refusal = f"made for another model than {name}", error
-        if receipt is None:
-            assert refusal is not None
-            raise refusal
-        fits = ", ".join(name for name in self.listed if name not in reasons)
+        reasons, receipt = self._reasons(file, self.listed)
+        if isinstance(receipt, MinifluxError):
+            raise receipt
+        fits = ", ".join(name for name in self.listed if not reasons[name])
         about = f"{receipt.dialect}, {receipt.applied} of {receipt.expected} modules applied; for {fits}"
         text = str(receipt).replace(receipt.source, path.name)
         return Lora(id, label, file, sha256_of(path), reasons, about, text)
+
+    def _reasons(self, file: str, listed: Mapping[str, Listed]) -> tuple[dict[str, str], Receipt | MinifluxError]:
+        """Why a LoRA cannot be used with each model, empty where it can; and its receipt, or why it fits none."""
+        asked: dict[tuple[str, Flux1Config], Receipt | MinifluxError] = {}  # models of the same sizes only once
+        reasons: dict[str, str] = {}
+        for name, model in listed.items():
+            sizes = model.variant.name, model.variant.transformer
+            if sizes not in asked:
+                try:
+                    asked[sizes] = self.models.lora(file, model.model)
+                except MinifluxError as error:
+                    asked[sizes] = error
+            fits = not isinstance(asked[sizes], MinifluxError)
+            reasons[name] = "" if fits else f"made for another model than {name}"
+        receipts = [answer for answer in asked.values() if not isinstance(answer, MinifluxError)]
+        return reasons, next(iter([*receipts, *asked.values()]), InputError("no model is listed"))
 
     def keep_lora(self, session: str, path: Path) -> Lora:
         """Check a file that was dropped, move it where it stays, and put it on the shelf.
@@ -242,29 +269,37 @@ def opened(
     waiting: int = 64,
     workers: int = 1,
     cache: str | None = None,
+    shelf: str | None = None,
 ) -> Generator[Site]:
     """Everything behind a page, while the context lasts.
 
     Args:
         folder: for the history and the LoRAs that are dropped.
-        first: the model chosen at first; a name or an alias.
+        first: the model chosen at first; a name, an alias, or the path of a file or a folder.
         waiting: jobs that may wait.
         workers: jobs at once, at most; a run begins only when there is memory for it.
         cache: a folder for drawn pictures; None for memory.
+        shelf: a folder whose models are listed as well.
 
     Raises:
         InputError, OutputError: something of this cannot be used here.
     """
     checked(weights, device, dtype)
+    if shelf is not None and not Path(shelf).is_dir():
+        raise InputError(f"--models {shelf}: no such folder")
     results = ResultCache(cache, CACHE_BYTES)
-    models = Models(weights=weights, device=device, dtype=dtype, cache=results)
+    models = Models(weights=weights, device=device, dtype=dtype, cache=results, folder=shelf)
+    models.catalogue.scan()
+    first = ALIASES.get(first, first)
+    if first not in [model.name for model in models.listed()] and os.path.exists(first):
+        first = str(models.catalogue.add(first))
     history = History(folder)
     uploads = Uploads(Path(os.environ.get("GRADIO_TEMP_DIR") or folder / "uploads"), folder / "loras")
     try:
         with Queue(
             models.draw, models.cost, workers=workers, waiting=waiting, deliver=history.deliver, answer=models.answer
         ) as queue:
-            yield Site(models, queue, history, uploads, ALIASES.get(first, first))
+            yield Site(models, queue, history, uploads, first)
     finally:
         uploads.close()
         history.close()

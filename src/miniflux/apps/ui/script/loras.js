@@ -68,5 +68,17 @@
     draw();
   }
 
-  Object.assign(miniflux, {loras});
+  /** Models of the folder that cannot be used, and why. */
+  function refused(element, props, watch) {
+    const draw = () => {
+      const names = Object.entries(props.value ?? {});
+      const title = `${names.length} ${names.length === 1 ? "file" : "files"} of the models' folder cannot be used`;
+      element.replaceChildren(...(names.length ? [make("details", {class: "mf-details mf-refused"}, make("summary", {}, title),
+        make("ul", {}, ...names.map(([, reason]) => make("li", {}, reason))))] : []));
+    };
+    watch("value", draw);
+    draw();
+  }
+
+  Object.assign(miniflux, {loras, refused});
 })();

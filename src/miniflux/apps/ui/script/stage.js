@@ -84,7 +84,8 @@
     if (!miniflux.there() || state.gone.has(entry.id)) return; // pressed twice
     state.gone.add(entry.id);
     parts.stage.tell.remove({id: entry.id});
-    miniflux.drawHistory();
+    const left = state.entries.filter((one) => one.id === entry.id || !state.gone.has(one.id)), at = left.findIndex((one) => one.id === entry.id);
+    miniflux.choose((left[at + 1] ?? left[at - 1])?.id ?? null); // the next one, not the newest
   }
 
   async function drawAbout(view, entry) {

@@ -14,9 +14,10 @@
     view.older = button("›", () => step(1), {class: "mf-button mf-older", "aria-label": "Older picture (right arrow)"});
     view.frame = make("div", {class: "mf-frame"}, view.image);
     const close = button("✕", () => parts.viewer.close(), {class: "mf-button mf-shut", "aria-label": "Close (Escape)"});
-    const dialog = make("dialog", {class: "mf-viewer", "aria-label": "Enlarged picture"}, view.frame, view.newer, view.older, close, view.words);
+    const dialog = make("dialog", {class: "mf-viewer", "aria-label": "Enlarged picture", tabindex: -1, autofocus: true}, view.frame, view.newer, view.older, close, view.words);
     dialog.view = view;
-    dialog.addEventListener("keydown", (event) => {
+    document.addEventListener("keydown", (event) => {
+      if (!dialog.open) return;
       const by = {ArrowLeft: -1, ArrowUp: -1, ArrowRight: 1, ArrowDown: 1}[event.key];
       if (by && !event.altKey && !event.ctrlKey && !event.metaKey) { event.preventDefault(); step(by); }
     });
@@ -61,8 +62,8 @@
     if (view.image.getAttribute("src") !== source) view.image.src = source;
     view.image.alt = alt;
     view.words.textContent = running ? running.title : `${entry.caption || "(no prompt)"}\n${entry.line}`;
-    view.newer.disabled = Boolean(running) || at <= 0;
-    view.older.disabled = !running && at >= entries.length - 1;
+    view.newer.setAttribute("aria-disabled", Boolean(running) || at <= 0); // not disabled: the keyboard would lose its place
+    view.older.setAttribute("aria-disabled", !running && at >= entries.length - 1);
   }
 
   Object.assign(miniflux, {enlarge, drawViewer});
