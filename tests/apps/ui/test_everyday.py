@@ -208,7 +208,7 @@ def test_delete_can_be_undone(sized: Tab) -> None:
     sized.press("#mf-remove").until(lambda: "2 pictures deleted" in sized.message, "two less")
     assert sized.pictures == [ids[0], *ids[3:]]
     sized.press(".mf-undo").until(lambda: sized.pictures == ids, "both")
-    sized.until(lambda: "back" in sized.message, "a word")
+    sized.until(lambda: "back" in sized.message and not sized.in_view(".mf-undo"), "a word, without Undo")
     assert sized.fetch(f"studio/picture/{ids[1]}.png")[:4] == b"\x89PNG"
 
 

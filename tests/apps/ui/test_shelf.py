@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from miniflux.apps.cli import main
-from miniflux.apps.ui import form
+from miniflux.apps.ui import fitting, form
 from miniflux.apps.ui.routes import state_of
 from miniflux.apps.ui.site import opened
 from miniflux.checkpoints.finding import BUNDLED
@@ -64,9 +64,9 @@ def test_settings_of_such_a_picture_choose_the_model_again(people: People, folde
     answer = people.does("files", files=[str(people.site.history.path(ANN, entry.id))])
     assert answer["model"]["value"] == TUNE and answer["stage"]["kind"] == "ok"
     request = read_picture(people.site.history.path(ANN, entry.id)).requests[0]
-    elsewhere = form.listed_as(f"C:\\models\\{TUNE}", people.site.listed)
+    elsewhere = fitting.listed_as(f"C:\\models\\{TUNE}", people.site.listed)
     assert request.model == str(folder / TUNE) and elsewhere is not None and elsewhere.name == TUNE
-    assert form.listed_as("/etc/passwd", people.site.listed) is None
+    assert fitting.listed_as("/etc/passwd", people.site.listed) is None
 
 
 def test_what_cannot_be_used_is_told_on_the_page(people: People) -> None:
@@ -119,7 +119,7 @@ def test_sizes_end_where_learning_did(people: People) -> None:
     """Sliders, per model; a size beside them is drawn, and warned about."""
     assert (people.c.width.minimum, people.c.width.maximum) == (64, 192)
     flux = next(model for model in Models().listed() if model.name == "flux1-dev")
-    low, high = form.sides_of(flux)
+    low, high = fitting.sides_of(flux)
     assert (high, low % 16) == (2048, 0) and (high, high // 2) in flux.variant.learned
     assert (low, 2 * low) in flux.variant.learned
     answer = people.does("model", model="nano-schnell")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import secrets
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from miniflux.apps.ui.fitting import FAR, SIDE, listed_as, name_of
 from miniflux.apps.ui.site import BUNDLED, Shelf
 from miniflux.errors import InputError
 from miniflux.plan import AUTO, cache_for
@@ -19,7 +19,6 @@ from miniflux.sampling.latents import MAX_SEED
 from miniflux.service import Listed
 from miniflux.settings import AtLevels, LoraUse, Request
 from miniflux.settings.strict import shown
-from miniflux.variants import ALIASES
 
 PLAIN = "none"
 """The guidance method of who wants none beside the model's own."""
@@ -46,10 +45,8 @@ CARRIED = ("variation", "t5_length", "padding", "stop")
 """Settings that the page has no control for, and keeps when they come with a picture."""
 KEPT = (*CARRIED, "guidance", "guide", "cache")  # the last three where they are more than their controls show
 
-FAR = 2**53  # larger numbers are no longer exact in a browser
 SEEDS = 2**32  # new seeds are below it: short enough to be written down
 RANDOM = ("", "-1")
-SIDE = 16  # width and height are multiples of it, in pixels
 
 
 def request_from(given: Mapping[str, Any], shelf: Shelf, listed: Mapping[str, Listed]) -> Request:
@@ -207,21 +204,6 @@ def rows(
     return found
 
 
-def left_from(given: Any) -> dict[str, Any]:
-    """What a browser has kept of the controls, by name; of what is not its own, nothing."""
-    try:
-        left = json.loads(given or "{}")
-    except ValueError:
-        return {}
-    return left if isinstance(left, dict) else {}
-
-
-def bound(given: Any, usual: float, farther: Callable[[float, float], float]) -> float:
-    """How far a slider must reach for a number that a browser has kept; `farther` is min or max."""
-    sound = isinstance(given, (int, float)) and not isinstance(given, bool) and 0 <= given < FAR
-    return farther(given, usual) if sound else usual
-
-
 def uses_from(given: Any, shelf: Shelf, model: str) -> list[LoraUse]:
     """The LoRAs that are switched on, from the list as the page sent it: ids and strengths only are believed."""
     uses: list[LoraUse] = []
@@ -252,37 +234,6 @@ def greyed(model: Listed, method: str) -> dict[str, str]:
         for name in ("negative", "window_from", "window_to"):
             found[name] = found["scale"]
     return found
-
-
-def name_of(model: str) -> str:
-    """A model's name; of a path its end, which tells nothing of the machine."""
-    return re.split(r"[\\/]", model)[-1]
-
-
-def listed_as(model: str, listed: Mapping[str, Listed]) -> Listed | None:
-    """Which model of the list a request means: by its name, its path, or the name of its file. A path is not opened."""
-    model = ALIASES.get(model, model)
-    paths = [one for one in listed.values() if one.path]
-    exact = listed.get(model) or next((one for one in paths if one.path == model), None)
-    return exact or next((one for one in paths if name_of(one.path) == name_of(model) != model), None)
-
-
-def sides_of(model: Listed) -> tuple[int, int]:
-    """The shortest and the longest side that the page offers: what the model learned, at most twice as wide as high."""
-    learned = model.variant.learned
-    low, high = learned.sides or (SIDE, 2 * model.size)
-    if learned.sides is None and learned.area is not None:
-        low, high = (math.sqrt(area * share) for area, share in zip(learned.area, (0.5, 2), strict=True))
-    return max(SIDE, SIDE * math.ceil(low / SIDE)), max(SIDE, SIDE * math.floor(high / SIDE))
-
-
-def unlearned(request: Request, model: Listed) -> str:
-    """What to say of a size that the model never learned; empty if it did."""
-    width, height = request.size(model.variant)
-    learned = model.variant.learned
-    if (width, height) in learned:
-        return ""
-    return f"{width} × {height} is not a size that {model.name} learned, and may come out wrong; it learned {learned}."
 
 
 def size_of(aspect: str, base: int) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import gradio as gr
 
-from miniflux.apps.ui import form
+from miniflux.apps.ui import fitting, form
 from miniflux.apps.ui.layout import HELP, LEAST, MOST, Controls, learned
 from miniflux.apps.ui.routes import COOKIE, valid
 from miniflux.apps.ui.site import Shelf, Site
@@ -145,8 +145,8 @@ class Handlers:
         return said("cached", f"From the cache: {many} drawn before with the same settings.")
 
     def _unlearned(self, request: Request) -> str:
-        model = form.listed_as(request.model, self.site.listed)
-        return "" if model is None else form.unlearned(request, model)
+        model = fitting.listed_as(request.model, self.site.listed)
+        return "" if model is None else fitting.unlearned(request, model)
 
     # Drawing
 
@@ -221,7 +221,7 @@ class Handlers:
             slider = c.settings[name]
             value = updates[slider]["value"]
             updates[slider] |= {"minimum": min(least, value), "maximum": max(most, value)}
-        if unlearned := form.unlearned(request, model):
+        if unlearned := fitting.unlearned(request, model):
             notes.append(unlearned.rstrip("."))
         shape = form.aspect_of(values["width"], values["height"], model.size) or "own size"
         updates[c.aspect] = gr.update(value=shape, info=learned(model))
@@ -236,7 +236,7 @@ class Handlers:
 
     def _limits(self, model: str) -> dict[str, tuple[float, float]]:
         """Where the sliders begin and end with a model."""
-        sides = form.sides_of(self.site.listed[model])
+        sides = fitting.sides_of(self.site.listed[model])
         return {**{name: (LEAST[name], most) for name, most in MOST.items()}, "width": sides, "height": sides}
 
     def _grey(self, model: str, method: str) -> Given:
@@ -253,7 +253,7 @@ class Handlers:
         if model.guidance is not None:
             updates[c.guidance]["value"] = model.guidance
         for side in (c.width, c.height):
-            least, most = form.sides_of(model)
+            least, most = fitting.sides_of(model)
             updates[side] = gr.update(value=model.size, minimum=least, maximum=most)
         rows = form.rows(shelf, model.name, given=given[c.loras])
         aspect = gr.update(value="1:1", info=learned(model))
@@ -283,7 +283,7 @@ class Handlers:
         the controls as it has left them. Their values the page has put back itself, before this comes."""
         c, (_, shelf) = self.c, self._who(web)
         self.site.refresh()
-        left = form.left_from(given[c.kept])
+        left = fitting.left_from(given[c.kept])
         model = left.get("model")
         if model not in self.site.listed or left.get("first") != self.site.first:
             model = self.site.first
@@ -297,7 +297,7 @@ class Handlers:
             updates[c.forget] = gr.update(visible=True)
         for name, (least, most) in self._limits(model).items():
             value, slider = left.get(name), updates.setdefault(c.settings[name], gr.update())
-            slider |= {"minimum": form.bound(value, least, min), "maximum": form.bound(value, most, max)}
+            slider |= {"minimum": fitting.bound(value, least, min), "maximum": fitting.bound(value, most, max)}
         updates[c.aspect] = gr.update(info=learned(self.site.listed[model]))
         updates[c.refused] = gr.update(value=self.site.models.catalogue.refused)
         if list(self.site.listed) != [value for _, value in c.model.choices]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from miniflux.apps.ui import form
+from miniflux.apps.ui import fitting, form
 from miniflux.apps.ui.site import Shelf, Site
 from miniflux.plan import AUTO
 from miniflux.sampling import SOLVERS
@@ -244,7 +244,7 @@ def _sampling(site: Site, usable: Any) -> dict[str, Any]:
 
 def _shape(site: Site, usable: Any) -> dict[str, Any]:
     first = site.listed[site.first]
-    least, most = form.sides_of(first)
+    least, most = fitting.sides_of(first)
     made: dict[str, Any] = {}
     with gr.Accordion("Size, seed, number", elem_classes="mf-room"):
         told: dict[str, Any] = {**usable("aspect"), "info": learned(first)}
@@ -252,7 +252,7 @@ def _shape(site: Site, usable: Any) -> dict[str, Any]:
         with gr.Row():
             for side in ("width", "height"):
                 about: dict[str, Any] = {"label": side.capitalize(), "min_width": 120, **usable(side)}
-                made[side] = gr.Slider(least, most, value=first.size, step=form.SIDE, **about)
+                made[side] = gr.Slider(least, most, value=first.size, step=fitting.SIDE, **about)
         with gr.Row(elem_id="mf-seeds"):
             # Text, because browsers round numbers above 2**53, and seeds go to 2**64.
             made["seed"] = gr.Textbox(label="Seed", value="0", lines=1, max_lines=1, min_width=120, **usable("seed"))

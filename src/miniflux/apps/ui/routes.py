@@ -19,7 +19,7 @@ from fastapi import Request as WebRequest
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from PIL import Image
 
-from miniflux.apps.ui import form
+from miniflux.apps.ui import fitting, form
 from miniflux.apps.ui.bodies import Refusal, RefusedError, announced, paced
 from miniflux.apps.ui.site import Site
 from miniflux.errors import MinifluxError
@@ -76,7 +76,7 @@ def router(site: Site, allowed: Callable[..., Any]) -> APIRouter:
     @routes.get("/studio/about/{id}")
     def about(web: WebRequest, id: str) -> JSONResponse:
         request = _entry(site, session_of(web.cookies), id).request
-        return JSONResponse(form.described(request, form.listed_as(request.model, site.listed)))
+        return JSONResponse(form.described(request, fitting.listed_as(request.model, site.listed)))
 
     @routes.get("/studio/picture/{id}.png")
     def picture(web: WebRequest, id: str, download: bool = False, bare: bool = False) -> Response:

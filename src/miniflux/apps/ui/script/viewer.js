@@ -14,7 +14,7 @@
     view.older = button("›", () => step(1), {class: "mf-button mf-older", "aria-label": "Older picture (right arrow)"});
     view.frame = make("div", {class: "mf-frame"}, view.image);
     const close = button("✕", () => parts.viewer.close(), {class: "mf-button mf-shut", "aria-label": "Close (Escape)"});
-    const dialog = make("dialog", {class: "mf-viewer", "aria-label": "Enlarged picture", tabindex: -1, autofocus: true}, view.frame, view.newer, view.older, close, view.words);
+    const dialog = make("dialog", {class: "mf-viewer", "aria-label": "Enlarged picture", tabindex: -1}, view.frame, view.newer, view.older, close, view.words);
     dialog.view = view;
     document.addEventListener("keydown", (event) => {
       if (!dialog.open) return;
@@ -51,6 +51,7 @@
     parts.viewer.view.frame.classList.remove("mf-actual");
     document.documentElement.classList.add("mf-still"); // what is behind does not scroll
     parts.viewer.showModal();
+    parts.viewer.focus(); // not its first button
     drawViewer();
   }
 
