@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
+import pickle
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,6 +50,12 @@ def test_settings_say_all_that_made_the_picture(pipe: Pipeline) -> None:
     assert torch.equal(first.latents, again.latents)
     assert said["sigmas"] == flux1_schedule(2, 16) and said["guidance"] == 2.0
     json.dumps(said)
+
+
+@pytest.mark.parametrize("copying", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_pipeline_is_not_copied(copying: Callable[[Any], Any], pipe: Pipeline) -> None:
+    with pytest.raises(InputError, match="neither copied nor pickled.*load another one"):
+        copying(pipe)
 
 
 def test_defaults_come_from_the_variant(pipe: Pipeline, schnell: Pipeline) -> None:

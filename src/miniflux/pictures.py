@@ -54,6 +54,8 @@ def open_picture(given: str | os.PathLike[str] | bytes | BinaryIO | Image.Image)
     if isinstance(given, Image.Image):
         return _as_seen(given, getattr(given, "filename", "") or "the picture")
     if isinstance(given, (str, os.PathLike)):
+        if not os.fspath(given):
+            raise InputError("the name of a picture is empty")
         name, data = os.fspath(given), _bytes_of(Path(given))
     else:
         name, data = "the picture", given if isinstance(given, bytes) else given.read()

@@ -133,6 +133,12 @@ class Pipeline:
         modes do is no change. Nothing, if it was not loaded from files."""
         return () if self._baseline is None else self._baseline.changes(self)
 
+    def __getstate__(self) -> Any:
+        raise InputError(
+            "a pipeline is neither copied nor pickled, because its weights are shared with the files they are in: load "
+            "another one, or make it of parts: Pipeline(pipe.variant, transformer, pipe.autoencoder, pipe.text)"
+        )
+
     @torch.inference_mode()
     def generate(
         self,

@@ -133,6 +133,8 @@ def checked_output(path: str | Path, endings: Sequence[str] = tuple(FORMATS)) ->
     Raises:
         OutputError: unknown ending, a name that cannot be one, no such folder, or no permission.
     """
+    if not str(path):
+        raise OutputError("the name of a picture to be written is empty")
     path = Path(path)
     if path.suffix.lower() not in endings:
         raise OutputError(f"{path}: a picture is written as {', '.join(endings)}, got the ending {path.suffix!r}")

@@ -129,6 +129,15 @@ def test_merge(style: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         torch.testing.assert_close(after[key], (before[key].float() + 0.5 * up @ down).to(before[key].dtype))
 
 
+def test_merge_at_scale_0_says_that_nothing_changes(
+    style: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.safetensors"
+    assert run("lora", "merge", str(BASE), "--lora", f"{style}:0", "-o", str(out)) == 0
+    said = capsys.readouterr().out
+    assert ": 0 changes merged, " in said and f"; {style} at scale 0 changes nothing" in said
+
+
 def test_merge_into_packed_layers(style: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """They become wide, or, on request, are packed again, and one line says what that took."""
     packed = tmp_path / "packed.safetensors"

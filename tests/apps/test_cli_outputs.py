@@ -20,6 +20,7 @@ from PIL import Image
 
 from miniflux.apps.outputs import PROMPT_BYTES, PROMPT_LETTERS, Outputs, claimed, new_file, numbered, wordy
 from miniflux.errors import InputError, MinifluxError, OutputError
+from miniflux.result import Result
 from tests.apps.test_cli import QUICK, run
 
 ENDINGS = (".png", ".jpg")
@@ -236,6 +237,32 @@ def test_what_is_drawn_is_kept_when_stopped(number: signal.Signals, code: int, t
     assert said == f"miniflux: stopped: {len(found)} of 900 pictures are kept ({', '.join(sorted(found, key=by))})\n"
     for name in found:
         Image.open(tmp_path / name).load()
+
+
+def test_a_stopped_call_writes_its_sheet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the pictures that are drawn."""
+    drawn, save = [], Result.save
+
+    def stopping(self: Result, path: str | Path, metadata: bool = True) -> Path:
+        drawn.append(path)
+        if len(drawn) == 3:
+            raise KeyboardInterrupt
+        return save(self, path, metadata)
+
+    monkeypatch.setattr(Result, "save", stopping)
+    out, grid = str(tmp_path / "x.png"), tmp_path / "grid.png"
+    assert run("generate", "a star", "-o", out, "--images", "4", "--grid", str(grid), *QUICK) == 130
+    assert names(tmp_path) == ["grid.png", "x-1.png", "x-2.png"]
+    assert Image.open(grid).size == (2 * 64, 48)
+
+
+def test_previews_of_a_call_are_not_written_over(tmp_path: Path) -> None:
+    """Two pictures of one name, with `--force`: what was there goes, what this call wrote stays."""
+    (tmp_path / "a-star-step001.png").write_text("old")
+    steps = [*QUICK, "--steps", "2", "--preview-every", "1", "--force"]
+    assert run("generate", "a star", "a star", "-o", str(tmp_path / "{prompt}.png"), *steps) == 0
+    assert names(tmp_path) == ["a-star-1.png", "a-star-step001-1.png", "a-star-step001.png", "a-star.png"]
+    Image.open(tmp_path / "a-star-step001.png").load()
 
 
 def by(name: str) -> int:

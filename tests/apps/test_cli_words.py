@@ -36,6 +36,10 @@ REALISM = str(BUNDLED / "loras" / "realism.safetensors")
         ("-o x.png more", "words stand together"),
         ("--grid x.bmp", "'.bmp'"),
         ("--grid no/x.png", "does not exist"),
+        ("--grid g-{seed}.png", "one sheet holds all pictures"),
+        ("--grid=", "is empty"),
+        ("--output=", "is empty"),
+        ("--image=", "the name of a picture is empty"),
         ("--t5-length 0", "got 0"),
     ],
 )

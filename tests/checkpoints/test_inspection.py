@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from miniflux.checkpoints import inspect, layouts_of, open_tensors, save, to_layout
+from miniflux.checkpoints.finding import BUNDLED
 from miniflux.checkpoints.inspection import describe, fits, flux1_config, network_of
 from miniflux.errors import CheckpointError
 from miniflux.models.autoencoder import Autoencoder
@@ -203,3 +205,12 @@ def test_other_networks_are_not_taken_for_known_ones(manifest: Manifest) -> None
     """A control LoRA or Redux file has names of its own."""
     for name in ("bfl-flux1-redux-dev", "bfl-flux1-canny-dev-lora", "xlabs-flux-ip-adapter", "te-qwen3-4b"):
         assert network_of(manifest(name)) is None
+
+
+def test_what_is_not_needed_is_listed(tmp_path: Path) -> None:
+    """Tensors that published files carry beside the network's own: with the reason, and no problem."""
+    clip = load_file(BUNDLED / "text_encoder" / "model.safetensors")
+    save_file({**clip, "logit_scale": torch.ones(())}, tmp_path / "clip.safetensors")
+    (part,) = inspect(tmp_path / "clip.safetensors").parts
+    assert part.redundant == {"logit_scale": "only for comparing with images"} and not part.problems
+    assert "not needed  logit_scale: only for" in str(part)

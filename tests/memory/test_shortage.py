@@ -98,6 +98,7 @@ SHORT: list[Exception] = [
     RuntimeError("Invalid buffer size: 16.00 GB"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("could not create a memory object"),
+    RuntimeError("could not create a primitive"),
     OSError(errno.ENOMEM, "Cannot allocate memory"),
 ]
 OTHERS: list[Exception] = [

@@ -36,10 +36,9 @@ def prepare(level: int) -> None:
         elif isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors=ERRORS)
     logging.raiseExceptions = False  # a log that cannot be written is no reason to print a traceback
-    logging.basicConfig(level=level, format="miniflux: %(message)s")
-    for handler in logging.getLogger().handlers:
-        if not any(isinstance(known, _Once) for known in handler.filters):
-            handler.addFilter(_Once())
+    handler = logging.StreamHandler()
+    handler.addFilter(_Once())
+    logging.basicConfig(level=level, format="miniflux: %(message)s", handlers=[handler])  # unless somebody has, already
 
 
 class _Once(logging.Filter):

@@ -149,6 +149,7 @@ class _Call:
         outputs: where they go.
         sheet: what was drawn, if it is wanted on a grid.
         blocks: of a step cache, how many were skipped and evaluated.
+        previews: that were written, so that none is written over.
     """
 
     prompts: list[str]
@@ -158,6 +159,7 @@ class _Call:
     outputs: Outputs
     sheet: list[Result] = field(default_factory=list)
     blocks: Counter[str] = field(default_factory=Counter)
+    previews: set[Path] = field(default_factory=set[Path])
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -176,16 +178,25 @@ def _run(options: argparse.Namespace) -> None:
         done = call.outputs.done
         names = f" ({', '.join(map(str, done))})" if done else ""
         stop.kept = f"{len(done)} of {len(call.prompts)} pictures are kept{names}"  # pyright: ignore
+        if call.sheet:
+            _write_sheet(options, call)
         raise
     if options.grid is not None:
-        from miniflux.result import joined
-
-        with new_file(options.grid, options.force and not call.outputs.wrote(options.grid)) as path:
-            joined(call.sheet).save(path, metadata=not options.no_metadata)
-        console.say(f"{path}: all {len(call.sheet)} on one sheet")
+        _write_sheet(options, call)
     if options.cache is not None:
         spared, made = call.blocks["skipped"], call.blocks["evaluated"]
         console.say(f"cache {options.cache}: {spared} of {spared + made} blocks spared")
+
+
+def _write_sheet(options: argparse.Namespace, call: _Call) -> None:
+    """All pictures that were drawn on one sheet."""
+    from miniflux.result import joined
+
+    with new_file(options.grid, options.force and not call.outputs.wrote(options.grid)) as path:
+        joined(call.sheet).save(path, metadata=not options.no_metadata)
+    total = len(call.prompts)
+    many = f"all {total}" if len(call.sheet) == total else f"{len(call.sheet)} of {total} pictures"
+    console.say(f"{path}: {many} on one sheet")
 
 
 def _checked(options: argparse.Namespace) -> _Call:
@@ -210,6 +221,8 @@ def _checked(options: argparse.Namespace) -> _Call:
     outputs = Outputs(options.output, len(prompts), options.force, tuple(FORMATS))
     if options.grid is not None:
         checked_output(options.grid)
+        if any(f"{{{name}" in Path(options.grid).name for name in FIELDS):
+            raise InputError(f"--grid {options.grid}: one sheet holds all pictures: no field of one names it")
     if options.weights is not None and not Path(options.weights).is_dir():
         raise InputError(f"--weights {options.weights}: no such folder")
     check_mode(options.memory)
@@ -317,8 +330,10 @@ def _preview(options: argparse.Namespace, pipe: Pipeline, call: _Call, moment: M
     width, height = size or (pipe.variant.size, pipe.variant.size)
     said = {"model": pipe.variant.name, "width": width, "height": height, "steps": moment.steps}
     stem = call.outputs.stem({**said, "solver": options.solver, **about})
-    with new_file(call.outputs.folder / f"{stem}-step{moment.step:03d}.png", options.force) as path:
+    given = call.outputs.folder / f"{stem}-step{moment.step:03d}.png"
+    with new_file(given, options.force and given not in call.previews) as path:
         save_picture(pipe.preview(moment, width, height), path, None)
+    call.previews.add(path)
 
 
 def _guide(options: argparse.Namespace) -> Cfg | None:

@@ -76,8 +76,10 @@ def _merge(options: argparse.Namespace) -> None:
 
     with _written(options, [options.base, *(file for file, _ in options.lora)]) as path:
         receipts = merge_files(options.base, options.lora, path, pack=options.pack)
-    applied, size = sum(receipt.applied for receipt in receipts), os.path.getsize(path)
-    console.say(f"{path}: {applied} changes merged, {size:,} bytes")
+    none = [file for file, scale in options.lora if scale == 0]
+    applied = sum(receipt.applied for receipt, (_, scale) in zip(receipts, options.lora, strict=True) if scale != 0)
+    said = f"; {', '.join(none)} at scale 0 changes nothing" if none else ""
+    console.say(f"{path}: {applied} changes merged, {os.path.getsize(path):,} bytes{said}")
 
 
 def _extract(options: argparse.Namespace) -> None:

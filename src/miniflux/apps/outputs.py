@@ -76,6 +76,8 @@ class Outputs:
     """
 
     def __init__(self, given: str, total: int, force: bool, endings: Sequence[str]) -> None:
+        if not given:
+            raise InputError("the name of the output is empty")
         self.total, self.force = total, force
         self.done: list[Path] = []
         folder = given.endswith(("/", os.sep)) or os.path.isdir(given)
@@ -290,8 +292,11 @@ def new_file(
         inputs: what the result is made from, which is not written over.
 
     Raises:
+        InputError: the name is empty.
         OutputError: it is one of the inputs, or the place cannot be written to.
     """
+    if not str(given):
+        raise InputError("the name of the output is empty")
     path = Path(given)
     check_place(path)
     for source in inputs:

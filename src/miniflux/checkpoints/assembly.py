@@ -214,7 +214,7 @@ def _variant_in(transformer: Path, folder: Path) -> Variant:
     source = open_part(transformer, Flux1)
     kind = network_of(source.entries) or next(iter(parts_of(source)), None)
     if kind is not Flux1:
-        found = kind.__name__ if kind else "no network known here"
+        found = kind.__name__ if kind else describe(source)
         raise CheckpointError(f"{source}: expected a FLUX.1 transformer, found {found}")
     axes = axes_beside(transformer) if transformer.is_dir() else None
     try:

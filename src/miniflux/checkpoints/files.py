@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from miniflux.checkpoints.beginnings import HEAD, kind_of_file
 from miniflux.checkpoints.folders import tensor_paths
 from miniflux.checkpoints.jsonfiles import MAX_HEADER, json_of, open_regular, shown
 from miniflux.errors import CheckpointError
@@ -43,17 +44,6 @@ DTYPES: dict[str, torch.dtype] = {
 FIELDS = ("dtype", "shape", "data_offsets")  # of a tensor's entry in the header, and no others
 LARGE = 2**22  # bytes of a tensor that gets memory of its own from the system
 MAX_AXES = 32  # of a tensor's shape; published tensors have 5 at most
-# What other files begin with that are found under the name of a safetensors file.
-STRANGERS: dict[bytes, str] = {
-    b"PK\x03\x04": "a zip archive as torch.save writes it: with a pickle, which can run code and is never loaded",
-    b"\x80": "a pickle, which can run code and is never loaded",
-    b"GGUF": "a GGUF file; its name must end in .gguf",
-    b"version https://git-lfs": "a Git LFS pointer; the file itself was not downloaded",
-    b"<!DOCTYPE": "a web page, perhaps the answer to a failed download",
-    b"<html": "a web page, perhaps the answer to a failed download",
-    b"\x1f\x8b": "a gzip archive",
-    b"\x00\x05\x16\x07": "what macOS keeps beside a file on a foreign disk (named ._*), not the file itself",
-}
 
 
 @dataclass(frozen=True)
@@ -88,7 +78,7 @@ class TensorFile:
                     raise CheckpointError(f"{path}: {self.size} bytes are too few for a safetensors file")
                 (length,) = struct.unpack("<Q", prefix)
                 if length > self.size - 8 or length > MAX_HEADER:
-                    raise CheckpointError(f"{path}: {self._stranger(prefix + file.read(32), length)}")
+                    raise CheckpointError(f"{path}: {self._stranger(prefix + file.read(HEAD - 8), length)}")
                 text = file.read(length)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
@@ -108,9 +98,9 @@ class TensorFile:
 
     def _stranger(self, begin: bytes, length: int) -> str:
         """What is wrong with a file whose first bytes are no length of a header that is read."""
-        for start, what in STRANGERS.items():
-            if begin.startswith(start) and (len(start) > 2 or length > MAX_HEADER):  # else it may be a length
-                return f"not a safetensors file: it looks like {what}"
+        kind = kind_of_file(begin, header=length <= MAX_HEADER)
+        if kind is not None:
+            return f"not a safetensors file: it looks like {kind}"
         if length > self.size - 8:
             return f"not a safetensors file, or cut off: its header claims {length} bytes, {self.size - 8} follow"
         return (

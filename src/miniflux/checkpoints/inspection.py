@@ -61,6 +61,7 @@ class Part:
         tensors, parameters, bytes: how many, how large.
         problems: what does not fit the network it seems to be, is missing beside it, or is wrong with its data (if they
             were read), one line each.
+        redundant: tensors that published files carry and the network does not need, with the reason.
     """
 
     path: str
@@ -73,6 +74,7 @@ class Part:
     parameters: int
     bytes: int
     problems: list[str] = field(default_factory=list)
+    redundant: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         formats = ", ".join(f"{count} x {_written(name)}" for name, count in self.formats.items())
@@ -84,6 +86,7 @@ class Part:
             f"  format      {_written(self.format)} ({formats})",
             f"  size        {self.tensors} tensors, {self.parameters:,} parameters, {self.bytes:,} bytes",
         ]
+        lines += [f"  not needed  {key}: {why}" for key, why in self.redundant.items()]
         return "\n".join(lines + [f"  problem     {problem}" for problem in self.problems])
 
 
@@ -181,9 +184,9 @@ def _absent(parts: list[Part], folder: Path | None) -> list[str]:
 def _part(source: TensorSource, other: Found | None, data: bool) -> Part:
     entries = source.entries
     if other is not None:
-        network, variant, layout, problems = other.other.network, other.name, other.other.layout, []
+        network, variant, layout, problems, redundant = other.other.network, other.name, other.other.layout, [], {}
     else:
-        network, variant, layout, problems = _recognise(source)
+        network, variant, layout, problems, redundant = _recognise(source)
     return Part(
         path=str(source),
         network=network,
@@ -195,6 +198,7 @@ def _part(source: TensorSource, other: Found | None, data: bool) -> Part:
         parameters=sum(math.prod(entry.shape) for entry in contents_of(source).entries.values()),
         bytes=sum(entry.size for entry in entries.values()),
         problems=problems + (_bad_data(source) if data else []),
+        redundant=redundant,
     )
 
 
@@ -243,17 +247,18 @@ def _lora(source: TensorSource) -> tuple[str, str, str, list[str]] | None:
     return LORA, said, file.dialect, [f"unused: {key}" for key in file.unmatched]
 
 
-def _recognise(source: TensorSource) -> tuple[str, str, str, list[str]]:
-    """Network, variant, layout and problems."""
+def _recognise(source: TensorSource) -> tuple[str, str, str, list[str], dict[str, str]]:
+    """Network, variant, layout, problems, and what is not needed."""
     kind = network_of(source.entries)
     if kind is None:
-        return _lora(source) or ("unknown", "unknown", "unknown", [])
+        return *(_lora(source) or ("unknown", "unknown", "unknown", [])), {}
     config, names, report = _closest(kind, source)
     problems = [f"{what}: {key}" for what, keys in report.problems.items() for key in keys]
     if config not in names:
-        return kind.__name__, describe(source), report.layout, problems
+        return kind.__name__, describe(source), report.layout, problems, report.redundant
     known = " or ".join(names[config])
-    return kind.__name__, f"none known; closest is {known}" if problems else known, report.layout, problems
+    variant = f"none known; closest is {known}" if problems else known
+    return kind.__name__, variant, report.layout, problems, report.redundant
 
 
 def _closest(kind: type[nn.Module], source: TensorSource) -> tuple[Any, dict[Any, list[str]], LoadReport]:
@@ -303,7 +308,8 @@ def describe(source: TensorSource) -> str:
         return others[0].name
     kind = network_of(source.entries)
     if kind is not Flux1:
-        return f"the tensors of {kind.__name__}" if kind else "no network known here"
+        unknown = "a LoRA, which changes a model and is none" if is_lora(source) else "no network known here"
+        return f"the tensors of {kind.__name__}" if kind else unknown
     try:
         config = flux1_config(contents_of(source).entries, source.metadata)
     except CheckpointError as error:

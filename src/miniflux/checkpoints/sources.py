@@ -102,11 +102,14 @@ def inputs(path: str | Path) -> Inputs:
         if len(models) > 1 and (why := _no_part(source, bool(parts))):
             left_out[str(model.path.relative_to(path))] = why
         elif not parts:
-            raise CheckpointError(f"{source}: no network known here")
+            raise CheckpointError(f"{source}: {_no_part(source, False) or 'no network known here'}")
         else:
             found += [_input(kind, part, path, model, len(parts) > 1) for kind, part in parts.items()]
     if not models:  # a file, an index, or a folder without any
-        parts = parts_of(open_tensors(path))
+        whole = open_tensors(path)
+        parts = parts_of(whole)
+        if not parts:
+            raise CheckpointError(f"{path}: {_no_part(whole, False) or 'no network known here'}")
         found = [_input(kind, part, path, None, len(parts) > 1) for kind, part in parts.items()]
     if not found:
         raise CheckpointError(f"{path}: no network known here")

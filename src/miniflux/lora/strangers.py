@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
+from miniflux.checkpoints.beginnings import HEAD, kind_of_file
 from miniflux.checkpoints.files import TensorSource
 from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.jsonfiles import MAX_HEADER
@@ -19,7 +20,6 @@ from miniflux.models.flux1 import Flux1
 from miniflux.models.t5 import T5Encoder
 from miniflux.models.tiny_autoencoder import TinyDecoder
 
-HEAD = 512  # bytes that are looked at
 WORDS: dict[type[nn.Module], str] = {
     Flux1: "the transformer of a FLUX.1",
     Autoencoder: "an autoencoder (VAE)",
@@ -27,30 +27,6 @@ WORDS: dict[type[nn.Module], str] = {
     T5Encoder: "a text encoder (T5)",
     TinyDecoder: "a tiny decoder for previews",
 }
-PICKLED = "a pickled checkpoint of torch.save: a pickle, which can run code and is never loaded"
-# What files of other kinds begin with.
-BEGINNINGS: tuple[tuple[bytes, str], ...] = (
-    (b"\x89PNG\r\n\x1a\n", "a picture (PNG)"),
-    (b"\xff\xd8\xff", "a picture (JPEG)"),
-    (b"GIF8", "a picture (GIF)"),
-    (b"BM", "a picture (BMP)"),
-    (b"II*\x00", "a picture (TIFF)"),
-    (b"MM\x00*", "a picture (TIFF)"),
-    (b"%PDF", "a PDF document"),
-    (b"GGUF", "a GGUF file, the packed weights of a model"),
-    (b"PK\x03\x04", "a zip archive"),
-    *((bytes((0x80, version)), PICKLED) for version in (2, 3, 4, 5)),
-    (b"\x1f\x8b", "an archive (gzip)"),
-    (b"7z\xbc\xaf\x27\x1c", "an archive (7-Zip)"),
-    (b"Rar!", "an archive (RAR)"),
-    (b"\x89HDF", "an HDF5 file"),
-    (b"version https://git-lfs", "the pointer of Git LFS to a file that was not downloaded"),
-)
-TEXTS: tuple[tuple[bytes, str], ...] = (
-    (b"<!doctype html", "a web page, most likely an error page that was saved in its place"),
-    (b"<html", "a web page, most likely an error page that was saved in its place"),
-    (b"{", "a JSON file, perhaps a workflow or a config"),
-)
 # Keys of networks and LoRAs of other families, by a piece that only they have.
 FAMILIES: tuple[tuple[str, str], ...] = (
     ("lora_unet_down_blocks_", "a LoRA for Stable Diffusion (its U-Net has down_blocks)"),
@@ -88,27 +64,9 @@ def refuse_other_files(path: Path) -> None:
         return  # which whoever opens it says better
     if int.from_bytes(head[:8], "little") <= MAX_HEADER and head[8:].lstrip().startswith(b"{"):
         return  # whatever its length looks like
-    kind = next((kind for start, kind in BEGINNINGS if head.startswith(start)), None)
-    if kind == "a zip archive" and b"/data.pkl" in head:  # the newer way of torch.save
-        kind = PICKLED
-    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        kind = "a picture (WebP)"
-    if head[4:8] == b"ftyp":
-        kind = "a picture (AVIF or HEIC)" if head[8:12] in (b"avif", b"heic", b"heix", b"mif1") else "a film"
-    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    kind = kind or next((kind for start, kind in TEXTS if text.startswith(start)), None)
-    if kind is None and len(head) > 8 and _is_text(head):
-        kind = "a text file"
+    kind = kind_of_file(head)
     if kind is not None:
         raise LoraError(f"{path}: this is {kind}, not a LoRA")
-
-
-def _is_text(head: bytes) -> bool:
-    try:
-        text = head[: len(head) - 4 if len(head) == HEAD else HEAD].decode()
-    except UnicodeDecodeError:
-        return False
-    return all(letter.isprintable() or letter.isspace() for letter in text)
 
 
 def refuse_other_tensors(source: TensorSource, signs: bool) -> None:

@@ -23,6 +23,7 @@ TEXTS = (
     "Invalid buffer size",  # MPS, of a single tensor that is too large
     "bad_alloc",  # C++
     "could not create a memory",  # oneDNN
+    "could not create a primitive\n",  # oneDNN; "a primitive descriptor" is what it has no way to compute
     "Cannot allocate memory",  # mmap
     "unable to mmap",
 )
@@ -42,7 +43,7 @@ def is_shortage(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in TEXTS)
+    return isinstance(error, RuntimeError) and any(text in f"{error}\n" for text in TEXTS)
 
 
 @contextmanager
