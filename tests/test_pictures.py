@@ -210,6 +210,12 @@ def test_the_first_frame_is_taken_and_said(tmp_path: Path, caplog: pytest.LogCap
         assert "3 frames; the first is taken" in caplog.text, kind
 
 
+def test_what_is_no_picture_at_all() -> None:
+    for given in (5, None, [1], {}):
+        with pytest.raises(InputError, match="a picture is a path, bytes, an open file or a Pillow picture, got a"):
+            open_picture(given)  # type: ignore[arg-type]
+
+
 def test_long_texts_in_a_png_do_not_matter() -> None:
     about = PngImagePlugin.PngInfo()
     about.add_text("parameters", "x" * 5_000_000, zip=True)

@@ -57,8 +57,10 @@ def open_picture(given: str | os.PathLike[str] | bytes | BinaryIO | Image.Image)
         if not os.fspath(given):
             raise InputError("the name of a picture is empty")
         name, data = os.fspath(given), _bytes_of(Path(given))
-    else:
+    elif isinstance(given, bytes) or hasattr(given, "read"):
         name, data = "the picture", given if isinstance(given, bytes) else given.read()
+    else:
+        raise InputError(f"a picture is a path, bytes, an open file or a Pillow picture, got a {type(given).__name__}")
     if not data:
         raise InputError(f"{name}: an empty file, no picture")
     Image.init()

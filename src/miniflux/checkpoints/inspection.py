@@ -251,7 +251,8 @@ def _recognise(source: TensorSource) -> tuple[str, str, str, list[str], dict[str
     """Network, variant, layout, problems, and what is not needed."""
     kind = network_of(source.entries)
     if kind is None:
-        return *(_lora(source) or ("unknown", "unknown", "unknown", [])), {}
+        network, variant, layout, problems = _lora(source) or ("unknown", "unknown", "unknown", [])
+        return network, variant, layout, problems, {}
     config, names, report = _closest(kind, source)
     problems = [f"{what}: {key}" for what, keys in report.problems.items() for key in keys]
     if config not in names:
