@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from miniflux.checkpoints import from_layout, layouts_of, load_into, to_layout
-from miniflux.checkpoints.layouts import REDUNDANT, TABLES, detect, origins
+from miniflux.checkpoints.layouts import detect, origins, own_shapes
 from miniflux.checkpoints.loading import compare
+from miniflux.checkpoints.networks import BY_KIND, NETWORKS
 from miniflux.errors import CheckpointError
 from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.clip import ClipTextEncoder
@@ -138,20 +139,33 @@ def test_diffusers_fused_rows_are_in_order() -> None:
     assert starts == {"attn.to_q": 0, "attn.to_k": hidden, "attn.to_v": 2 * hidden, "proj_mlp": 3 * hidden}
 
 
-@pytest.mark.parametrize("build", TABLES)
+CONFIGS = {Flux1: FLUX1, Autoencoder: AUTOENCODER, ClipTextEncoder: CLIP, T5Encoder: T5, TinyDecoder: TINY}
+
+
+@pytest.mark.parametrize("build", BY_KIND)
 def test_every_row_of_a_table_is_used(build: type[nn.Module]) -> None:
     """A row that matches nothing is a typing error that nobody would notice."""
-    config = {Flux1: FLUX1, Autoencoder: AUTOENCODER, ClipTextEncoder: CLIP, T5Encoder: T5, TinyDecoder: TINY}[build]
-    module = meta(build, config)
-    for layout, rows in TABLES[build].items():
+    module, record = meta(build, CONFIGS[build]), BY_KIND[build]
+    for layout, rows in record.rows.items():
         found = origins(module, layout).values()
         theirs = [key for origin in found for key in origin.keys if origin.how not in ("second third", "last third")]
         assert len(theirs) == len(set(theirs))
-        for row in rows:
+        for row in rows if layout in record.layouts else ():
+            fewer = replace(record.layouts[layout], rows=[other for other in rows if other is not row])
             with pytest.MonkeyPatch.context() as patch:
-                patch.setitem(TABLES[build], layout, [other for other in rows if other is not row])
+                patch.setitem(BY_KIND, build, replace(record, layouts={**record.layouts, layout: fewer}))
                 with pytest.raises(AssertionError, match="no row for"):
                     origins(module, layout)
+
+
+@pytest.mark.parametrize("build", BY_KIND)
+def test_shapes_under_our_names_are_the_networks_own(build: type[nn.Module]) -> None:
+    """The inverse of every table, on names and shapes alone: no network is needed for it."""
+    module, record = meta(build, CONFIGS[build]), BY_KIND[build]
+    ours = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+    for layout in ("original", *record.layouts):
+        theirs = to_layout(module, module.state_dict(), layout)
+        assert own_shapes(record, {key: tuple(tensor.shape) for key, tensor in theirs.items()}) == ours
 
 
 def test_layouts_of_a_network() -> None:
@@ -174,16 +188,16 @@ def test_t5_embedding_twice_or_under_its_second_name() -> None:
         assert same(dict(module.state_dict()), state)
 
 
-@pytest.mark.parametrize("build", REDUNDANT)
+@pytest.mark.parametrize("build", [network.kind for network in NETWORKS if network.redundant])
 def test_redundant_tensors_are_accepted_and_reported(build: type[nn.Module], caplog: pytest.LogCaptureFixture) -> None:
     """Published text encoders carry them; refusing would make the files unloadable, silence would hide a difference."""
-    config = {ClipTextEncoder: CLIP, T5Encoder: T5, TinyDecoder: TINY}[build]
-    state = build(config).state_dict() | {key: randn(3) for key in REDUNDANT[build]}
+    config, redundant = CONFIGS[build], BY_KIND[build].redundant
+    state = build(config).state_dict() | {key: randn(3) for key in redundant}
     with caplog.at_level("INFO"):
         report = load_into(meta(build, config), state)
-    assert report.redundant == REDUNDANT[build]
+    assert report.redundant == redundant
     assert not set(report.used) & set(report.redundant)
-    for key, why in REDUNDANT[build].items():
+    for key, why in redundant.items():
         assert f"{key} is not needed: {why}" in caplog.text and f"not needed: {key} ({why})" in str(report)
 
 

@@ -20,8 +20,9 @@ import miniflux
 from miniflux.checkpoints import inspect, load_into, open_tensors, save, save_all_in_one, to_layout
 from miniflux.checkpoints.finding import BUNDLED
 from miniflux.checkpoints.formats.reading import GivenTensors
-from miniflux.checkpoints.layouts import ALL_IN_ONE, PREFIXES
+from miniflux.checkpoints.layouts import ALL_IN_ONE
 from miniflux.checkpoints.loading import compare
+from miniflux.checkpoints.networks import PIPELINE
 from miniflux.checkpoints.prefixes import divide, networks_in, part_of, parts_of
 from miniflux.errors import CheckpointError
 from miniflux.models.autoencoder import Autoencoder
@@ -43,6 +44,8 @@ PIPE: Any = SimpleNamespace(
     autoencoder=NETWORKS[Autoencoder],
     text=SimpleNamespace(clip=NETWORKS[ClipTextEncoder], t5=NETWORKS[T5Encoder]),
 )
+
+PREFIXES = {network.kind: network.prefix for network in PIPELINE}
 
 
 def empty(kind: type[nn.Module]) -> nn.Module:

@@ -12,7 +12,8 @@ from torch import nn
 
 from miniflux.checkpoints import layouts_of, to_layout
 from miniflux.checkpoints.layouts import ALL_IN_ONE
-from miniflux.checkpoints.sizes import HEADER, config_in, in_header, stated
+from miniflux.checkpoints.networks import BY_CONFIG
+from miniflux.checkpoints.sizes import config_in, in_header, stated
 from miniflux.errors import CheckpointError
 from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.clip import ClipTextEncoder
@@ -72,7 +73,7 @@ def test_from_the_header(kind: type[nn.Module], config: Any, default: Any) -> No
 )
 def test_malformed_headers(text: str, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        stated({HEADER[type(T5)]: text}, T5)
+        stated({BY_CONFIG[type(T5)].header: text}, T5)
 
 
 @pytest.mark.parametrize(("kind", "config", "default"), CASES[::2])

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import miniflux
+from miniflux.checkpoints.networks.autoencoder import AUTOENCODER
 from miniflux.errors import MinifluxError, OutOfMemoryError
 from miniflux.memory import free, ledger, shortage
 from miniflux.models.autoencoder import Autoencoder, AutoencoderConfig
@@ -264,7 +265,7 @@ def test_decoding_counts_the_tensors_of_its_worst_moment(name: str) -> None:
     """By hand: nano at the first block of the full size, 3 * 64 + 32 planes; FLUX.1 where it doubles for the last time,
     (512 + 256 + 12 * 256) planes of a quarter of the pixels."""
     planes = {"nano-dev": 3 * 64 + 32, "flux1-dev": (512 + 256 + 12 * 256) / 4}[name]
-    assert ledger.decoder_activations(VARIANTS[name].autoencoder, 100, 4) == planes * 400
+    assert AUTOENCODER.activations(VARIANTS[name].autoencoder, 100, 4) == planes * 400
 
 
 def test_one_level_decodes_without_doubling() -> None:
@@ -273,4 +274,4 @@ def test_one_level_decodes_without_doubling() -> None:
         num_groups=4,
     )  # fmt: skip
     assert Autoencoder(config).config.downscale == 1
-    assert ledger.decoder_activations(config, 10, 2) == 5 * 8 * 20
+    assert AUTOENCODER.activations(config, 10, 2) == 5 * 8 * 20

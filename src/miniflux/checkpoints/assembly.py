@@ -22,6 +22,7 @@ from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.inspection import axes_beside, describe, fits, flux1_config
 from miniflux.checkpoints.layouts import detect, origins
 from miniflux.checkpoints.loading import bare, compare, load_into, take_packed_layers
+from miniflux.checkpoints.networks import BY_KIND
 from miniflux.checkpoints.origin import Origin, stamped
 from miniflux.checkpoints.pipelines import SCHEDULER
 from miniflux.checkpoints.prefixes import network_of, open_part, parts_of
@@ -41,8 +42,6 @@ from miniflux.text import Text, load_clip_tokenizer, load_t5_tokenizer
 from miniflux.variants import ALIASES, VARIANTS, Variant, variant, variant_of
 
 log = logging.getLogger(__name__)
-
-NAMES: dict[type[nn.Module], str] = {Autoencoder: "autoencoder", ClipTextEncoder: "clip", T5Encoder: "t5"}  # of parts
 
 
 class Parts(NamedTuple):
@@ -190,7 +189,7 @@ def locate(name_or_path: str | Path, first: list[Path], given: dict[str, Path]) 
     chosen = _variant_in(transformer, folder)
     beside: dict[str, Path] = {}  # what else an all-in-one file holds
     if transformer.is_file():
-        beside = {NAMES[kind]: transformer for kind in parts_of(open_tensors(transformer)) if kind in NAMES}
+        beside = {BY_KIND[kind].part: transformer for kind in parts_of(open_tensors(transformer)) if kind is not Flux1}
     return chosen, find(chosen, [*first, folder], {"transformer": transformer, **beside, **given})
 
 

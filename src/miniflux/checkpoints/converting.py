@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from miniflux.checkpoints.files import TensorSource, fresh
 from miniflux.checkpoints.formats import Format
@@ -22,6 +22,7 @@ from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.layouts import ALL_IN_ONE, DIFFUSERS, OPENAI, ORIGINAL, hidden_size, layouts_of, to_theirs
 from miniflux.checkpoints.loading import compare, fetch, is_finite
 from miniflux.checkpoints.moving import moved
+from miniflux.checkpoints.networks import BY_KIND
 from miniflux.checkpoints.outputs import Output, extras, names_file, outputs
 from miniflux.checkpoints.prefixes import PartSource, part_of
 from miniflux.checkpoints.readback import difference, rows
@@ -30,10 +31,6 @@ from miniflux.checkpoints.targets import Encoding, Target, Targets, find_format,
 from miniflux.checkpoints.tokenizerfiles import Content
 from miniflux.checkpoints.unfinished import JOURNAL, Frame, Unfinished, gguf_frame, safetensors_frame
 from miniflux.errors import CheckpointError, InputError, OutputError
-from miniflux.models.autoencoder import Autoencoder
-from miniflux.models.clip import ClipTextEncoder
-from miniflux.models.flux1 import Flux1
-from miniflux.models.t5 import T5Encoder
 
 Progress = Callable[[int, int], None]
 """Called after every tensor with (tensors done, tensors in all), each counted when it is written and when it is read
@@ -41,7 +38,6 @@ back. May raise to stop; the same call then goes on from there."""
 
 SHARD = 10_000_000_000  # bytes of a shard in diffusers' layout
 # What GGUF files call the networks, and files that are mostly of one float.
-ARCHITECTURES: dict[type[nn.Module], str] = {Flux1: "flux", T5Encoder: "t5encoder", ClipTextEncoder: "clip"}
 FILE_TYPES = {torch.float32: "ALL_F32", torch.float16: "MOSTLY_F16", torch.bfloat16: "MOSTLY_BF16"}
 
 
@@ -203,7 +199,7 @@ def _is_gguf(target: Path, encoding: Encoding | None, part: Input, several: bool
     block = isinstance(encoding, Ggml)
     if not names_file(target):
         kept = [stored.format for stored in contents_of(part.source).stored.values()]
-        packed = block and not (several and isinstance(part.network, Autoencoder))
+        packed = block and not (several and not BY_KIND[type(part.network)].packed)
         return packed or (encoding is None and any(isinstance(form, Ggml) for form in kept))
     gguf = target.suffix == ".gguf"
     if gguf and isinstance(encoding, Format) and not block:
@@ -267,7 +263,7 @@ def _frame(file: Output, encoding: Encoding | None, found: list[Input]) -> Frame
     kind = next(iter(inside))
     most = Counter(item.encoding for _, item in file.items if len(item.shape) > 1).most_common(1)[0][0]
     called = encoding if isinstance(encoding, Ggml) else most
-    return gguf_frame(file.name, kinds, blocks, metadata, (ARCHITECTURES.get(kind, "flux"), file_type(called)))
+    return gguf_frame(file.name, kinds, blocks, metadata, (BY_KIND[kind].architecture or "flux", file_type(called)))
 
 
 def file_type(most: Encoding) -> str:

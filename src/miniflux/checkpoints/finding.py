@@ -14,6 +14,7 @@ from pathlib import Path
 
 from miniflux.checkpoints.folders import SAFETENSORS, models, named
 from miniflux.checkpoints.hubcache import hub_cache, snapshot
+from miniflux.checkpoints.networks import BY_PART, NETWORKS, PIPELINE
 from miniflux.errors import CheckpointError, InputError, WeightsNotFoundError
 from miniflux.variants import VARIANTS, Variant
 
@@ -25,28 +26,12 @@ TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.m
 
 # For each part of a model: the names under which releases keep it, a file or a folder. `{file}` is the variant's own.
 PARTS: dict[str, tuple[str, ...]] = {
-    "transformer": ("{file}", "transformer"),
-    "autoencoder": ("ae.safetensors", "vae"),
-    "clip": ("text_encoder", "clip_l.safetensors"),
-    "t5": (
-        "text_encoder_2",
-        "t5xxl_fp16.safetensors",
-        "t5xxl_fp8_e4m3fn_scaled.safetensors",
-        "t5xxl_fp8_e4m3fn.safetensors",
-    ),
+    **{network.part: network.names for network in PIPELINE},
     "clip_tokenizer": ("tokenizer",),
     "t5_tokenizer": ("tokenizer_2",),
 }
 # Parts that a model does without.
-OPTIONAL: dict[str, tuple[str, ...]] = {"tiny": ("{tiny_file}", "taef1")}
-
-# In which folders of `ComfyUI/models` the same files lie.
-COMFYUI: dict[str, tuple[str, ...]] = {
-    "transformer": ("diffusion_models", "unet", "checkpoints"),
-    "autoencoder": ("vae",),
-    "clip": ("text_encoders", "clip"),
-    "t5": ("text_encoders", "clip"),
-}
+OPTIONAL = {network.part: network.names for network in NETWORKS if network not in PIPELINE}
 
 
 @dataclass(frozen=True)
@@ -144,7 +129,8 @@ def found_parts(
     for part, names in PARTS.items():
         wanted = [name.format(file=variant.file) for name in names]
         # ComfyUI's folders come first: its `vae` may hold many files, of which one is meant.
-        inside = [f"{at}/{name}" for at in COMFYUI.get(part, ()) for name in wanted if name.endswith(SAFETENSORS)]
+        folders_there = BY_PART[part].comfyui if part in BY_PART else ()
+        inside = [f"{at}/{name}" for at in folders_there for name in wanted if name.endswith(SAFETENSORS)]
         searched = folders if part == "transformer" else [*folders, *_relatives(variant)]
         usual = [(folder, name) for folder in searched for name in (*inside, *wanted)]
         if part in given:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,33 +16,20 @@ from miniflux.checkpoints.files import Entry, Selection, TensorSource, open_tens
 from miniflux.checkpoints.folders import Model, unread, walk
 from miniflux.checkpoints.formats.reading import contents_of, format_of, formats_in
 from miniflux.checkpoints.jsonfiles import json_file, json_of
+from miniflux.checkpoints.layouts import layout_of, own_shapes, their_names
 from miniflux.checkpoints.loading import bare, compare, is_finite
-from miniflux.checkpoints.others import Found, count_blocks, foreign_packing, others_in
+from miniflux.checkpoints.networks import BY_KIND, NETWORKS, PIPELINE
+from miniflux.checkpoints.networks.flux1 import FLUX1, TELLING
+from miniflux.checkpoints.others import Found, foreign_packing, others_in
 from miniflux.checkpoints.prefixes import network_of, parts_of
 from miniflux.checkpoints.report import LoadReport
 from miniflux.checkpoints.targets import accepted
 from miniflux.errors import CheckpointError, ConfigError, LoraError
-from miniflux.models.autoencoder import Autoencoder
-from miniflux.models.clip import ClipTextEncoder
 from miniflux.models.flux1 import Flux1, Flux1Config
-from miniflux.models.t5 import T5Encoder
-from miniflux.models.tiny_autoencoder import TinyDecoder
-from miniflux.variants import OTHER_TRANSFORMERS, VARIANTS, Variant
+from miniflux.variants import OTHER_TRANSFORMERS, VARIANTS
 
 Entries = Mapping[str, Entry]
-# Folders of a diffusers pipeline and the network that each should hold.
-FOLDERS: dict[str, type[nn.Module]] = {
-    "transformer": Flux1,
-    "vae": Autoencoder,
-    "text_encoder": ClipTextEncoder,
-    "text_encoder_2": T5Encoder,
-}
-WORDS: dict[type[nn.Module], str] = {
-    Flux1: "transformer",
-    Autoencoder: "autoencoder",
-    ClipTextEncoder: "CLIP text encoder",
-    T5Encoder: "T5 encoder",
-}
+FOLDERS = tuple(network.folder for network in PIPELINE)  # of a diffusers pipeline
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 LORA = "LoRA"
 
@@ -173,11 +160,10 @@ def _parts(source: TensorSource, data: bool) -> list[Part]:
 def _absent(parts: list[Part], folder: Path | None) -> list[str]:
     """What a pipeline's folder, or a file of several networks, lacks of a FLUX.1."""
     networks = {part.network for part in parts}
-    strange = networks - {kind.__name__ for kind in [*WORDS, TinyDecoder]}
+    strange = networks - {network.kind.__name__ for network in NETWORKS}
     if strange or Flux1.__name__ not in networks or not (folder or len(networks) > 1):
         return []
-    whole = [kind for kind in WORDS if kind.__name__ in networks]
-    absent = [word for kind, word in WORDS.items() if kind not in whole]
+    absent = [network.word for network in PIPELINE if network.kind.__name__ not in networks]
     return absent + [name for name in TOKENIZERS if folder and not (folder / name).is_dir()]
 
 
@@ -264,16 +250,9 @@ def _recognise(source: TensorSource) -> tuple[str, str, str, list[str], dict[str
 
 def _closest(kind: type[nn.Module], source: TensorSource) -> tuple[Any, dict[Any, list[str]], LoadReport]:
     """The config that a file fits best, the names of the variants by config, and what does not fit."""
-    getters: dict[type[nn.Module], Callable[[Variant], Any]] = {
-        Flux1: lambda v: v.transformer,
-        Autoencoder: lambda v: v.autoencoder,
-        ClipTextEncoder: lambda v: v.clip,
-        T5Encoder: lambda v: v.t5,
-        TinyDecoder: lambda v: v.tiny,
-    }
     names: dict[Any, list[str]] = {}  # of the variants that share a config
     for variant in VARIANTS.values():
-        names.setdefault(getters[kind](variant), []).append(variant.name)
+        names.setdefault(BY_KIND[kind].of(variant), []).append(variant.name)
     candidates = list(names)
     if kind is Flux1:
         names.update({config: [name] for name, config in OTHER_TRANSFORMERS.items()})
@@ -346,29 +325,20 @@ def flux1_config(
     others = others_in(entries)
     if others:
         raise CheckpointError(f"no FLUX.1 transformer, but {others[0].name}")
-    native = "img_in.weight" in entries
-    if not native and "x_embedder.weight" not in entries:
-        raise CheckpointError("no FLUX.1 transformer: neither img_in.weight nor x_embedder.weight is there")
-    double, single = (
-        ("double_blocks", "single_blocks") if native else ("transformer_blocks", "single_transformer_blocks")
-    )
-    names = {
-        "img_in": "img_in.weight" if native else "x_embedder.weight",
-        "txt_in": "txt_in.weight" if native else "context_embedder.weight",
-        "vector": "vector_in.in_layer.weight" if native else "time_text_embed.text_embedder.linear_1.weight",
-        "out": "final_layer.linear.weight" if native else "proj_out.weight",
-        "head": f"{single}.0.norm.query_norm.scale" if native else f"{single}.0.attn.norm_q.weight",
-        "mlp": f"{double}.0.img_mlp.0.weight" if native else f"{double}.0.ff.net.0.proj.weight",
-    }
-    absent = [key for key in names.values() if key not in entries]
+    if not any(sign in entries for sign in FLUX1.signs):
+        raise CheckpointError(f"no FLUX.1 transformer: neither {' nor '.join(FLUX1.signs)} is there")
+    shapes = own_shapes(FLUX1, {key: tuple(entry.shape) for key, entry in entries.items()})
+    layout = layout_of(FLUX1, entries)
+    names = {name: their_names(FLUX1, layout, key)[0] for name, key in TELLING.items()}
+    absent = [names[name] for name, key in TELLING.items() if key not in shapes]
     if absent:
         why = foreign_packing(entries) or f"{', '.join(absent)} missing"
         raise CheckpointError(f"an incomplete FLUX.1 transformer: {why}")
-    shape = {name: entries[key].shape for name, key in names.items()}
+    shape = {name: shapes[key] for name, key in TELLING.items()}
     odd = [f"{names[name]} {list(s)}" for name, s in shape.items() if len(s) != (1 if name == "head" else 2) or 0 in s]
     if odd:
         raise CheckpointError(f"no FLUX.1 transformer: the shape of {', '.join(odd)}")
-    hidden, head = shape["img_in"][0], shape["head"][0]
+    head = shape["head"][0]
     axes = axes_dim or _axes_in(metadata) or AXES.get(head) or (None if to_run else (head,))
     if axes is None:
         raise CheckpointError(
@@ -376,21 +346,8 @@ def flux1_config(
             f"of heads of {', '.join(map(str, sorted(AXES)))}"
         )
     try:
-        return Flux1Config(
-            in_channels=shape["img_in"][1],
-            out_channels=shape["out"][0],
-            vec_in_dim=shape["vector"][1],
-            context_in_dim=shape["txt_in"][1],
-            hidden_size=hidden,
-            mlp_ratio=shape["mlp"][0] / hidden,
-            num_heads=max(1, hidden // head),
-            depth=count_blocks(entries, f"{double}."),
-            depth_single_blocks=count_blocks(entries, f"{single}."),
-            axes_dim=axes,
-            qkv_bias=f"{double}.0.{'img_attn.qkv' if native else 'attn.to_q'}.bias" in entries,
-            guidance_embed=("guidance_in" if native else "time_text_embed.guidance_embedder")
-            in {".".join(key.split(".")[: 1 if native else 2]) for key in entries},
-        )
+        assert FLUX1.sizes is not None
+        return Flux1Config(**FLUX1.sizes(shapes, None), axes_dim=axes)
     except ConfigError as error:
         raise CheckpointError(f"no FLUX.1 transformer: {error}") from error
 

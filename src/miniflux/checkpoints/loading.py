@@ -20,7 +20,6 @@ from miniflux.checkpoints.formats.scaled import METADATA, PLAIN
 from miniflux.checkpoints.layouts import (
     ALL_IN_ONE,
     ORIGINAL,
-    PREFIXES,
     THIRDS,
     Origin,
     detect,
@@ -28,8 +27,8 @@ from miniflux.checkpoints.layouts import (
     origins,
     their_shape_fits,
     to_ours,
-    why_redundant,
 )
+from miniflux.checkpoints.networks import BY_KIND
 from miniflux.checkpoints.others import foreign_packing
 from miniflux.checkpoints.prefixes import PartSource, part_of
 from miniflux.checkpoints.quantized import QuantizedLinear, packed_layers
@@ -138,7 +137,7 @@ def compare(module: nn.Module, source: Mapping[str, Tensor], layout: str | None 
 
 
 def _report(module: nn.Module, source: TensorSource, plan: Plan) -> LoadReport:
-    entries, contents = source.entries, contents_of(source)
+    entries, contents, record = source.entries, contents_of(source), BY_KIND.get(type(module))
     report = LoadReport(str(source), _layout_name(module, source, plan.layout))
     report.dtypes = dict(Counter(str(entry.dtype).removeprefix("torch.") for entry in entries.values()))
     report.packed = dict(Counter(stored.format.label for stored in contents.stored.values()))
@@ -177,7 +176,7 @@ def _report(module: nn.Module, source: TensorSource, plan: Plan) -> LoadReport:
     used |= {f"{layer}.{side}" for layer in contents.broken for side in SIDES}  # said already
     for key in entries:
         if key not in used:
-            why = contents.redundant.get(key) or why_redundant(type(module), key)
+            why = contents.redundant.get(key) or (record.why_redundant(key) if record else None)
             if why:
                 report.redundant[key] = why
             else:
@@ -191,7 +190,7 @@ def _report(module: nn.Module, source: TensorSource, plan: Plan) -> LoadReport:
 def _layout_name(module: nn.Module, source: TensorSource, layout: str) -> str:
     """What people call the layout of a network within a file."""
     behind = source.prefix if isinstance(source, PartSource) else ""
-    return ALL_IN_ONE if layout == ORIGINAL and behind and behind == PREFIXES.get(type(module)) else layout
+    return ALL_IN_ONE if layout == ORIGINAL and behind and behind == BY_KIND[type(module)].prefix else layout
 
 
 def _kind(kind: Entry | Kind | torch.dtype) -> str:

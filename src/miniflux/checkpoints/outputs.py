@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from miniflux.checkpoints.configs import as_diffusers, json_object
 from miniflux.checkpoints.formats import Format
 from miniflux.checkpoints.formats.ggml import Ggml
-from miniflux.checkpoints.inspection import WORDS
-from miniflux.checkpoints.layouts import ALL_IN_ONE, DIFFUSERS, PREFIXES
+from miniflux.checkpoints.layouts import ALL_IN_ONE, DIFFUSERS
+from miniflux.checkpoints.networks import BY_KIND, PIPELINE
 from miniflux.checkpoints.pipelines import (
     INDEX,
     SCHEDULER_FILE,
@@ -27,25 +27,8 @@ from miniflux.checkpoints.sources import Input, Inputs
 from miniflux.checkpoints.targets import Target, Targets, size_of
 from miniflux.checkpoints.tokenizerfiles import Content
 from miniflux.errors import InputError
-from miniflux.models.autoencoder import Autoencoder
-from miniflux.models.clip import ClipTextEncoder
 from miniflux.models.flux1 import Flux1
-from miniflux.models.t5 import T5Encoder
 from miniflux.variants import variant_of
-
-# Of a diffusers folder: the sub-folder of each network, and what its files are called.
-PLACES: dict[type[nn.Module], tuple[str, str]] = {
-    Flux1: ("transformer", "diffusion_pytorch_model"),
-    Autoencoder: ("vae", "diffusion_pytorch_model"),
-    ClipTextEncoder: ("text_encoder", "model"),
-    T5Encoder: ("text_encoder_2", "model"),
-}
-# Of a folder of single files: what they are called.
-SINGLE: dict[type[nn.Module], str] = {
-    Autoencoder: "ae",
-    ClipTextEncoder: "clip_l",
-    T5Encoder: "t5xxl_fp16",
-}
 
 
 @dataclass
@@ -120,13 +103,14 @@ def _is_flux1(network: Targets) -> bool:
 
 def _prefix(network: Targets) -> str:
     """What the names of a network's tensors begin with in the new file."""
-    prefix = PREFIXES[type(network.network)]
+    prefix = BY_KIND[type(network.network)].prefix
     return prefix if all(item.key.startswith(prefix) for item in network.tensors) else ""
 
 
 def _shards(network: Targets, several: bool, folders: bool, shard: int) -> list[Output]:
     """The file or the shards of one network in a folder: named as in diffusers' folders, or a single file."""
-    place, stem = PLACES[type(network.network)]
+    record = BY_KIND[type(network.network)]
+    place, stem = record.folder, record.stem
     ending = ".gguf" if network.gguf else ".safetensors"
     if not folders:
         return [Output(_single(network.network) + ending, [(network, item) for item in network.tensors])]
@@ -149,9 +133,9 @@ def _shards(network: Targets, several: bool, folders: bool, shard: int) -> list[
 
 def _single(network: nn.Module) -> str:
     """What people call the single file of a network."""
-    if not isinstance(network, Flux1):
-        return SINGLE[type(network)]
-    known = variant_of(network.config)
+    if single := BY_KIND[type(network)].single:
+        return single
+    known = variant_of(cast(Flux1, network).config)
     return Path(known.file).stem if known else "flux1"
 
 
@@ -225,7 +209,7 @@ def _pipeline(found: Inputs, layout: str | None) -> tuple[dict[str, Content], di
     config = cast(Flux1, kinds[Flux1].network).config if Flux1 in kinds else None
     tokenizers = tokenizers_of(found.root, config)
     made = copied(tokenizers)
-    missing = {word: "not in what was converted" for kind, word in WORDS.items() if kind not in kinds}
+    missing = {one.word: "not in what was converted" for one in PIPELINE if one.kind not in kinds}
     missing |= {
         name: f"not in {found.root}, nor where weights are looked for" for name in TOKENIZERS if name not in tokenizers
     }

@@ -17,21 +17,8 @@ from torch import nn
 
 from miniflux.checkpoints.files import Selection, TensorSource, open_tensors
 from miniflux.checkpoints.jsonfiles import json_of
+from miniflux.checkpoints.networks import NETWORKS
 from miniflux.errors import CheckpointError
-from miniflux.models.autoencoder import Autoencoder
-from miniflux.models.clip import ClipTextEncoder
-from miniflux.models.flux1 import Flux1
-from miniflux.models.t5 import T5Encoder
-from miniflux.models.tiny_autoencoder import TinyDecoder
-
-# A key that tells each network apart, in any of its layouts. The first that is there counts.
-SIGNS: list[tuple[type[nn.Module], tuple[str, ...]]] = [
-    (Flux1, ("img_in.weight", "x_embedder.weight")),
-    (Autoencoder, ("decoder.conv_in.weight",)),
-    (ClipTextEncoder, ("text_model.final_layer_norm.weight", "embeddings.token_embedding.weight", "ln_final.weight")),
-    (T5Encoder, ("encoder.final_layer_norm.weight", "enc.output_norm.weight")),
-]
-TINY_SIGNS = ("3.conv.0.weight", "decoder.layers.2.conv.0.weight")  # never behind a prefix: too short to tell
 
 # What all-in-one files carry beside the networks, by the last part of the key, and why nothing is lost without it.
 REDUNDANT_STRAYS = {
@@ -43,8 +30,7 @@ QUANTISATION = "_quantization_metadata"  # ComfyUI's: a JSON text whose `layers`
 
 def network_of(entries: Mapping[str, Any]) -> type[nn.Module] | None:
     """Which network these keys belong to, or None. Keys behind a prefix are not looked at."""
-    named = [*SIGNS, (TinyDecoder, TINY_SIGNS)]
-    return next((kind for kind, signs in named if any(sign in entries for sign in signs)), None)
+    return next((network.kind for network in NETWORKS if any(sign in entries for sign in network.signs)), None)
 
 
 def networks_in(keys: Collection[str]) -> dict[type[nn.Module], str]:
@@ -54,14 +40,14 @@ def networks_in(keys: Collection[str]) -> dict[type[nn.Module], str]:
         CheckpointError: a network is there twice, under two prefixes.
     """
     found: dict[type[nn.Module], str] = {}
-    for kind, signs in SIGNS:
-        for sign in signs:
+    for network in (network for network in NETWORKS if network.behind_prefix):
+        for sign in network.signs:
             prefixes = [key[: -len(sign)] for key in keys if key == sign or key.endswith("." + sign)]
             if len(prefixes) > 1:
                 where = " and ".join(repr(prefix) for prefix in sorted(prefixes))
-                raise CheckpointError(f"{kind.__name__} is there {len(prefixes)} times: under {where}")
+                raise CheckpointError(f"{network.kind.__name__} is there {len(prefixes)} times: under {where}")
             if prefixes:
-                found[kind] = prefixes[0]
+                found[network.kind] = prefixes[0]
                 break
     return found
 

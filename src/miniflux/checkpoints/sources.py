@@ -14,17 +14,18 @@ from miniflux.checkpoints.files import TensorSource, open_tensors
 from miniflux.checkpoints.folders import Model, unread
 from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.formats.scaled import METADATA
-from miniflux.checkpoints.inspection import WORDS, axes_beside, flux1_config, is_lora, models_in
+from miniflux.checkpoints.inspection import axes_beside, flux1_config, is_lora, models_in
 from miniflux.checkpoints.layouts import origins
 from miniflux.checkpoints.loading import bare, fetch, plan_for
+from miniflux.checkpoints.networks import BY_KIND, NETWORKS, PIPELINE
 from miniflux.checkpoints.others import others_in
 from miniflux.checkpoints.prefixes import network_of, parts_of
-from miniflux.checkpoints.sizes import HEADER, config_in, in_header
+from miniflux.checkpoints.sizes import config_in, in_header
 from miniflux.errors import CheckpointError
 from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.clip import ClipTextConfig, ClipTextEncoder
 from miniflux.models.flux1 import Flux1
-from miniflux.models.t5 import T5Config, T5Encoder
+from miniflux.models.t5 import T5Config
 from miniflux.models.tiny_autoencoder import TinyDecoder
 from miniflux.variants import VARIANTS
 
@@ -60,7 +61,7 @@ class Input:
     @property
     def word(self) -> str:
         """What people call the network."""
-        return WORDS[type(self.network)]
+        return BY_KIND[type(self.network)].word
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def _each_once(path: Path, found: list[Input], left_out: dict[str, str]) -> list
         left_out[str(second.source)] = f"the same {part.word} as {first.source}"
         told = first if first.config or not first.untold else replace(second, source=first.source)
         kept[kind] = replace(first, network=told.network, config=first.config or second.config, untold=told.untold)
-    return sorted(kept.values(), key=lambda part: list(WORDS).index(type(part.network)))
+    return sorted(kept.values(), key=lambda part: PIPELINE.index(BY_KIND[type(part.network)]))
 
 
 def _bytes(part: Input) -> int:
@@ -185,7 +186,8 @@ def _input(kind: type[nn.Module], source: TensorSource, path: Path, model: Model
         said = str(error)
         raise CheckpointError(said if str(place) in said else f"{source}: {error}") from error
     network = bare(kind, config)
-    others = {"axes_dim", *HEADER.values()} - set(own_header := in_header(network))
+    headers = {record.header for record in NETWORKS if record.header}
+    others = headers - set(own_header := in_header(network))
     metadata = {key: value for key, value in metadata.items() if key not in others}  # of networks in the same file
     if not untold:
         metadata |= own_header
@@ -195,14 +197,10 @@ def _input(kind: type[nn.Module], source: TensorSource, path: Path, model: Model
 
 def _config(kind: type[nn.Module], source: TensorSource, folder: Path | None) -> tuple[Any, str]:
     """The config of an autoencoder or text encoder, and what of it is guessed."""
-    getters: dict[type[nn.Module], Any] = {
-        Autoencoder: lambda v: v.autoencoder,
-        ClipTextEncoder: lambda v: v.clip,
-        T5Encoder: lambda v: v.t5,
-    }
-    known: list[Any] = [getters[kind](variant) for variant in VARIANTS.values()]
+    record = BY_KIND[kind]
+    known: list[Any] = [record.of(variant) for variant in VARIANTS.values()]
     entries = contents_of(source).entries
-    if HEADER[type(known[0])] in source.metadata:
+    if record.header in source.metadata:
         return config_in(entries, source.metadata, known[0]), ""
     if folder is not None and kind is Autoencoder:
         return autoencoder_config(folder, known[0]), ""
@@ -213,8 +211,4 @@ def _config(kind: type[nn.Module], source: TensorSource, folder: Path | None) ->
     for config in known:
         if config_in(entries, {}, config) == config:
             return config, ""
-    what: dict[type[nn.Module], str] = {
-        Autoencoder: "the scale of its latents",
-        ClipTextEncoder: "the number of its heads",
-    }
-    return config_in(entries, {}, known[0]), what.get(kind, "")
+    return config_in(entries, {}, known[0]), record.guessed

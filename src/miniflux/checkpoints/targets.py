@@ -29,19 +29,9 @@ from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.formats.scaled import PLAIN
 from miniflux.checkpoints.layouts import Origin, hidden_size, origins, to_theirs
 from miniflux.checkpoints.moving import Run, kinds_of, obstacle, runs_of, shared_out
+from miniflux.checkpoints.networks import BY_KIND
 from miniflux.errors import InputError
-from miniflux.models.autoencoder import Autoencoder
-from miniflux.models.clip import ClipTextEncoder
-from miniflux.models.flux1 import Flux1
-from miniflux.models.t5 import T5Encoder
 
-# Linears are packed whose names begin so.
-PACKED: dict[type[nn.Module], tuple[str, ...]] = {
-    Flux1: ("double_blocks.", "single_blocks."),
-    ClipTextEncoder: ("text_model.encoder.layers.",),
-    T5Encoder: ("encoder.block.",),
-    Autoencoder: (),
-}
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ALIASES = {
     "fp8": "fp8_scaled",
@@ -186,7 +176,7 @@ def targets(
     for ours, tensor in network.state_dict().items():
         origin, was = after[ours], _dtype_of(source, before[ours])
         parts = to_theirs(tensor, origin.how, len(origin.keys), hidden_size(network))
-        packed = ours in linears and ours.startswith(PACKED[type(network)])
+        packed = ours in linears and ours.startswith(BY_KIND[type(network)].packed)
         runs = runs_of(source, before[ours]) if encoding is None else None
         if runs is not None:
             for key, some in zip(origin.keys, shared_out(runs, origin, [len(part) for part in parts]), strict=True):

@@ -5,20 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from miniflux.checkpoints.formats.base import WEIGHT, Stored
+from miniflux.checkpoints.networks import BY_KIND
 from miniflux.checkpoints.origin import Stamp
 from miniflux.checkpoints.quantized import QuantizedLinear, Stack, dense_weight
 from miniflux.errors import InputError, LoraError
 from miniflux.lora.dialects import Network
 from miniflux.lora.layer import Change
-from miniflux.models.clip import ClipTextEncoder
 from miniflux.models.flux1 import Flux1
-from miniflux.models.t5 import T5Encoder
 from miniflux.sampling.checks import check_number
 from miniflux.text import Text
 
@@ -91,14 +90,9 @@ def networks(target: Target) -> dict[Network, nn.Module]:
     """
     if not isinstance(target, nn.Module) and hasattr(target, "transformer") and hasattr(target, "text"):
         return {"transformer": target.transformer, "clip": target.text.clip, "t5": target.text.t5}
-    kinds: tuple[tuple[type[nn.Module], Network], ...] = (
-        (Flux1, "transformer"),
-        (ClipTextEncoder, "clip"),
-        (T5Encoder, "t5"),
-    )
-    for kind, network in kinds:
-        if isinstance(target, kind):
-            return {network: target}
+    record = BY_KIND.get(type(target)) if isinstance(target, nn.Module) else None
+    if record is not None and record.part in get_args(Network):
+        return {cast(Network, record.part): cast(nn.Module, target)}
     raise InputError(f"a LoRA goes onto a pipeline, a transformer or a text encoder, got {type(target).__name__}")
 
 

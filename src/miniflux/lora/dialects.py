@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-from miniflux.checkpoints.layouts import FLUX1_DIFFUSERS, Row
+from miniflux.checkpoints.networks.flux1 import FLUX1_DIFFUSERS
+from miniflux.checkpoints.networks.record import Row
 from miniflux.errors import LoraError
 
 Network = Literal["transformer", "clip", "t5"]

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache
+from typing import get_args
 
 from torch import nn
 
 from miniflux.checkpoints.layouts import hidden_size, stacked_rows
 from miniflux.checkpoints.loading import bare
+from miniflux.checkpoints.networks import BY_PART
 from miniflux.lora.dialects import Network, Place
 from miniflux.lora.files import Group, shape_of
-from miniflux.models.clip import ClipTextEncoder
 from miniflux.models.flux1 import Flux1
-from miniflux.models.t5 import T5Encoder
 from miniflux.variants import FLUX2_SIZES, OTHER_TRANSFORMERS, VARIANTS, Flux2Sizes, Variant, variant
 
 
@@ -24,11 +24,7 @@ def stand_ins(model: str | Variant) -> dict[Network, nn.Module]:
         InputError: an unknown model.
     """
     sizes = model if isinstance(model, Variant) else variant(model)
-    return {
-        "transformer": bare(Flux1, sizes.transformer),
-        "clip": bare(ClipTextEncoder, sizes.clip),
-        "t5": bare(T5Encoder, sizes.t5),
-    }
+    return {part: bare(BY_PART[part].kind, BY_PART[part].of(sizes)) for part in get_args(Network)}
 
 
 @cache

@@ -11,22 +11,11 @@ from miniflux.checkpoints.beginnings import HEAD, kind_of_file
 from miniflux.checkpoints.files import TensorSource
 from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.jsonfiles import MAX_HEADER
+from miniflux.checkpoints.networks import BY_KIND
 from miniflux.checkpoints.others import NOT_YET, others_in
 from miniflux.checkpoints.prefixes import network_of, parts_of
 from miniflux.errors import CheckpointError, LoraError
-from miniflux.models.autoencoder import Autoencoder
-from miniflux.models.clip import ClipTextEncoder
-from miniflux.models.flux1 import Flux1
-from miniflux.models.t5 import T5Encoder
-from miniflux.models.tiny_autoencoder import TinyDecoder
 
-WORDS: dict[type[nn.Module], str] = {
-    Flux1: "the transformer of a FLUX.1",
-    Autoencoder: "an autoencoder (VAE)",
-    ClipTextEncoder: "a text encoder (CLIP)",
-    T5Encoder: "a text encoder (T5)",
-    TinyDecoder: "a tiny decoder for previews",
-}
 # Keys of networks and LoRAs of other families, by a piece that only they have.
 FAMILIES: tuple[tuple[str, str], ...] = (
     ("lora_unet_down_blocks_", "a LoRA for Stable Diffusion (its U-Net has down_blocks)"),
@@ -96,7 +85,7 @@ def _network(source: TensorSource) -> str | None:
     except CheckpointError:
         kinds = ()
     single = network_of(entries)
-    named = [WORDS[kind] for kind in kinds or ([] if single is None else [single]) if kind in WORDS]
+    named = [BY_KIND[kind].phrase for kind in kinds or ([] if single is None else [single])]
     if len(named) > 1:
         return f"a whole checkpoint ({', '.join(named)})"
     if named:

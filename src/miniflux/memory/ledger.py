@@ -13,6 +13,9 @@ from pathlib import Path
 
 import torch
 
+from miniflux.checkpoints.networks.autoencoder import AUTOENCODER
+from miniflux.checkpoints.networks.flux1 import FLUX1
+from miniflux.checkpoints.networks.t5 import T5
 from miniflux.memory.streaming import Plan
 from miniflux.models.autoencoder import AutoencoderConfig
 from miniflux.models.flux1 import Flux1Config
@@ -147,7 +150,7 @@ def predict(
     for name in parts:
         common += stays(name)
     ahead = run.ahead and parts["transformer"].mode != "resident"
-    table = [on_device("modulation of all calls", run.calls * run.batch * modulation_size(config) * itemsize)]
+    table = [on_device("modulation of all calls", run.calls * run.batch * FLUX1.modulation(config) * itemsize)]
     table = table if ahead else []
     floats = next(iter(parts["autoencoder"].plan.kept)).empty.dtype.itemsize
     computed = activations(config, t5, autoencoder, run, itemsize, floats)
@@ -176,37 +179,6 @@ def predict(
     )
 
 
-def modulation_size(config: Flux1Config) -> int:
-    """Numbers that all modulations of one call make."""
-    return config.hidden_size * (config.depth * 12 + config.depth_single_blocks * 3 + 2)
-
-
-def flux1_activations(config: Flux1Config, tokens: int, itemsize: int) -> int:
-    """Bytes at the worst moment of a single block: stream, linear1's output, q, k and v, attention, MLP, their join."""
-    hidden = config.hidden_size
-    return int(tokens * itemsize * hidden * (9 + 3 * config.mlp_ratio))
-
-
-def t5_activations(config: T5Config, tokens: int, itemsize: int) -> int:
-    """Bytes at the worst moment of a layer: three wide tensors of the MLP, the float32 stream, the bias of the scores.
-    In half precision, attention makes a float32 copy of the bias."""
-    bias = config.num_heads * tokens**2 * (itemsize if itemsize == 4 else itemsize + 4)
-    return tokens * (3 * config.d_ff * itemsize + 3 * config.d_model * 4) + bias
-
-
-def decoder_activations(config: AutoencoderConfig, pixels: int, itemsize: int) -> int:
-    """Bytes at the worst moment of decoding. A convolution of n channels to m takes n + m beside its input and result
-    while it works, because oneDNN has both in another order; a level's input stays until it is done."""
-    widths, worst = [config.ch * mult for mult in config.ch_mult], 0.0
-    for level, width in enumerate(widths):
-        before = width if level == len(widths) - 1 else widths[level + 1]
-        first = 3 * before + width  # the first block: its input, that normalised, and both copies
-        later = before + 4 * width
-        doubling = (before + width + 3 * 4 * width) if level else 0  # enlarged fourfold, and both copies of that
-        worst = max(worst, max(first, later, doubling) * pixels / 4**level)
-    return int(worst * itemsize)
-
-
 def activations(
     transformer: Flux1Config, t5: T5Config, autoencoder: AutoencoderConfig, run: Run, itemsize: int, floats: int
 ) -> dict[str, int]:
@@ -218,9 +190,9 @@ def activations(
     unit = autoencoder.downscale * PATCH
     image_tokens = -(-run.width // unit) * -(-run.height // unit)
     return {
-        "t5": t5_activations(t5, run.text_tokens, itemsize),
-        "transformer": run.batch * flux1_activations(transformer, image_tokens + run.text_tokens, itemsize),
-        "autoencoder": decoder_activations(autoencoder, image_tokens * unit**2, floats),
+        "t5": T5.activations(t5, run.text_tokens, itemsize),
+        "transformer": run.batch * FLUX1.activations(transformer, image_tokens + run.text_tokens, itemsize),
+        "autoencoder": AUTOENCODER.activations(autoencoder, image_tokens * unit**2, floats),
     }
 
 

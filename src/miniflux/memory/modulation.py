@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miniflux.memory.streaming import MODULATION, Streamed
+from miniflux.checkpoints.networks.flux1 import MODULATION
+from miniflux.memory.streaming import Streamed
 from miniflux.models.flux1 import Flux1
 from miniflux.sampling.denoising import Call
 

@@ -23,23 +23,10 @@ from torch import Tensor, nn
 from miniflux.checkpoints.files import TensorSource
 from miniflux.checkpoints.layouts import Origin, detect, origins
 from miniflux.checkpoints.loading import fetch, is_finite, load_into, unsound
+from miniflux.checkpoints.networks import BY_KIND
 from miniflux.checkpoints.quantized import LENDER, QuantizedLinear, packed_layers
 from miniflux.errors import CheckpointError
-from miniflux.models.clip import ClipTextEncoder
-from miniflux.models.flux1 import Flux1
-from miniflux.models.t5 import T5Encoder
 
-# Of each network, what comes and goes: chains of modules that run in this order. A module that another chain names is
-# no part of the block it lies in. What is not named here stays in memory.
-MODULATION = r"(double|single)_blocks\.\d+\.(img_mod|txt_mod|modulation)\.lin|final_layer\.adaLN_modulation\.1"
-CHAINS: dict[type[nn.Module], tuple[str, ...]] = {
-    Flux1: (r"(double|single)_blocks\.\d+", MODULATION),
-    T5Encoder: (r"shared", r"encoder\.block\.\d+"),
-    ClipTextEncoder: (r"text_model\.embeddings\.token_embedding", r"text_model\.encoder\.layers\.\d+"),
-}
-# What stays all the same: T5's first block owns a table that is used before it runs; DoRA takes the bias of a
-# modulation away again after it has run.
-KEPT = re.compile(rf".*\.relative_attention_bias\.weight|({MODULATION})\.bias")
 ALIGNMENT = 64  # bytes; that of torch's own tensors. Views of mapped files lie where the file has them.
 
 Read = Callable[[str, Tensor], int]
@@ -372,12 +359,14 @@ def planned(network: nn.Module, source: TensorSource, dtype: torch.dtype) -> Pla
         if name in owner._parameters:  # pyright: ignore[reportPrivateUsage]
             empty = nn.Parameter(empty, requires_grad=False)
         pieces[key] = Piece(key, owner, name, empty, _phase(source, table[key], empty.dtype))
-    patterns = [re.compile(pattern) for pattern in CHAINS.get(type(network), ())]
+    record = BY_KIND.get(type(network))
+    patterns = [re.compile(pattern) for pattern in (record.chains if record else ())]
+    stays = record.stays if record else None
     found = [[name for name, _ in network.named_modules() if pattern.fullmatch(name)] for pattern in patterns]
     inner_first = sorted((name for names in found for name in names), key=len, reverse=True)
     units: dict[str, Unit] = {}
     for name in inner_first:
-        mine = [key for key in pieces if key.startswith(f"{name}.") and not KEPT.fullmatch(key)]
+        mine = [key for key in pieces if key.startswith(f"{name}.") and not (stays and stays.fullmatch(key))]
         units[name] = Unit(name, network.get_submodule(name), _laid_out([pieces.pop(key) for key in mine]))
     return Plan(network, dtype, [[units[name] for name in names] for names in found], list(pieces.values()))
 

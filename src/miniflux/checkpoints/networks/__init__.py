@@ -1,0 +1,23 @@
+"""A record for each network that is loaded here, and what is known of others by name (`known`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from miniflux.checkpoints.networks.autoencoder import AUTOENCODER
+from miniflux.checkpoints.networks.clip import CLIP
+from miniflux.checkpoints.networks.flux1 import FLUX1
+from miniflux.checkpoints.networks.record import Network
+from miniflux.checkpoints.networks.t5 import T5
+from miniflux.checkpoints.networks.tiny_decoder import TINY_DECODER
+
+NETWORKS = (FLUX1, AUTOENCODER, CLIP, T5, TINY_DECODER)
+PIPELINE = tuple(network for network in NETWORKS if network.folder)  # those that make a whole model, in its order
+BY_KIND: Mapping[type[nn.Module], Network] = {network.kind: network for network in NETWORKS}
+BY_PART: Mapping[str, Network] = {network.part: network for network in NETWORKS}
+BY_CONFIG: Mapping[type[Any], Network] = {network.config: network for network in NETWORKS}
+
+__all__ = ["BY_CONFIG", "BY_KIND", "BY_PART", "NETWORKS", "PIPELINE", "Network"]

@@ -1,0 +1,127 @@
+"""FLUX.1's transformer: its layouts, its sizes, how it is packed and streamed."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from miniflux.checkpoints.networks.record import DIFFUSERS, Layout, Network, Shapes, count, row
+from miniflux.models.flux1 import Flux1, Flux1Config
+
+# diffusers' FluxTransformer2DModel. Its fused tensors are split, and its last modulation has scale before shift.
+FLUX1_DIFFUSERS = [
+    row("img_in.*", "x_embedder.*"),
+    row("txt_in.*", "context_embedder.*"),
+    row("time_in.in_layer.*", "time_text_embed.timestep_embedder.linear_1.*"),
+    row("time_in.out_layer.*", "time_text_embed.timestep_embedder.linear_2.*"),
+    row("guidance_in.in_layer.*", "time_text_embed.guidance_embedder.linear_1.*"),
+    row("guidance_in.out_layer.*", "time_text_embed.guidance_embedder.linear_2.*"),
+    row("vector_in.in_layer.*", "time_text_embed.text_embedder.linear_1.*"),
+    row("vector_in.out_layer.*", "time_text_embed.text_embedder.linear_2.*"),
+    row("final_layer.adaLN_modulation.1.*", "norm_out.linear.*", how="swap halves"),
+    row("final_layer.linear.*", "proj_out.*"),
+    row("double_blocks.{i}.img_mod.lin.*", "transformer_blocks.{i}.norm1.linear.*"),
+    row("double_blocks.{i}.txt_mod.lin.*", "transformer_blocks.{i}.norm1_context.linear.*"),
+    row(
+        "double_blocks.{i}.img_attn.qkv.*",
+        "transformer_blocks.{i}.attn.to_q.*",
+        "transformer_blocks.{i}.attn.to_k.*",
+        "transformer_blocks.{i}.attn.to_v.*",
+    ),
+    row(
+        "double_blocks.{i}.txt_attn.qkv.*",
+        "transformer_blocks.{i}.attn.add_q_proj.*",
+        "transformer_blocks.{i}.attn.add_k_proj.*",
+        "transformer_blocks.{i}.attn.add_v_proj.*",
+    ),
+    row("double_blocks.{i}.img_attn.norm.query_norm.scale", "transformer_blocks.{i}.attn.norm_q.weight"),
+    row("double_blocks.{i}.img_attn.norm.key_norm.scale", "transformer_blocks.{i}.attn.norm_k.weight"),
+    row("double_blocks.{i}.txt_attn.norm.query_norm.scale", "transformer_blocks.{i}.attn.norm_added_q.weight"),
+    row("double_blocks.{i}.txt_attn.norm.key_norm.scale", "transformer_blocks.{i}.attn.norm_added_k.weight"),
+    row("double_blocks.{i}.img_attn.proj.*", "transformer_blocks.{i}.attn.to_out.0.*"),
+    row("double_blocks.{i}.txt_attn.proj.*", "transformer_blocks.{i}.attn.to_add_out.*"),
+    row("double_blocks.{i}.img_mlp.0.*", "transformer_blocks.{i}.ff.net.0.proj.*"),
+    row("double_blocks.{i}.img_mlp.2.*", "transformer_blocks.{i}.ff.net.2.*"),
+    row("double_blocks.{i}.txt_mlp.0.*", "transformer_blocks.{i}.ff_context.net.0.proj.*"),
+    row("double_blocks.{i}.txt_mlp.2.*", "transformer_blocks.{i}.ff_context.net.2.*"),
+    row("single_blocks.{i}.modulation.lin.*", "single_transformer_blocks.{i}.norm.linear.*"),
+    row(
+        "single_blocks.{i}.linear1.*",
+        "single_transformer_blocks.{i}.attn.to_q.*",
+        "single_transformer_blocks.{i}.attn.to_k.*",
+        "single_transformer_blocks.{i}.attn.to_v.*",
+        "single_transformer_blocks.{i}.proj_mlp.*",
+    ),
+    row("single_blocks.{i}.linear2.*", "single_transformer_blocks.{i}.proj_out.*"),
+    row("single_blocks.{i}.norm.query_norm.scale", "single_transformer_blocks.{i}.attn.norm_q.weight"),
+    row("single_blocks.{i}.norm.key_norm.scale", "single_transformer_blocks.{i}.attn.norm_k.weight"),
+]
+
+# What a quarter of the weights make, from noise level, guidance and prompt alone: known before a run (`Ahead`).
+MODULATION = r"(double|single)_blocks\.\d+\.(img_mod|txt_mod|modulation)\.lin|final_layer\.adaLN_modulation\.1"
+# By their names, and as `sizes` reads them.
+TELLING = {
+    "img_in": "img_in.weight",
+    "txt_in": "txt_in.weight",
+    "vector": "vector_in.in_layer.weight",
+    "out": "final_layer.linear.weight",
+    "head": "single_blocks.0.norm.query_norm.scale",
+    "mlp": "double_blocks.0.img_mlp.0.weight",
+}
+
+
+def _sizes(shapes: Shapes, default: object) -> dict[str, Any]:
+    """All but the rotary axes, which no shape tells."""
+    shape = {name: shapes[key] for name, key in TELLING.items()}
+    hidden, head = shape["img_in"][0], shape["head"][0]
+    return {
+        "in_channels": shape["img_in"][1],
+        "out_channels": shape["out"][0],
+        "vec_in_dim": shape["vector"][1],
+        "context_in_dim": shape["txt_in"][1],
+        "hidden_size": hidden,
+        "mlp_ratio": shape["mlp"][0] / hidden,
+        "num_heads": max(1, hidden // head),
+        "depth": count(shapes, r"double_blocks\.(\d+)\."),
+        "depth_single_blocks": count(shapes, r"single_blocks\.(\d+)\."),
+        "qkv_bias": "double_blocks.0.img_attn.qkv.bias" in shapes,
+        "guidance_embed": any(key.startswith("guidance_in.") for key in shapes),
+    }
+
+
+def _modulation(config: Flux1Config) -> int:
+    """Numbers that all modulations of one call make."""
+    return config.hidden_size * (config.depth * 12 + config.depth_single_blocks * 3 + 2)
+
+
+def _activations(config: Flux1Config, tokens: int, itemsize: int) -> int:
+    """Bytes at the worst moment of a single block: stream, linear1's output, q, k and v, attention, MLP, their join."""
+    hidden = config.hidden_size
+    return int(tokens * itemsize * hidden * (9 + 3 * config.mlp_ratio))
+
+
+FLUX1 = Network(
+    part="transformer",
+    word="transformer",
+    phrase="the transformer of a FLUX.1",
+    kind=Flux1,
+    config=Flux1Config,
+    of=lambda variant: variant.transformer,
+    signs=("img_in.weight", "x_embedder.weight"),
+    layouts={DIFFUSERS: Layout(FLUX1_DIFFUSERS, ("x_embedder.",))},
+    stacked=lambda config: config.hidden_size,
+    prefix="model.diffusion_model.",
+    folder="transformer",
+    stem="diffusion_pytorch_model",
+    names=("{file}", "transformer"),
+    comfyui=("diffusion_models", "unet", "checkpoints"),
+    architecture="flux",
+    header="axes_dim",
+    sizes=_sizes,
+    packed=("double_blocks.", "single_blocks."),
+    chains=(r"(double|single)_blocks\.\d+", MODULATION),
+    # DoRA takes the bias of a modulation away again after it has run.
+    stays=re.compile(rf"({MODULATION})\.bias"),
+    modulation=_modulation,
+    activations=_activations,
+)

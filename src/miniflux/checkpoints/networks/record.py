@@ -1,0 +1,133 @@
+"""What is known of a network outside its module, as one record: how files name it, where they lie, how it is run.
+
+A record is data. Whoever reads, writes, packs or streams networks asks it, and knows none of them by name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import nn
+
+from miniflux.variants import Variant
+
+ORIGINAL, DIFFUSERS, ALL_IN_ONE, OPENAI = "original", "diffusers", "all-in-one", "openai"
+
+How = Literal["same", "rows", "first third", "second third", "last third", "swap halves", "1x1", "packed"]
+"""same: equal. rows: theirs stacked along the output rows are ours. first third and so on: ours are these rows of
+theirs. swap halves: the two halves of the rows change places. 1x1: theirs is the weight of a linear, ours of a 1x1
+convolution (and the biases are equal). packed: a part of a packed weight, equal and always in its own dtype."""
+THIRDS: dict[How, int] = {"first third": 0, "second third": 1, "last third": 2}
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One correspondence between names; a trailing `*` stands for `weight` or `bias`, `scale` and so on."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    how: How = "same"
+
+
+def row(ours: str, *theirs: str, how: How = "same") -> Row:
+    return Row(ours, theirs, "rows" if len(theirs) > 1 else how)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A naming of tensors other than the network's own.
+
+    Attributes:
+        rows: the table, for both directions.
+        marks: beginnings of keys, one of which is in every file that is named so and in no other.
+    """
+
+    rows: Sequence[Row]
+    marks: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """One kind of network.
+
+    Attributes:
+        part: its role in a pipeline: transformer, autoencoder, clip, t5, tiny.
+        word: what people call it.
+        phrase: the same in a sentence, of a file that holds nothing else.
+        kind: its module.
+        of: its config in a variant; None where a variant has none.
+        config: the class of that.
+        signs: keys that tell it from other networks, in any of its layouts. The first that is there counts.
+        behind_prefix: whether the signs tell it behind a prefix, too.
+        layouts: by name, without its own. That of all-in-one files follows from `prefix`.
+        stacked: rows of each but the last of tensors that other layouts stack, from its config; 0 if there are none.
+        levels: how many levels other layouts count from the other end, from its config; 0 if they do not.
+        redundant: tensors that published files carry beside its own, and why nothing is lost without them.
+        other_half: what the other half of files of a whole model begins with, and what it is.
+        prefix: of its tensors in all-in-one files; empty if it is in none.
+        folder, stem: its folder in diffusers' pipelines, and what the files in there are called.
+        single: what people call its single file; empty if that depends on the variant.
+        names: under which releases keep it, a file or a folder; `{file}` and `{tiny_file}` are the variant's own.
+        comfyui: the folders of `ComfyUI/models` in which its files lie.
+        architecture: in the header of GGUF files; empty if there are none.
+        header: the name under which the header of a file tells its config.
+        sizes: values of its config from shapes under its own names, beside a config of which the others are; None if no
+            file is asked for them.
+        guessed: what of the config neither shapes nor that header tell; empty if nothing is lost.
+        packed: linears are packed whose names begin so.
+        chains: of modules that come and go in this order while it runs, as patterns of their names.
+        stays: tensors in there that stay all the same, as a pattern.
+        modulation: numbers that its modulations of one call make, from its config.
+        activations: bytes it computes on the way at the worst moment, from its config, tokens (or pixels) and the bytes
+            of a number.
+    """
+
+    part: str
+    word: str
+    phrase: str
+    kind: type[nn.Module]
+    of: Callable[[Variant], Any]
+    config: type[Any]
+    signs: tuple[str, ...]
+    behind_prefix: bool = True
+    layouts: Mapping[str, Layout]
+    stacked: Callable[[Any], int] = lambda config: 0
+    levels: Callable[[Any], int] = lambda config: 0
+    redundant: Mapping[str, str] = field(default_factory=dict[str, str])
+    other_half: tuple[tuple[str, ...], str] = ((), "")
+    prefix: str = ""
+    folder: str = ""
+    stem: str = ""
+    single: str = ""
+    names: tuple[str, ...] = ()
+    comfyui: tuple[str, ...] = ()
+    architecture: str = ""
+    header: str = ""
+    sizes: Callable[[Shapes, Any], dict[str, Any]] | None = None
+    guessed: str = ""
+    packed: tuple[str, ...] = ()
+    chains: tuple[str, ...] = ()
+    stays: re.Pattern[str] | None = None
+    modulation: Callable[[Any], int] = lambda config: 0
+    activations: Callable[[Any, int, int], int] = lambda config, size, itemsize: 0
+
+    @property
+    def rows(self) -> dict[str, Sequence[Row]]:
+        """The tables of all layouts but its own, by name."""
+        behind = {ALL_IN_ONE: [row("**", f"{self.prefix}**")]} if self.prefix else {}
+        return {**{name: layout.rows for name, layout in self.layouts.items()}, **behind}
+
+    def why_redundant(self, key: str) -> str | None:
+        """Why it does not need a tensor that files of it carry; None if nothing is known of that."""
+        begins, why = self.other_half
+        return why if begins and key.startswith(begins) else self.redundant.get(key)
+
+
+def count(shapes: Shapes, pattern: str) -> int:
+    """How many different numbers stand in the place of the group."""
+    return len({match[1] for key in shapes if (match := re.match(pattern, key))})
