@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import nn
 
-from miniflux.checkpoints.configs import autoencoder_config, json_object, text_config
+from miniflux.checkpoints.configs import config_beside, json_object
 from miniflux.checkpoints.files import TensorSource, open_tensors
 from miniflux.checkpoints.finding import Files, find
 from miniflux.checkpoints.folders import models
@@ -22,7 +22,7 @@ from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.inspection import axes_beside, describe, fits, flux1_config
 from miniflux.checkpoints.layouts import detect, origins
 from miniflux.checkpoints.loading import bare, compare, load_into, take_packed_layers
-from miniflux.checkpoints.networks import BY_KIND
+from miniflux.checkpoints.networks import BY_KIND, PIPELINE
 from miniflux.checkpoints.origin import Origin, stamped
 from miniflux.checkpoints.pipelines import SCHEDULER
 from miniflux.checkpoints.prefixes import network_of, open_part, parts_of
@@ -32,11 +32,9 @@ from miniflux.memory.ledger import Part, Run, resident_size
 from miniflux.memory.modes import Memory, check_mode, choose
 from miniflux.memory.modulation import Ahead
 from miniflux.memory.streaming import Streamed, offload, planned, stream
-from miniflux.models.autoencoder import Autoencoder, AutoencoderConfig
-from miniflux.models.clip import ClipTextConfig, ClipTextEncoder
-from miniflux.models.flux1 import Flux1, Flux1Config
-from miniflux.models.t5 import T5Config, T5Encoder
-from miniflux.models.tiny_autoencoder import TinyDecoder, TinyDecoderConfig
+from miniflux.models.autoencoder import Autoencoder
+from miniflux.models.flux1 import Flux1
+from miniflux.models.tiny_autoencoder import TinyDecoder
 from miniflux.sampling.latents import PATCH
 from miniflux.text import Text, load_clip_tokenizer, load_t5_tokenizer
 from miniflux.variants import ALIASES, VARIANTS, Variant, variant, variant_of
@@ -81,12 +79,8 @@ def assemble(
     origin = Origin(chosen.name if named else str(name_or_path), asked, stamped(files))
 
     # 2. Which sizes: of the text encoders from their config files where there are any, else those of the variant.
-    chosen = replace(
-        chosen,
-        clip=text_config(files.clip, ClipTextConfig, chosen.clip),
-        t5=text_config(files.t5, T5Config, chosen.t5),
-        autoencoder=autoencoder_config(files.autoencoder, chosen.autoencoder),
-    )
+    told = [network for network in PIPELINE if network.of_json is not None]
+    chosen = replace(chosen, **{one.part: config_beside(getattr(files, one.part), one.of(chosen)) for one in told})
     _check_widths(chosen, files)
 
     # 3. Which precision, from what the transformer's file stores.
@@ -96,12 +90,13 @@ def assemble(
     compute = choose_dtype(dtype, place, largest.dtype, parameters)
 
     # 4. Build on the meta device, compare with the files, and decide where the weights will be.
-    precise = torch.float32 if dtype is None else compute
+    precise = torch.float32 if dtype is None else compute  # of what is never packed: the autoencoder
     built = {
         "transformer": _built(Flux1, chosen.transformer, source, compute, chosen),
-        "autoencoder": _built(Autoencoder, chosen.autoencoder, files.autoencoder, precise),
-        "clip": _built(ClipTextEncoder, chosen.clip, files.clip, compute),
-        "t5": _built(T5Encoder, chosen.t5, files.t5, compute),
+        **{
+            one.part: _built(one.kind, one.of(chosen), getattr(files, one.part), compute if one.packed else precise)
+            for one in told
+        },
     }
     run = Run(width=chosen.size, height=chosen.size, text_tokens=chosen.t5_length, calls=chosen.steps)
     parts = {name: part for name, (part, _) in built.items()}
@@ -240,7 +235,7 @@ def _variant_in(transformer: Path, folder: Path) -> Variant:
 
 def _built(
     kind: type[nn.Module],
-    config: Flux1Config | AutoencoderConfig | ClipTextConfig | T5Config | TinyDecoderConfig,
+    config: Any,
     source: Path | TensorSource,
     dtype: torch.dtype,
     chosen: Variant | None = None,

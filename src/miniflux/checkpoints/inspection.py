@@ -14,13 +14,13 @@ from torch import nn
 
 from miniflux.checkpoints.files import Entry, Selection, TensorSource, open_tensors
 from miniflux.checkpoints.folders import Model, unread, walk
-from miniflux.checkpoints.formats.reading import contents_of, format_of, formats_in
+from miniflux.checkpoints.formats.reading import contents_of, foreign_packing, format_of, formats_in
 from miniflux.checkpoints.jsonfiles import json_file, json_of
 from miniflux.checkpoints.layouts import layout_of, own_shapes, their_names
 from miniflux.checkpoints.loading import bare, compare, is_finite
 from miniflux.checkpoints.networks import BY_KIND, NETWORKS, PIPELINE
 from miniflux.checkpoints.networks.flux1 import FLUX1, TELLING
-from miniflux.checkpoints.others import Found, foreign_packing, others_in
+from miniflux.checkpoints.networks.known import Found, known_in
 from miniflux.checkpoints.prefixes import network_of, parts_of
 from miniflux.checkpoints.report import LoadReport
 from miniflux.checkpoints.targets import accepted
@@ -140,7 +140,7 @@ def _parts(source: TensorSource, data: bool) -> list[Part]:
     """The networks in a source: those that cannot be loaded, those that can, and else what there is."""
     parts: list[Part] = []
     rest = dict.fromkeys(source.entries)
-    for found in sorted(others_in(contents_of(source).entries), key=lambda found: -len(found.prefix)):
+    for found in sorted(known_in(contents_of(source).entries), key=lambda found: -len(found.prefix)):
         keys = [key for key in rest if key.startswith(found.prefix)]
         title = f"{source} ({found.prefix}*)" if found.prefix else None
         chosen = Selection(source, {key[len(found.prefix) :]: key for key in keys}, title)
@@ -170,7 +170,7 @@ def _absent(parts: list[Part], folder: Path | None) -> list[str]:
 def _part(source: TensorSource, other: Found | None, data: bool) -> Part:
     entries = source.entries
     if other is not None:
-        network, variant, layout, problems, redundant = other.other.network, other.name, other.other.layout, [], {}
+        network, variant, layout, problems, redundant = other.what.network, other.name, other.what.layout, [], {}
     else:
         network, variant, layout, problems, redundant = _recognise(source)
     return Part(
@@ -283,7 +283,7 @@ def fits(source: TensorSource, config: Flux1Config) -> bool:
 
 def describe(source: TensorSource) -> str:
     """A few words on what a file holds: a variant, a FLUX.1 of other sizes, another network."""
-    others = others_in(contents_of(source).entries)
+    others = known_in(contents_of(source).entries)
     if others:
         return others[0].name
     kind = network_of(source.entries)
@@ -322,7 +322,7 @@ def flux1_config(
     Raises:
         CheckpointError: the file holds no FLUX.1 transformer, or its rotary axes are unknown.
     """
-    others = others_in(entries)
+    others = known_in(entries)
     if others:
         raise CheckpointError(f"no FLUX.1 transformer, but {others[0].name}")
     if not any(sign in entries for sign in FLUX1.signs):

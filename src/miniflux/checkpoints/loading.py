@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from miniflux.checkpoints.files import Entry, TensorSource, fresh, open_tensors
 from miniflux.checkpoints.formats.base import FLOATS, Kind, Stored
-from miniflux.checkpoints.formats.reading import SIDES, Contents, GivenTensors, contents_of, parts_of
+from miniflux.checkpoints.formats.reading import SIDES, Contents, GivenTensors, contents_of, foreign_packing, parts_of
 from miniflux.checkpoints.formats.scaled import METADATA, PLAIN
 from miniflux.checkpoints.layouts import (
     ALL_IN_ONE,
@@ -29,7 +29,6 @@ from miniflux.checkpoints.layouts import (
     to_ours,
 )
 from miniflux.checkpoints.networks import BY_KIND
-from miniflux.checkpoints.others import foreign_packing
 from miniflux.checkpoints.prefixes import PartSource, part_of
 from miniflux.checkpoints.quantized import QuantizedLinear, packed_layers
 from miniflux.checkpoints.report import LoadReport

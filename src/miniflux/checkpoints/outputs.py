@@ -6,11 +6,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from torch import Tensor, nn
 
-from miniflux.checkpoints.configs import as_diffusers, json_object
+from miniflux.checkpoints.configs import json_object
 from miniflux.checkpoints.formats import Format
 from miniflux.checkpoints.formats.ggml import Ggml
 from miniflux.checkpoints.layouts import ALL_IN_ONE, DIFFUSERS
@@ -198,9 +198,9 @@ def _config(part: Input, diffusers: bool) -> Content:
         return part.config
     own = json_object(part.config) if part.config else {}
     own = {} if "text_config" in own else own  # of a whole CLIP
-    return {key: value for key, value in own.items() if key != "quantization_config"} | as_diffusers(
-        cast(Any, part.network).config
-    )
+    return {key: value for key, value in own.items() if key != "quantization_config"} | BY_KIND[
+        type(part.network)
+    ].as_json(part.network.config)
 
 
 def _pipeline(found: Inputs, layout: str | None) -> tuple[dict[str, Content], dict[str, str]]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from miniflux.checkpoints.configs import autoencoder_config, text_config
+from miniflux.checkpoints.configs import config_beside
 from miniflux.checkpoints.files import TensorSource, open_tensors
 from miniflux.checkpoints.folders import Model, unread
 from miniflux.checkpoints.formats.reading import contents_of
@@ -18,14 +18,11 @@ from miniflux.checkpoints.inspection import axes_beside, flux1_config, is_lora, 
 from miniflux.checkpoints.layouts import origins
 from miniflux.checkpoints.loading import bare, fetch, plan_for
 from miniflux.checkpoints.networks import BY_KIND, NETWORKS, PIPELINE
-from miniflux.checkpoints.others import others_in
+from miniflux.checkpoints.networks.known import known_in
 from miniflux.checkpoints.prefixes import network_of, parts_of
 from miniflux.checkpoints.sizes import config_in, in_header
 from miniflux.errors import CheckpointError
-from miniflux.models.autoencoder import Autoencoder
-from miniflux.models.clip import ClipTextConfig, ClipTextEncoder
 from miniflux.models.flux1 import Flux1
-from miniflux.models.t5 import T5Config
 from miniflux.models.tiny_autoencoder import TinyDecoder
 from miniflux.variants import VARIANTS
 
@@ -119,7 +116,7 @@ def inputs(path: str | Path) -> Inputs:
 
 def _no_part(source: TensorSource, known: bool) -> str:
     """Why a file in a model's folder is none of the pipeline's networks, if it is known what it is."""
-    others = others_in(contents_of(source).entries)
+    others = known_in(contents_of(source).entries)
     if others:
         return others[0].name
     if known:
@@ -202,12 +199,8 @@ def _config(kind: type[nn.Module], source: TensorSource, folder: Path | None) ->
     entries = contents_of(source).entries
     if record.header in source.metadata:
         return config_in(entries, source.metadata, known[0]), ""
-    if folder is not None and kind is Autoencoder:
-        return autoencoder_config(folder, known[0]), ""
-    if folder is not None and kind is ClipTextEncoder:
-        return text_config(folder, ClipTextConfig, known[0]), ""
     if folder is not None:
-        return text_config(folder, T5Config, known[0]), ""
+        return config_beside(folder, known[0]), ""
     for config in known:
         if config_in(entries, {}, config) == config:
             return config, ""

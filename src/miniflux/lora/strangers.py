@@ -12,7 +12,7 @@ from miniflux.checkpoints.files import TensorSource
 from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.jsonfiles import MAX_HEADER
 from miniflux.checkpoints.networks import BY_KIND
-from miniflux.checkpoints.others import NOT_YET, others_in
+from miniflux.checkpoints.networks.known import NOT_YET, known_in
 from miniflux.checkpoints.prefixes import network_of, parts_of
 from miniflux.errors import CheckpointError, LoraError
 
@@ -77,7 +77,7 @@ def refuse_other_tensors(source: TensorSource, signs: bool) -> None:
 def _network(source: TensorSource) -> str | None:
     """What network, or networks, tensors are of; None if that is not known."""
     entries = contents_of(source).entries
-    others = [found.name.removesuffix(f", {NOT_YET}") for found in others_in(entries)]
+    others = [found.name.removesuffix(f", {NOT_YET}") for found in known_in(entries)]
     if others:
         return " and ".join(f"{'an' if name[0] in 'aeiouAEIO' else 'a'} {name}" for name in others)
     try:

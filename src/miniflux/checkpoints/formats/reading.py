@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -221,3 +221,20 @@ def _described(metadata: Mapping[str, str], found: Contents) -> dict[str, Any]:
         found.broken[METADATA] = f"the header's {METADATA} is no JSON object with layers: {shown(about)}"
         return {}
     return {name.removeprefix(PREFIX): layer for name, layer in layers.items()}
+
+
+# Ways to pack weights that are not read, by how the name of a part ends.
+FOREIGN = {
+    ".weight._data": "optimum-quanto",
+    ".SCB": "bitsandbytes' LLM.int8()",
+    ".qweight": "SVDQuant (Nunchaku) or GPTQ",
+}
+
+
+def foreign_packing(keys: Iterable[str]) -> str | None:
+    """What to say of weights that are packed in a way that is known by name only; None if there are none."""
+    for key in keys:
+        for ending, name in FOREIGN.items():
+            if key.endswith(ending):
+                return f"weights packed by {name}, which are not read, such as {key}"
+    return None

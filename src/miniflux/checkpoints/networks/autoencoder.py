@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from miniflux.checkpoints.networks.record import DIFFUSERS, Layout, Network, Row, Shapes, count, row
+from miniflux.errors import ConfigError
 from miniflux.models.autoencoder import Autoencoder, AutoencoderConfig
 
 
@@ -50,6 +52,48 @@ def _sizes(shapes: Shapes, default: AutoencoderConfig) -> dict[str, Any]:
     }
 
 
+def _of_json(content: Mapping[str, Any]) -> AutoencoderConfig:
+    if content.get("use_quant_conv") or content.get("use_post_quant_conv"):
+        raise ConfigError("an autoencoder with quant convolutions is not FLUX.1's")
+    widths = content["block_out_channels"]
+    if any(type(width) is not int or width % widths[0] for width in widths):
+        raise ConfigError(f"block_out_channels must be multiples of the first, got {widths!r}")
+    return AutoencoderConfig(
+        in_channels=content["in_channels"],
+        ch=widths[0],
+        out_ch=content["out_channels"],
+        ch_mult=tuple(width // widths[0] for width in widths),
+        num_res_blocks=content["layers_per_block"],
+        z_channels=content["latent_channels"],
+        scale_factor=content["scaling_factor"],
+        shift_factor=content.get("shift_factor") or 0.0,
+        num_groups=content["norm_num_groups"],
+    )
+
+
+def _as_json(config: AutoencoderConfig) -> dict[str, Any]:
+    """The arguments of diffusers' AutoencoderKL."""
+    levels = len(config.ch_mult)
+    return {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "in_channels": config.in_channels,
+        "out_channels": config.out_ch,
+        "latent_channels": config.z_channels,
+        "block_out_channels": [config.ch * mult for mult in config.ch_mult],
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "layers_per_block": config.num_res_blocks,
+        "norm_num_groups": config.num_groups,
+        "mid_block_add_attention": True,
+        "scaling_factor": config.scale_factor,
+        "shift_factor": config.shift_factor,
+        "force_upcast": True,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    }
+
+
 def _activations(config: AutoencoderConfig, pixels: int, itemsize: int) -> int:
     """Bytes at the worst moment of decoding. A convolution of n channels to m takes n + m beside its input and result
     while it works, because oneDNN has both in another order; a level's input stays until it is done."""
@@ -81,6 +125,9 @@ AUTOENCODER = Network(
     comfyui=("vae",),
     header="autoencoder_config",
     sizes=_sizes,
+    of_json=_of_json,
+    as_json=_as_json,
+    named_there="an AutoencoderKL",
     guessed="the scale of its latents",
     activations=_activations,
 )

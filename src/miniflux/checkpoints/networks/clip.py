@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
-from miniflux.checkpoints.networks.record import OPENAI, THIRDS, Layout, Network, Shapes, count, row
+from miniflux.checkpoints.networks.record import OPENAI, THIRDS, Layout, Network, Shapes, count, known_fields, row
 from miniflux.models.clip import ClipTextConfig, ClipTextEncoder
 
 # CLIP as OpenAI published it, and as open_clip still names it (`clip/model.py` of openai/CLIP): q, k and v are one.
@@ -35,6 +36,11 @@ def _sizes(shapes: Shapes, default: ClipTextConfig) -> dict[str, Any]:
         "max_position_embeddings": shapes["text_model.embeddings.position_embedding.weight"][0],
         "eos_token_id": default.eos_token_id if vocabulary == default.vocab_size else vocabulary - 1,
     }
+
+
+def _as_json(config: ClipTextConfig) -> dict[str, Any]:
+    """The fields of transformers' CLIPTextConfig."""
+    return {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **asdict(config)}
 
 
 CLIP = Network(
@@ -70,6 +76,9 @@ CLIP = Network(
     architecture="clip",
     header="clip_config",
     sizes=_sizes,
+    of_json=lambda content: known_fields(ClipTextConfig, content),
+    as_json=_as_json,
+    named_there="a ClipTextConfig",
     guessed="the number of its heads",
     packed=("text_model.encoder.layers.",),
     chains=(r"text_model\.embeddings\.token_embedding", r"text_model\.encoder\.layers\.\d+"),

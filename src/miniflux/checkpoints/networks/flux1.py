@@ -89,6 +89,24 @@ def _sizes(shapes: Shapes, default: object) -> dict[str, Any]:
     }
 
 
+def _as_json(config: Flux1Config) -> dict[str, Any]:
+    """The arguments of diffusers' FluxTransformer2DModel."""
+    return {
+        "_class_name": "FluxTransformer2DModel",
+        "patch_size": 1,
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "num_layers": config.depth,
+        "num_single_layers": config.depth_single_blocks,
+        "attention_head_dim": config.hidden_size // config.num_heads,
+        "num_attention_heads": config.num_heads,
+        "joint_attention_dim": config.context_in_dim,
+        "pooled_projection_dim": config.vec_in_dim,
+        "guidance_embeds": config.guidance_embed,
+        "axes_dims_rope": list(config.axes_dim),
+    }
+
+
 def _modulation(config: Flux1Config) -> int:
     """Numbers that all modulations of one call make."""
     return config.hidden_size * (config.depth * 12 + config.depth_single_blocks * 3 + 2)
@@ -118,6 +136,7 @@ FLUX1 = Network(
     architecture="flux",
     header="axes_dim",
     sizes=_sizes,
+    as_json=_as_json,
     packed=("double_blocks.", "single_blocks."),
     chains=(r"(double|single)_blocks\.\d+", MODULATION),
     # DoRA takes the bias of a modulation away again after it has run.

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, TypeVar, cast
 
 from torch import nn
 
@@ -23,6 +23,7 @@ convolution (and the biases are equal). packed: a part of a packed weight, equal
 THIRDS: dict[How, int] = {"first third": 0, "second third": 1, "last third": 2}
 
 Shapes = Mapping[str, tuple[int, ...]]
+Config = TypeVar("Config")
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,9 @@ class Network:
         header: the name under which the header of a file tells its config.
         sizes: values of its config from shapes under its own names, beside a config of which the others are; None if no
             file is asked for them.
+        of_json: its config from the content of the `config.json` beside its file; None if that is not read.
+        as_json: what diffusers or transformers want to find in there.
+        named_there: what that content is of, in a sentence.
         guessed: what of the config neither shapes nor that header tell; empty if nothing is lost.
         packed: linears are packed whose names begin so.
         chains: of modules that come and go in this order while it runs, as patterns of their names.
@@ -109,6 +113,9 @@ class Network:
     architecture: str = ""
     header: str = ""
     sizes: Callable[[Shapes, Any], dict[str, Any]] | None = None
+    of_json: Callable[[Mapping[str, Any]], Any] | None = None
+    as_json: Callable[[Any], dict[str, Any]] = lambda config: {}
+    named_there: str = ""
     guessed: str = ""
     packed: tuple[str, ...] = ()
     chains: tuple[str, ...] = ()
@@ -131,3 +138,9 @@ class Network:
 def count(shapes: Shapes, pattern: str) -> int:
     """How many different numbers stand in the place of the group."""
     return len({match[1] for key in shapes if (match := re.match(pattern, key))})
+
+
+def known_fields(kind: type[Config], content: Mapping[str, Any]) -> Config:
+    """A config of the fields that it has in common with a JSON object."""
+    names = {one.name for one in fields(cast(Any, kind))}
+    return kind(**{key: value for key, value in content.items() if key in names})

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
-from miniflux.checkpoints.networks.record import Layout, Network, Shapes, count, row
+from miniflux.checkpoints.networks.record import Layout, Network, Shapes, count, known_fields, row
+from miniflux.errors import ConfigError
 from miniflux.models.t5 import T5Config, T5Encoder
 
 # T5 in GGUF files, as llama.cpp names it (`gguf/tensor_mapping.py`, MODEL_ARCH.T5ENCODER).
@@ -33,6 +36,28 @@ def _sizes(shapes: Shapes, default: T5Config) -> dict[str, Any]:
         "num_layers": count(shapes, r"encoder\.block\.(\d+)\."),
         "num_heads": heads,
         "relative_attention_num_buckets": buckets,
+    }
+
+
+def _of_json(content: Mapping[str, Any]) -> T5Config:
+    if content.get("feed_forward_proj", "gated-gelu") != "gated-gelu":
+        raise ConfigError(f"feed_forward_proj {content['feed_forward_proj']!r} is not gated-gelu")
+    return known_fields(T5Config, content)
+
+
+def _as_json(config: T5Config) -> dict[str, Any]:
+    """The fields of transformers' T5Config."""
+    return {
+        "architectures": ["T5EncoderModel"],
+        "model_type": "t5",
+        **asdict(config),
+        "num_decoder_layers": config.num_layers,
+        "feed_forward_proj": "gated-gelu",
+        "is_encoder_decoder": True,
+        "tie_word_embeddings": False,
+        "decoder_start_token_id": 0,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
     }
 
 
@@ -77,6 +102,9 @@ T5 = Network(
     architecture="t5encoder",
     header="t5_config",
     sizes=_sizes,
+    of_json=_of_json,
+    as_json=_as_json,
+    named_there="a T5Config",
     packed=("encoder.block.",),
     chains=(r"shared", r"encoder\.block\.\d+"),
     stays=re.compile(r".*\.relative_attention_bias\.weight"),  # the first block's, used before it runs
