@@ -44,6 +44,7 @@ from miniflux.plan import (
     Watcher,
     cache_for,
     check_called,
+    check_reads_pictures_only,
     check_resumed,
     guidance_for,
     guide_for,
@@ -62,6 +63,7 @@ from miniflux.sampling import (
     Bill,
     Moment,
     Words,
+    Wrap,
     add_noise,
     custom_schedule,
     denoise,
@@ -169,6 +171,7 @@ class Pipeline:
         resume: Moment | None = None,
         stop: int | None = None,
         run: RunBlock | None = None,
+        wraps: Sequence[Wrap] = (),
         attend: Attend | None = None,
     ) -> Result:
         """Draw.
@@ -210,6 +213,8 @@ class Pipeline:
             stop: end after so many steps: latents are as they then are, the picture is the one they point to.
             run, attend: called in place of every block that is computed, and of attention, see `Flux1.forward`; step
                 caches and guides work around them. `settings` then says so, and the result cache keeps nothing.
+            wraps: functions that make of what runs a block another one, each around those before it and all around
+                `run`, see `sampling.denoise`.
 
         Numbers may be those of numpy and torch.
 
@@ -230,6 +235,8 @@ class Pipeline:
         strength, shift = plain(strength), plain(shift)
         guide, cache = guide_for(guide), cache_for(self.variant, cache)
         check_called(progress=progress, callback=callback, watch=watch, run=run, attend=attend)
+        check_called(**{f"wraps[{i}]": wrap for i, wrap in enumerate(wraps)})
+        check_reads_pictures_only(self.transformer)
         negative = negative_for(negative, guide)
         check_resumed(resume, stop, total, rows * columns)
         if check_cache and cache is None:
@@ -257,6 +264,7 @@ class Pipeline:
             resume=resume,
             stop=plain(stop),
             run=run,
+            wraps=tuple(wraps),
             attend=attend,
         )
 
@@ -428,17 +436,12 @@ class Pipeline:
     ) -> tuple[Moment, Bill]:
         """The last moment of one picture's run, and what it cost."""
         bill, (text, negative, empty) = Bill(), words
-        inputs = (
-            pack(begin).to(self.device, self.dtype),
-            image_ids(1, plan.rows, plan.columns).to(self.device),
-            text.txt,
-            text.txt_ids,
-            text.vec,
-            plan.levels,
-            plan.guidance,
-        )
-        options: dict[str, Any] = {
-            "txt_mask": text.mask,
+        arguments: dict[str, Any] = {
+            "img": pack(begin).to(self.device, self.dtype),
+            "img_ids": image_ids(1, plan.rows, plan.columns).to(self.device),
+            "txt": text,
+            "timesteps": plan.levels,
+            "guidance": plan.guidance,
             "method": plan.method,
             "guide": plan.guide,
             "negative": negative,
@@ -446,18 +449,18 @@ class Pipeline:
             "resume": plan.resume,
             "stop": plan.stop,
         }
-        calls = partial(model_calls, self.transformer, *inputs, **options)
+        calls = partial(model_calls, self.transformer, **arguments)
         with nullcontext() if self.memory is None else self.memory.denoising(calls):
             denoise(
                 self.transformer,
-                *inputs,
+                **arguments,
                 callback=watch,
                 rng=step_noise([seed]),
                 cache=plan.cache,
                 bill=bill,
                 run=plan.run or run_block,
+                wraps=plan.wraps,
                 attend=plan.attend or attention,
-                **options,
             )
         assert watch.moment is not None
         return watch.moment, bill
@@ -566,4 +569,4 @@ def load(
         parts = assemble(
             name_or_path, weights=weights, device=device, dtype=dtype, memory=memory, modulation_ahead=modulation_ahead
         )
-    return Pipeline(*parts[:-1], results, parts.memory)
+    return Pipeline(**parts._asdict(), results=results)

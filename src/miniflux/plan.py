@@ -16,11 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 from miniflux.errors import InputError
+from miniflux.lora.adapters import adapters_of
 from miniflux.memory.ledger import Run
 from miniflux.models.autoencoder import AutoencoderConfig
-from miniflux.models.flux1 import Attend, RunBlock
+from miniflux.models.flux1 import Attend, Flux1, RunBlock
 from miniflux.pictures import open_picture
-from miniflux.sampling import CACHES, GUIDES, Moment, Schedule, Solver, custom_schedule
+from miniflux.sampling import CACHES, GUIDES, Moment, Schedule, Solver, Wrap, custom_schedule
 from miniflux.sampling import cache as find_cache
 from miniflux.sampling import schedule as make_schedule
 from miniflux.sampling.caches import Cache
@@ -135,12 +136,23 @@ def check_called(**functions: object) -> None:
             raise InputError(f"{name} must be a function, got {shown(function)}")
 
 
+def check_reads_pictures_only(transformer: Flux1) -> None:
+    """Raises InputError if an attached LoRA has made the network read more than the noisy picture."""
+    for name, adapter in adapters_of(transformer).items():
+        if adapter.config is not None:
+            more = transformer.config.in_channels - adapter.config.in_channels
+            raise InputError(
+                f"LoRA {name!r} is a control LoRA: with it the network reads {more} channels of a control picture "
+                "beside the noisy one, which `generate` cannot give; detach it"
+            )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What all pictures of a call share.
 
     Attributes:
-        run, attend: functions of the caller's in place of those that run a block and attend, see `Flux1.forward`.
+        run, wraps, attend: functions of the caller's in place of, and around, those that run a block and attend.
     """
 
     rows: int
@@ -153,6 +165,7 @@ class Plan:
     resume: Moment | None
     stop: int | None
     run: RunBlock | None = None
+    wraps: tuple[Wrap, ...] = ()
     attend: Attend | None = None
 
     @property
@@ -163,7 +176,8 @@ class Plan:
     @property
     def wrapped(self) -> list[str]:
         """Which of the network's functions the caller replaced."""
-        return [name for name, function in (("run", self.run), ("attend", self.attend)) if function is not None]
+        given = {"run": self.run, "wraps": self.wraps or None, "attend": self.attend}
+        return [name for name, function in given.items() if function is not None]
 
     def needs(self, width: int, height: int, text_tokens: int) -> Run:
         """What the memory that a picture takes depends on."""

@@ -563,3 +563,16 @@ def test_pictures_say_what_was_attached(pipe: Pipeline) -> None:
     detach(pipe, "style")
     detach(pipe, "words")
     assert torch.equal(pipe.generate(PROMPT, **QUICK).latents, plain.latents)
+
+
+def test_a_control_lora_on_a_pipeline_is_refused_when_drawing() -> None:
+    """It makes the network read channels that nobody gives yet; without it the pipeline draws as before."""
+    pipe = miniflux.tiny()
+    plain = pipe.generate("x", steps=1).latents
+    config = pipe.transformer.config
+    tensors = {"img_in.lora_A.weight": torch.ones(2, 2 * config.in_channels), "img_in.lora_B.weight": torch.ones(64, 2)}
+    attach(pipe, tensors, name="edges")
+    with pytest.raises(InputError, match=f"LoRA 'edges' is a control LoRA: .* reads {config.in_channels} channels"):
+        pipe.generate("x", steps=1)
+    detach(pipe, "edges")
+    assert torch.equal(pipe.generate("x", steps=1).latents, plain)

@@ -155,18 +155,14 @@ def test_the_calls_of_a_run_are_known_before(resident: Pipeline, name: str) -> N
     """Every solver asks for the noise levels that it asked for in the rehearsal, in that order."""
     model, heard = resident.transformer, list[tuple[float, float]]()
     inputs = flux1_inputs(model.config, batch=1)
-    run = (
-        *(inputs[key] for key in ("img", "img_ids", "txt", "txt_ids")),
-        inputs["y"],
-        [1.0, 0.8, 0.5, 0.1, 0.0],
-        lambda sigma: 1 + sigma,
-    )
+    run = {key: inputs[key] for key in ("img", "img_ids", "txt", "txt_ids")}
+    run |= {"vec": inputs["y"], "timesteps": [1.0, 0.8, 0.5, 0.1, 0.0], "guidance": lambda sigma: 1 + sigma}
     handle = model.register_forward_pre_hook(lambda _, given: heard.append((float(given[4][0]), float(given[6][0]))))
     try:
-        denoise(model, *run, method=name, rng=lambda step, x: randn(*x.shape, seed=step))
+        denoise(model, **run, method=name, rng=lambda step, x: randn(*x.shape, seed=step))
     finally:
         handle.remove()
-    calls = model_calls(model, *run, method=name)
+    calls = model_calls(model, **run, method=name)
     assert [(float(call.timesteps[0]), float(call.guidance[0])) for call in calls if call.guidance is not None] == heard
 
 
@@ -371,3 +367,15 @@ def ledger_of(pipe: Pipeline) -> Any:
     return pipe.memory.ledger(
         Run(width=variant.size, height=variant.size, text_tokens=variant.t5_length, calls=variant.steps)
     )
+
+
+def test_conditions_are_cut_as_the_picture_is(resident: Pipeline) -> None:
+    """Channels and tokens beside the picture, in a run of many tokens: the rehearsal takes one of each."""
+    model = resident.transformer
+    inputs = flux1_inputs(model.config, batch=1)
+    run = {key: inputs[key] for key in ("img_ids", "txt", "txt_ids")}
+    run |= {"vec": inputs["y"], "timesteps": [1.0, 0.5, 0.0], "guidance": 2.0}
+    run["img"] = inputs["img"]
+    assert len(model_calls(model, **run, img_cond=inputs["img"][..., :7])) == 2
+    tokens = {"img_cond_seq": inputs["img"][:, :3], "img_cond_seq_ids": inputs["img_ids"][:, :3]}
+    assert len(model_calls(model, **run, **tokens)) == 2

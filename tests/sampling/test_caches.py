@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from miniflux.errors import InputError
-from miniflux.models.flux1 import Flux1
-from miniflux.sampling import CACHES, Bill, Moment, Words, cache, denoise, flux1_schedule, guide
+from miniflux.models.flux1 import Flux1, RunBlock, run_block
+from miniflux.sampling import CACHES, Bill, Moment, Words, Wrap, cache, denoise, flux1_schedule, guide
 from miniflux.sampling.caches import Cache, Measure, TaylorSeer
 from tests.tiny import FLUX1, flux1_inputs, randn, randomise
 
@@ -33,6 +33,19 @@ def model() -> Flux1:
 def run(model: Flux1, **options) -> Tensor:
     arguments = [INPUTS[name] for name in ("img", "img_ids", "txt", "txt_ids", "y")]
     return denoise(model, *arguments, flux1_schedule(STEPS, 256), 3.0, **options)
+
+
+def counting(bill: Bill) -> Wrap:
+    """Writes what is computed on a bill, as `denoise` does around all that its caller gives."""
+
+    def wrap(inner: RunBlock) -> RunBlock:
+        def count(name: str, block: Any, streams: Any, context: Any) -> Any:
+            bill.evaluated += 1
+            return inner(name, block, streams, context)
+
+        return count
+
+    return wrap
 
 
 NEUTRAL = {
@@ -266,6 +279,7 @@ def drive(
     network: Any = SimpleNamespace(double_blocks=blocks[:2], single_blocks=blocks[2:])
     bill = Bill()
     branch = settings.start(network, calls, bill)
+    branch.inner = counting(bill)(run_block)
     full, added = [], []
     for call in range(calls):
         now[0], before, branch.call = call, bill.evaluated, call
@@ -386,3 +400,46 @@ def test_numbers_of_steps_are_whole(model: Flux1, setting: str) -> None:
     """Half a step, or half a derivative, is refused at once, not in the middle of a run."""
     with pytest.raises(InputError, match=setting):
         run(model, cache=cache("taylor", **{setting: 1.5}))
+
+
+def test_step_cache_skip_layer_and_wraps_at_once(model: Flux1) -> None:
+    """All are wraps: two of the caller's and one function in place of the blocks see what is computed, in their order,
+    and the bill counts it; with wraps that only look on, the picture is that without them."""
+    seen: list[str] = []
+
+    def looking(label: str) -> Wrap:
+        def wrap(inner: RunBlock) -> RunBlock:
+            def look(name: str, block: Any, streams: Any, context: Any) -> Any:
+                seen.append(f"{label} {name}")
+                return inner(name, block, streams, context)
+
+            return look
+
+        return wrap
+
+    options = {
+        "cache": cache("taylor", interval=3, warmup=1),
+        "guide": guide("skip-layer", skip_scale=1.5, layers=("double_blocks.1",), skip_window=(0.0, 1.0)),
+    }
+    bill, alone = Bill(), Bill()
+    plain = run(model, bill=alone, **options)
+    both = run(model, bill=bill, run=looking("run")(run_block), wraps=[looking("first"), looking("second")], **options)
+    assert torch.equal(both, plain) and (bill.evaluated, bill.skipped) == (alone.evaluated, alone.skipped)
+    assert bill.skipped > 0 and len(seen) == 3 * bill.evaluated
+    triples = [tuple(line.split()[0] for line in seen[i : i + 3]) for i in range(0, len(seen), 3)]
+    assert set(triples) == {("second", "first", "run")}
+    assert sum(line == "run double_blocks.1" for line in seen) < sum(line == "run double_blocks.0" for line in seen)
+
+
+def test_a_wrap_may_change_what_a_block_says(model: Flux1) -> None:
+    """The change passes through the cache: with one that computes everything it is that without a cache."""
+
+    def halved(inner: RunBlock) -> RunBlock:
+        def half(name: str, block: Any, streams: Any, context: Any) -> Any:
+            out = inner(name, block, streams, context)
+            return tuple((a + b) / 2 for a, b in zip(streams, out, strict=True))
+
+        return half
+
+    assert torch.equal(run(model, wraps=[halved]), run(model, wraps=[halved], cache=cache("taylor", interval=1)))
+    assert not torch.equal(run(model, wraps=[halved]), run(model))

@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -211,10 +212,10 @@ def _watch(network: nn.Module, adapter: Adapter, schedule: Callable[[float], flo
     adapter.schedule = schedule
     if schedule is None:
         return
-    lock = _LOCKS.setdefault(network, threading.RLock())
+    lock, names = _LOCKS.setdefault(network, threading.RLock()), signature(type(network).forward)
 
     def before(_: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
-        timesteps = options["timesteps"] if "timesteps" in options else inputs[4]
+        timesteps = names.bind_partial(network, *inputs, **options).arguments["timesteps"]
         lock.acquire()  # `after` lets go of it, also if this fails
         factor = schedule(float(timesteps[0]))
         what = f"what the schedule of LoRA {adapter.name!r} returns"

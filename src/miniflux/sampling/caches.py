@@ -38,7 +38,7 @@ class Branch:
         after_first: decide after the first block, and take the addition from there.
         call: number of the run's call of the network, from 0; set from outside before each. A text that is wanted in a
             part of the steps only does not see all of them.
-        inner: what runs the blocks that are computed.
+        inner: what runs the blocks that are computed, and writes them on the bill.
     """
 
     after_first = False
@@ -86,7 +86,6 @@ class Branch:
             self.bill.skipped += 1
             out = streams
         else:
-            self.bill.evaluated += 1
             out = self.inner(name, block, streams, context)
         if first and self.after_first:
             self.base = out[0]

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -64,6 +64,9 @@ class Moment:
     memory: Tensor | None = field(repr=False)
 
 
+Wrap = Callable[[RunBlock], RunBlock]
+"""From what runs a block to what does so in its place: looks on, adds, or leaves the block out."""
+
 StepCallback = Callable[[Moment], "Tensor | None"]
 """Called after each step. Latents that it returns take the place of `moment.x`; raising stops the run."""
 
@@ -73,10 +76,10 @@ def denoise(
     model: Flux1,
     img: Tensor,
     img_ids: Tensor,
-    txt: Tensor,
-    txt_ids: Tensor,
-    vec: Tensor,
-    timesteps: Sequence[float],
+    txt: Words | Tensor,
+    txt_ids: Tensor | None = None,
+    vec: Tensor | None = None,
+    timesteps: Sequence[float] = (),
     guidance: Scale | None = 4.0,
     img_cond: Tensor | None = None,
     img_cond_seq: Tensor | None = None,
@@ -95,15 +98,21 @@ def denoise(
     resume: Moment | None = None,
     stop: int | None = None,
     run: RunBlock = run_block,
+    wraps: Sequence[Wrap] = (),
     attend: Attend = attention,
 ) -> Tensor:
     """Integrate the flow from the first to the last of `timesteps`.
 
     The first arguments are named as in `flux/sampling.py` of the original release.
 
+    What runs a block is built from the inside out: `run`, each of `wraps` around those before it, the bill, and
+    outermost the step cache or skip-layer guidance, which may leave out all that is inside.
+
     Args:
         img: noise (B, L, C), packed.
-        img_ids, txt, txt_ids, vec, txt_mask: see `Flux1.forward` (vec is its y).
+        img_ids: positions of the image tokens, see `Flux1.forward`.
+        txt: all that the network reads beside the picture, or T5's tokens alone; then with txt_ids, vec and txt_mask,
+            see `Flux1.forward` (vec is its y).
         timesteps: noise levels, 1.0 ... 0.0, or a `Schedule`.
         guidance: strength for models with a guidance input, or a function of the noise level; the others ignore it.
         img_cond: tokens (B, L, C') appended on the channels of every step (Fill, Canny, Depth).
@@ -119,7 +128,8 @@ def denoise(
         bill: counts blocks computed and skipped.
         resume: go on from here; `img` only says the dtype then.
         stop: end after so many steps.
-        run: called in place of every block that is computed, see `Flux1.forward`; inside step caches and guides.
+        run: called in place of every block that is computed, see `Flux1.forward`.
+        wraps: around it, for those who want to look on or add.
         attend: called in place of `attention`, likewise.
 
     Returns:
@@ -136,7 +146,9 @@ def denoise(
     method = solver(method) if isinstance(method, str) else method
     guide = Cfg() if guide is None else guide
     steps = schedule.steps
-    words = {"positive": Words(txt, txt_ids, vec, txt_mask), "negative": negative, "empty": empty}
+    if not isinstance(txt, Words):
+        txt = Words(txt, cast(Tensor, txt_ids), cast(Tensor, vec), txt_mask)
+    words = {"positive": txt, "negative": negative, "empty": empty}
     _check(model, schedule, method, guide, words, rng, resume, stop)
     if cache is not None and resume is not None:
         raise InputError("resume cannot be exact with a step cache: its memory is not part of a moment")
@@ -154,7 +166,7 @@ def denoise(
         cache,
         method.model_calls(schedule.falling),
         bill,
-        run,
+        wrapped(run, [*wraps, *([] if bill is None else [partial(_counting, bill)])]),
         attend,
     )
     x, state, memory = img.float(), start(schedule), None
@@ -196,21 +208,20 @@ class Call:
     dtype: torch.dtype
 
 
-def model_calls(model: Flux1, img: Tensor, img_ids: Tensor, *inputs: Any, **options: Any) -> list[Call]:
-    """Every call that `denoise` with these arguments is going to make.
+ALONG_TOKENS = ("img", "img_ids", "img_cond", "img_cond_seq", "img_cond_seq_ids")
+
+
+def model_calls(model: Flux1, **arguments: Any) -> list[Call]:
+    """Every call that `denoise` with these arguments, by name, is going to make.
 
     Solvers and guides are pure and choose noise levels without looking at the latents: so the run is rehearsed with one
-    token and a network that answers nothing but zeros.
+    token of everything and a network that answers nothing but zeros.
     """
     rehearsal = _Rehearsal(model)
-    denoise(
-        rehearsal,  # pyright: ignore[reportArgumentType]
-        img[:, :1],
-        img_ids[:, :1],
-        *inputs,
-        rng=lambda step, x: torch.zeros_like(x),
-        **options,
-    )
+    for name in ALONG_TOKENS:
+        if arguments.get(name) is not None:
+            arguments[name] = arguments[name][:, :1]
+    denoise(cast(Flux1, rehearsal), **arguments, rng=lambda step, x: torch.zeros_like(x))
     return rehearsal.calls
 
 
@@ -223,8 +234,19 @@ class _Rehearsal:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
 
-    def __call__(self, *inputs: Tensor, **options: Any) -> Tensor:
-        img, _, _, _, timesteps, y, guidance, _ = inputs
+    def __call__(
+        self,
+        img: Tensor,
+        img_ids: Tensor,
+        txt: Tensor,
+        txt_ids: Tensor,
+        timesteps: Tensor,
+        y: Tensor,
+        guidance: Tensor | None = None,
+        txt_mask: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """Named as the inputs of `Flux1.forward`."""
         self.calls.append(Call(timesteps, y, guidance, img.dtype))
         return img.new_zeros(*img.shape[:2], self.model.config.out_channels)
 
@@ -322,17 +344,13 @@ class _Network:
             parts |= zip(names, self.predict(names, x, sigma).chunk(len(names)), strict=True)
         if "skipped" in wanted and isinstance(self.guide, SkipLayer):
             layers = self.guide.layers or (f"double_blocks.{len(self.model.double_blocks) // 2}",)
-            parts["skipped"] = self.predict(("positive",), x, sigma, partial(_skip, layers, self.counted()))
+            parts["skipped"] = self.predict(("positive",), x, sigma, partial(_skip, layers, self.run))
         if "attended" in wanted and isinstance(self.guide, Nag):
             _needed("negative", self.words)
             attend = self.guide.attend(sigma, self.words["positive"].txt.shape[1], self.attend)
             v = self.predict(("positive", "negative"), x, sigma, attend=attend)
             parts["attended"] = v.chunk(2)[0]
         return self.guide.combine(parts, sigma, step, memory)
-
-    def counted(self) -> RunBlock:
-        """What runs a block, and writes it on the bill."""
-        return self.run if self.bill is None else partial(_count, self.bill, self.run)
 
     def predict(
         self, names: tuple[str, ...], x: Tensor, sigma: float, run: RunBlock | None = None, **more: Any
@@ -343,7 +361,7 @@ class _Network:
                 self.branches[names] = self.cache.start(self.model, self.calls, self.bill or Bill())
             run = branch = self.branches[names]
             branch.call, branch.inner = self.call, self.run
-        run = self.counted() if run is None else run
+        run = self.run if run is None else run
         if run is not run_block:
             more["run"] = run
         if self.attend is not attention:
@@ -379,11 +397,21 @@ def _all_seen(txt: Tensor) -> Tensor:
     return torch.ones(txt.shape[:2], dtype=torch.bool, device=txt.device)
 
 
-def _count(
-    bill: Bill, run: RunBlock, name: str, block: Any, streams: tuple[Tensor, ...], context: tuple[Any, ...]
-) -> Any:
-    bill.evaluated += 1
-    return run(name, block, streams, context)
+def wrapped(run: RunBlock, wraps: Sequence[Wrap]) -> RunBlock:
+    """What runs a block, with each of the wraps around those before it."""
+    for wrap in wraps:
+        run = wrap(run)
+    return run
+
+
+def _counting(bill: Bill, run: RunBlock) -> RunBlock:
+    """Writes every block that is computed on the bill."""
+
+    def count(name: str, block: Any, streams: tuple[Tensor, ...], context: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        bill.evaluated += 1
+        return run(name, block, streams, context)
+
+    return count
 
 
 def _skip(
