@@ -21,7 +21,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # Rooms and what of the project each may import; every room may import itself. Arrows point one way: from the apps down.
 NETWORKS = {"errors", "models", "sampling"}
 PARTS = NETWORKS | {"version", "variants", "checkpoints", "text", "conditions", "lora", "memory"}
-LIBRARY = PARTS | {"plan", "loaded", "settings", "cache", "pipeline", "pictures", "result", "root"}
+LIBRARY = PARTS | {"arguments", "plan", "loaded", "settings", "cache", "pipeline", "pictures", "result", "root"}
 MAY_IMPORT = {
     "errors": set(),
     "version": set(),
@@ -35,11 +35,12 @@ MAY_IMPORT = {
     "memory": PARTS,
     "loaded": PARTS,
     "pictures": {"errors"},
-    "plan": PARTS | {"pictures"},
-    "settings": PARTS | {"plan", "pictures"},
+    "arguments": PARTS | {"pictures"},
+    "plan": PARTS | {"pictures", "arguments"},
+    "settings": PARTS | {"arguments", "plan", "pictures"},
     "result": PARTS | {"plan", "settings"},
     "cache": PARTS | {"plan", "settings", "result"},
-    "pipeline": PARTS | {"plan", "loaded", "settings", "pictures", "result", "cache"},
+    "pipeline": PARTS | {"arguments", "plan", "loaded", "settings", "pictures", "result", "cache"},
     "testing": LIBRARY,
     "root": LIBRARY | {"testing"},  # miniflux/__init__.py
     "study": LIBRARY | {"nano"},  # for captions

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 import miniflux
+from miniflux.arguments import levels_for
 from miniflux.errors import InputError
 from miniflux.pictures import from_image
 from miniflux.pipeline import Pipeline
-from miniflux.plan import levels_for
 from miniflux.result import Result, psnr, to_image
 from miniflux.sampling import SOLVERS, Moment, guide, initial_noise
 from miniflux.settings import read_picture

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from miniflux.arguments import warn_of_result
 from miniflux.errors import InputError
 from miniflux.nano.recipe import flow
-from miniflux.plan import warn_of_result
 from miniflux.sampling import custom_schedule
 from miniflux.variants import ALIASES, OTHER_TRANSFORMERS, VARIANTS, names, variant, variant_of
 

@@ -82,7 +82,7 @@ def picture_key(settings: Mapping[str, Any], files: Sequence[tuple[str, Stamp]])
 
 
 def not_keyed(
-    plan: Plan, settings: Mapping[str, Any], files: Sequence[tuple[str, Stamp]], callback: bool, check_cache: bool
+    plan: Plan, settings: Mapping[str, Any], files: Sequence[tuple[str, Stamp]], callback: bool
 ) -> str | None:
     """Why no key can tell what makes the pictures of a call; None if one can."""
     if not files:
@@ -97,7 +97,7 @@ def not_keyed(
         return "it goes on from a moment"
     if plan.stop is not None:
         return "it stops early, and its moment is wanted"
-    if check_cache:
+    if plan.check_cache:
         return "the step cache is to be compared with the run without it"
     if isinstance(plan.cache, Measure):
         return "the step cache measures"

@@ -17,6 +17,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from miniflux.arguments import (
+    AUTO,
+    Callback,
+    Progress,
+    Source,
+    Watch,
+    check_called,
+    check_reads_pictures_only,
+    image_for,
+    warn_of_result,
+)
 from miniflux.cache import Drawn, ResultCache, not_keyed, picture_key, result_cache
 from miniflux.checkpoints.assembly import assemble
 from miniflux.checkpoints.origin import Origin, Stamp
@@ -30,34 +41,8 @@ from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.flux1 import Attend, Flux1, RunBlock, run_block
 from miniflux.models.layers import attention
 from miniflux.models.tiny_autoencoder import TinyDecoder
-from miniflux.pictures import digest_of, from_image
-from miniflux.plan import (
-    AUTO,
-    MAX_IMAGES,
-    MAX_STEPS,
-    MAX_TEXT,
-    Callback,
-    Plan,
-    Progress,
-    Source,
-    Watch,
-    Watcher,
-    cache_for,
-    check_called,
-    check_reads_pictures_only,
-    check_resumed,
-    guidance_for,
-    guide_for,
-    image_for,
-    levels_for,
-    negative_for,
-    prompts_for,
-    seed_for,
-    size_for,
-    spacing_for,
-    variation_for,
-    warn_of_result,
-)
+from miniflux.pictures import from_image
+from miniflux.plan import Plan, Watcher
 from miniflux.result import Result, checked_output, psnr, to_image
 from miniflux.sampling import (
     Bill,
@@ -65,9 +50,7 @@ from miniflux.sampling import (
     Words,
     Wrap,
     add_noise,
-    custom_schedule,
     denoise,
-    from_strength,
     image_ids,
     initial_noise,
     pack,
@@ -76,11 +59,8 @@ from miniflux.sampling import (
     text_ids,
     unpack,
     varied_noise,
-    with_restarts,
 )
-from miniflux.sampling import solver as find_solver
 from miniflux.sampling.caches import Cache
-from miniflux.sampling.checks import plain, several, shown, whole
 from miniflux.sampling.denoising import model_calls
 from miniflux.sampling.guidance import Cfg, Scale
 from miniflux.sampling.latents import PATCH, PIXELS_PER_TOKEN
@@ -223,109 +203,80 @@ class Pipeline:
             OutOfMemoryError: it does not fit into what is free, or ran out of it; the message names a size that fits.
             MinifluxError: the numbers overflowed in this dtype.
         """
-        # 1. Check everything before anything is computed.
-        prompts, images = prompts_for(prompt), whole("images", images, 1, MAX_IMAGES)
-        total = images * len(prompts)
-        seed, variation = seed_for(seed, total), variation_for(variation, total)
-        image = image_for(image, self.autoencoder.config)
-        width, height = size_for(self.variant, self.autoencoder.config, width, height, image)
-        rows, columns = (side // (self.autoencoder.config.downscale * PATCH) for side in (height, width))
-        steps = None if steps is None else whole("steps", steps, 1, MAX_STEPS)
-        t5_length = self.text.length if t5_length is None else whole("t5_length", t5_length, 1, MAX_TEXT)
-        strength, shift = plain(strength), plain(shift)
-        guide, cache = guide_for(guide), cache_for(self.variant, cache)
-        check_called(progress=progress, callback=callback, watch=watch, run=run, attend=attend)
-        check_called(**{f"wraps[{i}]": wrap for i, wrap in enumerate(wraps)})
+        # 1. Resolve the call, so that everything is checked before anything is computed.
+        check_called(progress=progress, callback=callback, watch=watch)
         check_reads_pictures_only(self.transformer)
-        negative = negative_for(negative, guide)
-        check_resumed(resume, stop, total, rows * columns)
-        if check_cache and cache is None:
-            raise InputError("check_cache compares with the run without a cache, and no cache is given")
-        if image is None and strength != 1:
-            raise InputError(f"strength {shown(strength)} says how much of an image to change, and no image is given")
-
-        # 2. Noise levels, from 1 to 0, and how to step from each to the next.
-        method = find_solver(solver)
-        named = isinstance(schedule, str)
-        spacing = spacing_for(self.variant, method, schedule) if named else list(custom_schedule(schedule))
-        levels = levels_for(self.variant, spacing, steps, rows * columns, shift, method)
-        levels = levels if image is None else from_strength(levels, strength)
-        if restart is not None:
-            restart = several("restart", restart, "low, high, times")
-            levels = with_restarts(levels, *restart)
-        plan = Plan(
-            rows=rows,
-            columns=columns,
-            levels=levels,
-            guidance=guidance_for(self.variant, self.transformer.config.guidance_embed, guidance),
-            method=method,
+        plan = Plan.of(
+            self._as_it_is(),
+            prompt,
+            seed=seed,
+            steps=steps,
+            guidance=guidance,
+            width=width,
+            height=height,
+            images=images,
+            t5_length=t5_length,
+            padding=padding,
+            solver=solver,
+            schedule=schedule,
+            shift=shift,
+            restart=restart,
             guide=guide,
+            negative=negative,
+            variation=variation,
+            image=image_for(image, self.autoencoder.config),
+            strength=strength,
             cache=cache,
+            check_cache=check_cache,
             resume=resume,
-            stop=plain(stop),
+            stop=stop,
             run=run,
-            wraps=tuple(wraps),
+            wraps=wraps,
             attend=attend,
         )
+        warn_of_result(self.variant, plan.width, plan.height, plan.levels)
 
-        # 3. What will be said of the pictures: also the key under which those drawn before are kept.
+        # 2. What will be said of the pictures: also the key under which those drawn before are kept.
         changed = self.changed()
         files = self._files(changed)
-        said: dict[str, Any] = {
-            "version": __version__,
-            "torch": str(torch.__version__),
-            **self._described(),
-            "width": width,
-            "height": height,
-            "t5_length": t5_length,
-            "padding": padding,
-            **plan.described(),
-            "steps_asked": self.variant.steps if steps is None and named else steps,
-            "schedule": spacing,
-            "shift": shift,
-            "restart": None if restart is None else list(restart),
-            "negative": negative,
-            "image": None if image is None else digest_of(image),
-            "strength": strength,
-            **({"changed": summary(changed)} if changed else {}),
-        }
-        warn_of_result(self.variant, width, height, plan.levels)
-        unkeyed = None if self.results is None else not_keyed(plan, said, files, callback is not None, check_cache)
+        said = {**self._described(), **plan.described(), **({"changed": summary(changed)} if changed else {})}
+        unkeyed = None if self.results is None else not_keyed(plan, said, files, callback is not None)
 
-        # 4. Each picture on its own: text, noise from its seed, denoising, decoding - unless it was drawn before.
+        # 3. Each picture on its own: text, noise from its seed, denoising, decoding - unless it was drawn before.
         begun: list[_Begun] = []
-        needs, fits = plan.needs(width, height, t5_length), self._fits()
+        needs, fits = plan.needs(), self._fits()
 
         def draw(i: int) -> Drawn:
             with self._watched(needs, fits):
                 if not begun:  # text has a cache of its own, and is not needed where all pictures were drawn before
                     fits.check(needs)
-                    begun.append(self._begin(prompts, plan, negative, t5_length, padding, image))
-                varied = None if variation is None else (variation[0] + i, variation[1])
-                watcher = Watcher(i, total, progress, callback, watch)
-                return self._draw(plan, begun[0], i // images, seed + i, varied, watcher, check_cache)
+                    begun.append(self._begin(plan))
+                return self._draw(plan, begun[0], i, Watcher(i, plan.total, progress, callback, watch))
 
         keys: list[str] = []
         pictures: list[Drawn] = []
         settings: list[dict[str, Any]] = []
-        for i in range(total):
-            varied = None if variation is None else [variation[0] + i, variation[1]]
-            about = {**said, "prompt": prompts[i // images], "seed": seed + i, "variation": varied}
+        for i in range(plan.total):
+            about = {**said, **plan.described_picture(i)}
             if self.results is None or unkeyed is not None:
-                picture = draw(i)
-                about |= picture.about | ({} if unkeyed is None else {"not_cached": unkeyed})
+                pictures.append(draw(i))
+                about |= pictures[i].about | ({} if unkeyed is None else {"not_cached": unkeyed})
             else:
-                waiting = partial(plan.tell, progress, i, total)
                 keys.append(picture_key(about, files))
-                picture, cached = self.results.once(keys[-1], partial(draw, i), waiting)
+                picture, cached = self.results.once(keys[i], partial(draw, i), partial(plan.tell, progress, i))
                 if cached:
-                    plan.tell(progress, i + 1, total)
+                    plan.tell(progress, i + 1)
+                pictures.append(picture)
                 about |= picture.about | {"cached": cached}
-            pictures.append(picture)
             settings.append(about)
         latents = torch.cat([picture.latents for picture in pictures])
-        moment = pictures[0].moment if total == 1 else None
+        moment = pictures[0].moment if plan.total == 1 else None
         return Result([picture.image for picture in pictures], latents, settings, moment, files, tuple(keys))
+
+    def _as_it_is(self) -> Variant:
+        """The variant with the sizes that the networks have now."""
+        sizes = {"transformer": self.transformer.config, "autoencoder": self.autoencoder.config}
+        return replace(self.variant, **sizes, t5_length=self.text.length)
 
     @contextmanager
     def _watched(self, needs: Run, fits: Fits) -> Generator[None]:
@@ -357,6 +308,8 @@ class Pipeline:
         """What of the settings of a picture is the pipeline's own."""
         origin = self.origin
         return {
+            "version": __version__,
+            "torch": str(torch.__version__),
             "model": self.variant.name,
             "model_path": None if origin is None or origin.name == self.variant.name else origin.name,
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -375,38 +328,21 @@ class Pipeline:
         loras = tuple((f"lora {name}", stamp) for name, stamps in files_of(self).items() for stamp in stamps)
         return claimed(self.origin.files + loras, changed)
 
-    def _begin(
-        self,
-        prompts: Sequence[str],
-        plan: Plan,
-        negative: str | None,
-        t5_length: int | None,
-        padding: Padding,
-        image: Image.Image | Tensor | None,
-    ) -> _Begun:
+    def _begin(self, plan: Plan) -> _Begun:
         """T5's tokens and CLIP's summary of all texts, and the latents of the picture to change."""
         # Cut to the longest of a call, prompts would depend on each other.
-        groups = [[prompt] for prompt in prompts] if padding == "trimmed" else [prompts]
-        texts = [words for group in groups for words in self._words(group, t5_length, padding)]
-        guided = plan.guide is not None
-        others = self._words([negative or "", ""], t5_length, padding) if guided else (None, None)
+        groups = [[prompt] for prompt in plan.prompts] if plan.padding == "trimmed" else [plan.prompts]
+        texts = [words for group in groups for words in self._words(group, plan)]
+        others = (None, None) if plan.guide is None else self._words([plan.negative or "", ""], plan)
         if self.memory is not None:
             self.memory.free_text()
-        return _Begun(texts, others[0], others[1], None if image is None else self._encode(image))
+        assert not isinstance(plan.image, str)
+        return _Begun(texts, others[0], others[1], None if plan.image is None else self._encode(plan.image))
 
-    def _draw(
-        self,
-        plan: Plan,
-        begun: _Begun,
-        which: int,
-        seed: int,
-        variation: tuple[int, float] | None,
-        watcher: Watcher,
-        check_cache: bool,
-    ) -> Drawn:
-        """One picture, of the prompt of this number."""
-        words = (begun.texts[which], begun.negative, begun.empty)
-        noise = self._noise(plan, seed, variation)
+    def _draw(self, plan: Plan, begun: _Begun, i: int, watcher: Watcher) -> Drawn:
+        """Picture i."""
+        words, seed = (begun.texts[i // plan.images], begun.negative, begun.empty), plan.seed + i
+        noise = self._noise(plan, i)
         begin = noise if begun.source is None else add_noise(begun.source, 0.0, plan.levels[0], noise)
         moment, bill = self._denoise(plan, words, begin, seed, watcher)
         tokens = moment.picture if moment.step < moment.steps else moment.x
@@ -418,7 +354,7 @@ class Pipeline:
             about["resumed"] = plan.resume.step
         if plan.cache is not None:
             about["cache"] = {**plan.cache_described(), "evaluated": bill.evaluated, "skipped": bill.skipped}
-        if check_cache:
+        if plan.check_cache:
             exact, _ = self._denoise(replace(plan, cache=None), words, begin, seed, Watcher(0, 1))
             about["cache"] |= {
                 "latent_l2": float((moment.x - exact.x).norm() / exact.x.norm()),
@@ -481,9 +417,9 @@ class Pipeline:
         pixels = previews.decode(latent, self.variant.preview, self.tiny, decoder)
         return to_image(pixels[0]).resize((width, height), Image.Resampling.BILINEAR)
 
-    def _words(self, prompts: Sequence[str], t5_length: int | None, padding: Padding) -> tuple[Words, ...]:
+    def _words(self, prompts: Sequence[str], plan: Plan) -> tuple[Words, ...]:
         """Embeddings of each prompt, in the dtype and on the device of the transformer."""
-        text = self.text.encode(prompts, t5_length, padding)
+        text = self.text.encode(prompts, plan.t5_length, plan.padding)
         return tuple(
             Words(
                 text.txt[i : i + 1].to(self.dtype),
@@ -494,11 +430,12 @@ class Pipeline:
             for i in range(len(prompts))
         )
 
-    def _noise(self, plan: Plan, seed: int, variation: tuple[int, float] | None) -> Tensor:
+    def _noise(self, plan: Plan, i: int) -> Tensor:
         height, width, channels = *plan.sides, self.autoencoder.config.z_channels
+        variation = plan.varied(i)
         if variation is None:
-            return initial_noise(height, width, seed, channels)
-        return varied_noise(height, width, seed, variation, channels)
+            return initial_noise(height, width, plan.seed + i, channels)
+        return varied_noise(height, width, plan.seed + i, variation, channels)
 
     def _unpacked(self, tokens: Tensor, plan: Plan) -> Tensor:
         return unpack(tokens, *plan.sides).float()

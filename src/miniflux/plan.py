@@ -1,172 +1,228 @@
-"""What one call of `Pipeline.generate` asks for, checked before anything is computed."""
+"""What one call of `Pipeline.generate` asks for, resolved in one place before anything is computed: `Plan.of`."""
 
 from __future__ import annotations
 
-import logging
-import math
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
-import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
+from miniflux.arguments import (
+    AUTO,
+    MAX_IMAGES,
+    MAX_STEPS,
+    MAX_TEXT,
+    Callback,
+    Progress,
+    Watch,
+    cache_for,
+    check_called,
+    check_resumed,
+    guidance_for,
+    guide_for,
+    levels_for,
+    negative_for,
+    prompts_for,
+    seed_for,
+    size_for,
+    spacing_for,
+    variation_for,
+)
 from miniflux.errors import InputError
-from miniflux.lora.adapters import adapters_of
 from miniflux.memory.ledger import Run
-from miniflux.models.autoencoder import AutoencoderConfig
-from miniflux.models.flux1 import Attend, Flux1, RunBlock
-from miniflux.pictures import open_picture
-from miniflux.sampling import CACHES, GUIDES, Moment, Schedule, Solver, Wrap, custom_schedule
-from miniflux.sampling import cache as find_cache
-from miniflux.sampling import schedule as make_schedule
+from miniflux.models.flux1 import Attend, RunBlock
+from miniflux.pictures import digest_of
+from miniflux.sampling import (
+    CACHES,
+    GUIDES,
+    Moment,
+    Schedule,
+    Solver,
+    Wrap,
+    custom_schedule,
+    from_strength,
+    with_restarts,
+)
+from miniflux.sampling import solver as find_solver
 from miniflux.sampling.caches import Cache
-from miniflux.sampling.checks import check_number, finite, plain, several, shown, whole
-from miniflux.sampling.guidance import Cfg, Nag, Scale, named_guide, scale_at
-from miniflux.sampling.latents import MAX_SEED, PATCH, PIXELS_PER_TOKEN
-from miniflux.sampling.schedules import SPACINGS, dynamic_shift, flux1_mu, static_shift, unshifted
-from miniflux.text.decoding import repaired
+from miniflux.sampling.checks import plain, several, shown, whole
+from miniflux.sampling.guidance import Cfg, Nag, Scale, scale_at
+from miniflux.sampling.latents import PATCH, PIXELS_PER_TOKEN
+from miniflux.text import Padding
 from miniflux.variants import Variant
-
-log = logging.getLogger(__name__)
-
-MAX_SIDE = 8192  # pixels; far beyond what the models were trained on, small enough to catch a slip of the finger
-MAX_STEPS = 1000
-MAX_IMAGES = 1000
-MAX_TEXT = 16384  # T5 tokens; the ledger refuses far fewer of the full-size encoder
-
-Progress = Callable[[int, int], None]
-"""Called after every step with (steps done, steps in all), over all pictures of a call. May raise to stop the run."""
-
-Callback = Callable[[int, Moment], "Tensor | None"]
-"""Called after every step with (number of the picture, moment); latents (1, L, C) it returns replace the run's."""
-
-Watch = Callable[[int, Moment], None]
-"""As `Callback`, but it only looks on."""
-
-
-def prompts_for(prompt: str | Iterable[str]) -> list[str]:
-    """One prompt or several - a list, tuple, array, generator - as a list of Python's own strings.
-
-    Raises:
-        InputError: there is none, or one is no string or holds half a character.
-    """
-    prompt = plain(prompt)
-    several = [prompt] if isinstance(prompt, str) else prompt
-    if isinstance(several, (bytes, Mapping, AbstractSet)) or not isinstance(several, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InputError(f"prompt must be a string or a list of strings, got {shown(several)}")
-    prompts = list(several)
-    if not prompts:
-        raise InputError("prompt must be a string or a list of at least one, got an empty list")
-    return [str(repaired("a prompt", text)) for text in prompts]
-
-
-def seed_for(seed: int, total: int) -> int:
-    """The seed of the first of so many pictures.
-
-    Raises:
-        InputError: it is none, or that of the last picture would be too large.
-    """
-    if isinstance(seed, torch.Generator):
-        raise InputError(
-            "seed must be a whole number, got a torch.Generator, whose place in its numbers no file can keep: give "
-            "generator.initial_seed()"
-        )
-    return whole("seed", seed, 0, MAX_SEED + 1 - total)
-
-
-def guide_for(guide: Cfg | str | None) -> Cfg | None:
-    """A guide, given or by its name; then at the usual strength of its kind (`sampling.guidance.USUAL`).
-
-    Raises:
-        InputError: it is neither.
-    """
-    if isinstance(guide, str):
-        return named_guide(guide)
-    if guide is not None and type(guide) not in GUIDES.values():
-        raise InputError(f"guide must be one of {', '.join(GUIDES)}, or made by sampling.guide, got {shown(guide)}")
-    return guide
-
-
-def variation_for(variation: tuple[int, float] | None, total: int) -> tuple[int, float] | None:
-    """(the other seed of the first picture, how far to go towards its noise)."""
-    if variation is None:
-        return None
-    seed, amount = several("variation", variation, "seed, amount")
-    if not finite(amount) or not 0 <= amount <= 1:
-        raise InputError(f"the amount of variation must be a number from 0 to 1, got {shown(amount)}")
-    return whole("the seed of variation", seed, 0, MAX_SEED + 1 - total), amount
-
-
-def negative_for(negative: str | None, guide: Cfg | None) -> str | None:
-    """What a picture should not show, of whole characters.
-
-    Raises:
-        InputError: it is no string or holds half a character, or there is no guide to read it.
-    """
-    if negative is not None and guide is None:
-        raise InputError(
-            f"negative {shown(negative)} has no effect without a guide, such as sampling.guide('cfg', scale=3)"
-        )
-    return None if negative is None else repaired("negative", negative)
-
-
-def check_resumed(resume: Moment | None, stop: int | None, total: int, tokens: int) -> None:
-    """Raises InputError unless a run of so many pictures and tokens may go on from there, and stop at a whole step."""
-    if stop is not None:
-        whole("stop", stop, 1)
-    if resume is None:
-        return
-    if not isinstance(resume, Moment):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InputError(f"resume must be the moment of an earlier result, got {shown(resume)}")
-    if total > 1:
-        raise InputError(f"resume is for a single picture, got {total}")
-    if resume.x.shape[:2] != (1, tokens):
-        raise InputError(f"resume is from a picture of {resume.x.shape[1]} tokens; this one has {tokens}")
-
-
-def check_called(**functions: object) -> None:
-    """Raises InputError unless each is a function or None."""
-    for name, function in functions.items():
-        if function is not None and not callable(function):
-            raise InputError(f"{name} must be a function, got {shown(function)}")
-
-
-def check_reads_pictures_only(transformer: Flux1) -> None:
-    """Raises InputError if an attached LoRA has made the network read more than the noisy picture."""
-    for name, adapter in adapters_of(transformer).items():
-        if adapter.config is not None:
-            more = transformer.config.in_channels - adapter.config.in_channels
-            raise InputError(
-                f"LoRA {name!r} is a control LoRA: with it the network reads {more} channels of a control picture "
-                "beside the noisy one, which `generate` cannot give; detach it"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What all pictures of a call share.
+    """A call of `generate` as it will be made: every argument checked, and what follows from them.
 
     Attributes:
+        prompts: one per picture, before `images` of each.
+        images: pictures per prompt.
+        seed: of the first picture; picture i has seed + i.
+        variation: (other seed of the first picture, how far to go towards its noise).
+        width, height: in pixels; rows, columns: in tokens.
+        image: what is changed, as `arguments.image_for` gives it, or its SHA-256 where only that is known.
+        spacing: the name of the schedule, or noise levels of the caller's own.
+        steps_asked: what was asked for, or what the variant was made for.
+        levels: the noise levels that are gone through.
         run, wraps, attend: functions of the caller's in place of, and around, those that run a block and attend.
     """
 
+    prompts: list[str]
+    images: int
+    seed: int
+    variation: tuple[int, float] | None
+    width: int
+    height: int
     rows: int
     columns: int
+    t5_length: int
+    padding: Padding
+    negative: str | None
+    image: Image.Image | Tensor | str | None
+    strength: float
+    spacing: str | list[float]
+    steps_asked: int | None
+    shift: float | None
+    restart: tuple[float, float, int] | None
     levels: Schedule
     guidance: Scale | None
     method: Solver
     guide: Cfg | None
     cache: Cache | None
+    check_cache: bool
     resume: Moment | None
     stop: int | None
-    run: RunBlock | None = None
-    wraps: tuple[Wrap, ...] = ()
-    attend: Attend | None = None
+    run: RunBlock | None
+    wraps: tuple[Wrap, ...]
+    attend: Attend | None
+
+    @classmethod
+    def of(
+        cls,
+        variant: Variant,
+        prompt: str | Iterable[str],
+        *,
+        seed: int = 0,
+        steps: int | None = None,
+        guidance: Scale | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        images: int = 1,
+        t5_length: int | None = None,
+        padding: Padding = "released",
+        solver: str = "euler",
+        schedule: str | Sequence[float] = AUTO,
+        shift: float | None = None,
+        restart: tuple[float, float, int] | None = None,
+        guide: Cfg | str | None = None,
+        negative: str | None = None,
+        variation: tuple[int, float] | None = None,
+        image: Image.Image | Tensor | str | None = None,
+        strength: float = 1.0,
+        cache: Cache | str | None = None,
+        check_cache: bool = False,
+        resume: Moment | None = None,
+        stop: int | None = None,
+        run: RunBlock | None = None,
+        wraps: Sequence[Wrap] = (),
+        attend: Attend | None = None,
+    ) -> Plan:
+        """Resolve a call. Needs no weights: whoever wants to know what a call will do asks here.
+
+        Args:
+            variant: the model, with the configs of its networks as they are.
+            image: as `arguments.image_for` gives it, or its SHA-256; the others are those of `Pipeline.generate`.
+
+        Raises:
+            InputError: see `Pipeline.generate`.
+        """
+        # Which pictures, how large.
+        prompts, images = prompts_for(prompt), whole("images", images, 1, MAX_IMAGES)
+        total = images * len(prompts)
+        seed, variation = seed_for(seed, total), variation_for(variation, total)
+        known = None if isinstance(image, str) else image
+        width, height = size_for(variant, variant.autoencoder, width, height, known)
+        rows, columns = (side // (variant.autoencoder.downscale * PATCH) for side in (height, width))
+        steps = None if steps is None else whole("steps", steps, 1, MAX_STEPS)
+        t5_length = variant.t5_length if t5_length is None else whole("t5_length", t5_length, 1, MAX_TEXT)
+        strength, shift = plain(strength), plain(shift)
+        guide, cache = guide_for(guide), cache_for(variant, cache)
+        check_called(run=run, attend=attend, **{f"wraps[{i}]": wrap for i, wrap in enumerate(wraps)})
+        negative = negative_for(negative, guide)
+        check_resumed(resume, stop, total, rows * columns)
+        if check_cache and cache is None:
+            raise InputError("check_cache compares with the run without a cache, and no cache is given")
+        if image is None and strength != 1:
+            raise InputError(f"strength {shown(strength)} says how much of an image to change, and no image is given")
+
+        # Noise levels, from 1 to 0, and how to step from each to the next.
+        method = find_solver(solver)
+        named = isinstance(schedule, str)
+        spacing = spacing_for(variant, method, schedule) if named else list(custom_schedule(schedule))
+        levels = levels_for(variant, spacing, steps, rows * columns, shift, method)
+        levels = levels if image is None else from_strength(levels, strength)
+        if restart is not None:
+            restart = several("restart", restart, "low, high, times")
+            levels = with_restarts(levels, *restart)
+        return cls(
+            prompts=prompts,
+            images=images,
+            seed=seed,
+            variation=variation,
+            width=width,
+            height=height,
+            rows=rows,
+            columns=columns,
+            t5_length=t5_length,
+            padding=padding,
+            negative=negative,
+            image=image,
+            strength=strength,
+            spacing=spacing,
+            steps_asked=variant.steps if steps is None and named else steps,
+            shift=shift,
+            restart=restart,
+            levels=levels,
+            guidance=guidance_for(variant, variant.transformer.guidance_embed, guidance),
+            method=method,
+            guide=guide,
+            cache=cache,
+            check_cache=check_cache,
+            resume=resume,
+            stop=plain(stop),
+            run=run,
+            wraps=tuple(wraps),
+            attend=attend,
+        )
+
+    @property
+    def total(self) -> int:
+        """Pictures of the call."""
+        return self.images * len(self.prompts)
+
+    @property
+    def steps(self) -> int:
+        """Steps of one picture, as `progress` counts them."""
+        return self.levels.steps if self.stop is None else min(self.stop, self.levels.steps)
+
+    @property
+    def calls(self) -> int:
+        """Rows that go through the network for one picture: a call of it for each text that the guide wants, at each
+        level that the solver asks for."""
+        guide, done = self.guide or Cfg(), 0 if self.resume is None else self.resume.step
+        rows, last = 0, self.levels.skipped + self.levels.steps
+        for sigma, sigma_next in self.levels.remaining(done):
+            if sigma_next > sigma or done == self.steps:
+                continue
+            wanted = guide.wants(sigma, self.levels.skipped + done, last)
+            texts = sum(2 if name == "attended" else 1 for name in wanted)
+            rows += texts * (self.method.calls if sigma_next > 0 else self.method.last_calls)
+            done += 1
+        return rows
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -179,11 +235,10 @@ class Plan:
         given = {"run": self.run, "wraps": self.wraps or None, "attend": self.attend}
         return [name for name, function in given.items() if function is not None]
 
-    def needs(self, width: int, height: int, text_tokens: int) -> Run:
+    def needs(self) -> Run:
         """What the memory that a picture takes depends on."""
-        calls = self.method.model_calls(self.levels.falling)
         texts = 2 if isinstance(self.guide, Nag) else 1
-        return Run(width=width, height=height, text_tokens=text_tokens, calls=calls, batch=texts)
+        return Run(width=self.width, height=self.height, text_tokens=self.t5_length, calls=self.calls, batch=texts)
 
     def described(self) -> dict[str, Any]:
         """As plain JSON: functions as their values at the noise levels."""
@@ -198,6 +253,10 @@ class Plan:
             method = next(name for name, kind in GUIDES.items() if kind is type(self.guide))
             guide = {"method": method, **{f.name: told(getattr(self.guide, f.name)) for f in fields(self.guide)}}
         return {
+            "width": self.width,
+            "height": self.height,
+            "t5_length": self.t5_length,
+            "padding": self.padding,
             "steps": self.levels.steps,
             "sigmas": list(self.levels),
             "solver": self.method.name,
@@ -206,13 +265,32 @@ class Plan:
             "stop": self.stop,
             **({} if self.cache is None else {"cache": self.cache_described()}),
             **({"wrapped": self.wrapped} if self.wrapped else {}),
+            "steps_asked": self.steps_asked,
+            "schedule": self.spacing,
+            "shift": self.shift,
+            "restart": None if self.restart is None else list(self.restart),
+            "negative": self.negative,
+            "image": self.image if self.image is None or isinstance(self.image, str) else digest_of(self.image),
+            "strength": self.strength,
         }
 
-    def tell(self, progress: Progress | None, done: int, total: int) -> None:
+    def varied(self, i: int) -> tuple[int, float] | None:
+        """The variation of picture i."""
+        return None if self.variation is None else (self.variation[0] + i, self.variation[1])
+
+    def described_picture(self, i: int) -> dict[str, Any]:
+        """What the settings of picture i say beside those of the call."""
+        varied = self.varied(i)
+        return {
+            "prompt": self.prompts[i // self.images],
+            "seed": self.seed + i,
+            "variation": None if varied is None else list(varied),
+        }
+
+    def tell(self, progress: Progress | None, done: int) -> None:
         """Tell how many of all pictures are done, in steps."""
         if progress is not None:
-            steps = self.levels.steps
-            progress(done * steps, total * steps)
+            progress(done * self.levels.steps, self.total * self.levels.steps)
 
     def cache_described(self) -> dict[str, Any]:
         name = next(name for name, kind in CACHES.items() if kind is type(self.cache))
@@ -250,156 +328,3 @@ class Watcher:
         if self.progress is not None:
             self.progress(self.index * moment.steps + moment.step, self.total * moment.steps)
         return replacement
-
-
-AUTO = "auto"
-
-
-def spacing_for(variant: Variant, method: Solver, spacing: str) -> str:
-    """How the steps are spread: of `auto`, the way that suits the solver. Models made for a few levels keep those."""
-    if spacing not in (AUTO, *SPACINGS):
-        raise InputError(f"unknown schedule {shown(spacing)}; known: {', '.join((AUTO, *SPACINGS))}")
-    if spacing != AUTO:
-        return spacing
-    return method.spacing if variant.shift else "uniform"
-
-
-def levels_for(
-    variant: Variant,
-    spacing: str | Sequence[float],
-    steps: int | None,
-    tokens: int,
-    shift: float | None,
-    method: Solver,
-) -> Schedule:
-    """The noise levels of a whole picture of so many tokens; None for what the variant was made for."""
-    steps = None if steps is None else whole("steps", steps, 1, MAX_STEPS)
-    if not isinstance(spacing, str):
-        levels = custom_schedule(spacing)
-        if levels.steps != (steps or levels.steps):
-            raise InputError(f"steps {steps} and a schedule of {levels.steps} steps contradict each other")
-        if shift is not None:
-            raise InputError(f"shift {shown(shift)} cannot be applied to noise levels of your own")
-        return levels
-    own = dynamic_shift(flux1_mu(tokens)) if variant.shift else unshifted
-    curve = own if shift is None else static_shift(shift)
-    steps = variant.steps if steps is None else steps
-    if shift is None and steps > 1 and curve(1 - 1 / steps) == 1:  # 0.99... rounds to it
-        raise InputError(
-            f"a picture of {tokens} tokens is beyond the noise levels of {variant.name}, which all become 1: ask for a "
-            f"smaller one, or give a shift"
-        )
-    return make_schedule(spacing_for(variant, method, spacing), steps, curve)
-
-
-def guidance_for(variant: Variant, embedded: bool, guidance: Scale | None) -> Scale | None:
-    """What the guidance input is told; None for networks without one."""
-    if not embedded:
-        if guidance is not None:
-            raise InputError(f"{variant.name} has no guidance input: leave guidance out, got {shown(guidance)}")
-        return None
-    if guidance is None:
-        return variant.guidance
-    if callable(guidance):
-        return guidance
-    return float(check_number("guidance", guidance, 0))
-
-
-def cache_for(variant: Variant, cache: Cache | str | None) -> Cache | None:
-    """A step cache, given or by its name; MagCache with the table of the variant.
-
-    Raises:
-        InputError: it is neither.
-    """
-    if not isinstance(cache, str):
-        if cache is not None and type(cache) not in CACHES.values():
-            raise InputError(f"cache must be one of {', '.join(CACHES)}, or made by sampling.cache, got {shown(cache)}")
-        return cache
-    return find_cache(cache, ratios=variant.mag_ratios) if cache == "mag" else find_cache(cache)
-
-
-Source = str | os.PathLike[str] | Image.Image | np.ndarray[Any, Any] | Tensor
-"""A picture to change: a path, a Pillow picture, an array (H, W, 3) of 8-bit RGB, pixels (3, H, W) in [-1, 1]; or
-latents (1, C, h, w)."""
-
-
-def image_for(image: Source | None, config: AutoencoderConfig) -> Image.Image | Tensor | None:
-    """A picture as `open_picture` gives it; pixels and latents are themselves.
-
-    Raises:
-        InputError: it is none of what `Source` says, or its numbers are not in their range.
-    """
-    if image is None or isinstance(image, (str, os.PathLike, bytes, Image.Image)):
-        return None if image is None else open_picture(image)
-    if isinstance(image, np.ndarray):
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
-            raise InputError(
-                f"an image as an array must be (H, W, 3) of uint8, RGB from 0 to 255, got {image.shape} of "
-                f"{image.dtype}; pixels in [-1, 1] are given as a tensor (3, H, W)"
-            )
-        return open_picture(Image.fromarray(image))
-    if not isinstance(image, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InputError(
-            f"image must be a path, a Pillow picture, an array (H, W, 3) of uint8, pixels (3, H, W) in [-1, 1] or "
-            f"latents (1, {config.z_channels}, h, w), got {shown(image)}"
-        )
-    is_latent, shape = image.ndim == 4, tuple(image.shape)
-    if shape[: image.ndim - 2] != ((1, config.z_channels) if is_latent else (3,)) or not image.numel():
-        raise InputError(
-            f"pixels must be (3, H, W), and latents must be (1, {config.z_channels}, h, w), got a tensor {shape}"
-        )
-    if not image.is_floating_point() or not bool(torch.isfinite(image).all()):
-        raise InputError(f"image must be of finite floating-point numbers, got a tensor {shape} of {image.dtype}")
-    low, high = image.min().item(), image.max().item()
-    if not is_latent and (low < -1 or high > 1):
-        raise InputError(f"pixels must lie in [-1, 1] (levels from 0 to 255: / 127.5 - 1), got {low:g} to {high:g}")
-    return image.detach()
-
-
-def size_for(
-    variant: Variant,
-    config: AutoencoderConfig,
-    width: int | None,
-    height: int | None,
-    image: Image.Image | Tensor | None = None,
-) -> tuple[int, int]:
-    """Width and height to draw, in pixels: as asked for and rounded up to whole tokens, or those of the image, which is
-    of the kinds that `image_for` gives."""
-    scale = config.downscale
-    multiple = scale * PATCH
-    if image is None:
-        return _side("width", width, variant.size, multiple), _side("height", height, variant.size, multiple)
-    if isinstance(image, Tensor):
-        scale = scale if image.ndim == 4 else 1
-        given = image.shape[-1] * scale, image.shape[-2] * scale
-    else:
-        given = image.size
-    if any(side % multiple for side in given) or (width or given[0], height or given[1]) != given:
-        wanted = f"{width or given[0]}x{height or given[1]}"
-        raise InputError(
-            f"the image is {given[0]}x{given[1]}, to be drawn at {wanted}: resize it to the size wanted, multiples of "
-            f"{multiple}"
-        )
-    return given
-
-
-def warn_of_result(variant: Variant, width: int, height: int, levels: Schedule) -> None:
-    """Say what is allowed and seldom meant: a size that the model never learned, noise that is left in the picture."""
-    if (width, height) not in variant.learned:
-        log.warning(
-            "%dx%d is not a size that %s was trained on, and may come out wrong; it learned %s",
-            width,
-            height,
-            variant.name,
-            variant.learned,
-        )
-    if levels[-1] > 0:
-        log.warning("the noise levels end at %g, not at 0: so much noise is left in the picture", levels[-1])
-
-
-def _side(name: str, side: int | None, default: int, multiple: int) -> int:
-    side = default if side is None else whole(name, side, multiple, MAX_SIDE)
-    rounded = multiple * math.ceil(side / multiple)
-    if rounded != side:
-        log.warning("%s %d is not a multiple of %d: drawing %d", name, side, multiple, rounded)
-    return rounded

@@ -98,7 +98,7 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What is asked of a run: sizes in tokens and pixels, calls of the network, texts at once."""
+    """What is asked of a run: sizes in tokens and pixels, rows that go through the network, texts at once."""
 
     width: int
     height: int
@@ -150,7 +150,7 @@ def predict(
     for name in parts:
         common += stays(name)
     ahead = run.ahead and parts["transformer"].mode != "resident"
-    table = [on_device("modulation of all calls", run.calls * run.batch * FLUX1.modulation(config) * itemsize)]
+    table = [on_device("modulation of all calls", run.calls * FLUX1.modulation(config) * itemsize)]
     table = table if ahead else []
     floats = next(iter(parts["autoencoder"].plan.kept)).empty.dtype.itemsize
     computed = activations(config, t5, autoencoder, run, itemsize, floats)

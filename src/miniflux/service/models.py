@@ -24,13 +24,10 @@ from miniflux.lora import Receipt
 from miniflux.lora.attaching import resolved
 from miniflux.lora.models import stand_ins
 from miniflux.lora.planning import planned
-from miniflux.memory.ledger import Run
 from miniflux.memory.room import Room
 from miniflux.pipeline import Pipeline, load
 from miniflux.result import Result
 from miniflux.sampling import Moment
-from miniflux.sampling.guidance import Nag
-from miniflux.sampling.latents import PIXELS_PER_TOKEN
 from miniflux.service.catalogue import Catalogue, Listed
 from miniflux.service.queue import Cost, Preview, Step
 from miniflux.settings import LoraUse, Request
@@ -210,14 +207,7 @@ class Models:
         """Begins when there is memory for the run beside those at work."""
         if pipe.memory is None:
             return nullcontext()
-        width, height = request.size(pipe.variant)
-        run = Run(
-            width=width,
-            height=height,
-            text_tokens=request.t5_length or pipe.variant.t5_length,
-            calls=request.steps_in_all(pipe.variant),
-            batch=2 if isinstance(request.guide, Nag) else 1,
-        )
+        run = request.plan(pipe.variant).needs()
         return self._room.taken(pipe.memory.ledger(run).working, pipe.memory.device, waiting)
 
     def answer(self, request: Request) -> Result | None:
@@ -248,10 +238,10 @@ class Models:
         if loaded is None:
             self.catalogue.bytes_of(key[0])  # refuses what is not here
         chosen = self.catalogue.variant_of(key[0]) if loaded is None else loaded.pipe.variant
-        width, height = request.size(chosen)
-        tokens = (width // PIXELS_PER_TOKEN) * (height // PIXELS_PER_TOKEN)
+        plan = request.plan(chosen)
         method = None if request.guide is None else type(request.guide).__name__
-        return Cost(kind=(key, request.solver, method), size=max(1, tokens), steps=request.steps_in_all(chosen))
+        kind = (key, request.solver, method)
+        return Cost(kind=kind, size=plan.rows * plan.columns, steps=plan.total * plan.steps)
 
 
 def _attach(loaded: _Loaded, uses: tuple[LoraUse, ...], files: list[Path]) -> None:

@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
+from miniflux.arguments import AUTO, MAX_IMAGES
 from miniflux.errors import InputError, SettingsError
-from miniflux.plan import AUTO, MAX_IMAGES, guidance_for, levels_for, size_for
-from miniflux.sampling import CACHES, GUIDES, Schedule, from_strength, solver, with_restarts
+from miniflux.plan import Plan
+from miniflux.sampling import CACHES, GUIDES, solver
 from miniflux.sampling.caches import Cache, Measure
 from miniflux.sampling.checks import check_number, made, whole
 from miniflux.sampling.guidance import Cfg
-from miniflux.sampling.latents import MAX_SEED, PATCH
+from miniflux.sampling.latents import MAX_SEED
 from miniflux.settings import strict
 from miniflux.text import Padding
 from miniflux.variants import ALIASES, VARIANTS, Variant, variant
@@ -163,37 +164,31 @@ class Request:
         Raises:
             InputError: as `Pipeline.generate`.
         """
-        width, height = size_for(chosen, chosen.autoencoder, self.width, self.height)
-        levels = self._whole(chosen, width, height)
-        if self.image is not None:
-            levels = from_strength(levels, self.strength)
-        if self.restart is not None:
-            levels = with_restarts(levels, *self.restart)
-        guidance_for(chosen, chosen.transformer.guidance_embed, self.guidance)
+        self.plan(chosen)
+
+    def plan(self, chosen: Variant) -> Plan:
+        """The call that it stands for, resolved for a model.
+
+        Raises:
+            InputError: as `Pipeline.generate`.
+        """
+        plan = Plan.of(chosen, **self.arguments(), image=self.image, strength=self.strength)
         if self.stop is not None:
-            whole("stop", self.stop, 1, levels.steps)
+            whole("stop", self.stop, 1, plan.levels.steps)
+        return plan
 
     @property
     def _spacing(self) -> str | list[float]:
         return self.schedule if isinstance(self.schedule, str) else list(self.schedule)
 
-    def _whole(self, chosen: Variant, width: int, height: int) -> Schedule:
-        """The noise levels before `strength` and `restart`."""
-        side = chosen.autoencoder.downscale * PATCH
-        tokens = (width // side) * (height // side)
-        return levels_for(chosen, self._spacing, self.steps, tokens, self.shift, solver(self.solver))
-
     def size(self, chosen: Variant) -> tuple[int, int]:
         """Width and height that will be drawn, in pixels."""
-        return size_for(chosen, chosen.autoencoder, self.width, self.height)
+        plan = self.plan(chosen)
+        return plan.width, plan.height
 
     def steps_in_all(self, chosen: Variant) -> int:
         """Steps of all pictures together, as `progress` counts them."""
-        width, height = self.size(chosen)
-        levels = self._whole(chosen, width, height)
-        levels = levels if self.image is None else from_strength(levels, self.strength)
-        levels = levels if self.restart is None else with_restarts(levels, *self.restart)
-        return self.images * (levels.steps if self.stop is None else self.stop)
+        return self.images * self.plan(chosen).steps
 
     def single(self, i: int) -> Request:
         """Picture i of this request, as a request of its own."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from miniflux.plan import MAX_SIDE
+from miniflux.arguments import MAX_SIDE
 from miniflux.result import checked_output
 from miniflux.sampling import Schedule, schedule
 from miniflux.sampling.checks import whole

@@ -12,10 +12,10 @@ from statistics import median
 
 from torch import Tensor
 
+from miniflux.arguments import MAX_IMAGES, MAX_STEPS
 from miniflux.errors import InputError
 from miniflux.nano import scenes
 from miniflux.pipeline import Pipeline
-from miniflux.plan import MAX_IMAGES, MAX_STEPS
 from miniflux.result import checked_output
 from miniflux.sampling import SOLVERS, solver
 from miniflux.sampling.checks import whole

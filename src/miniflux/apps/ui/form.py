@@ -12,8 +12,8 @@ from typing import Any
 
 from miniflux.apps.ui.fitting import FAR, SIDE, listed_as, name_of
 from miniflux.apps.ui.site import BUNDLED, Shelf
+from miniflux.arguments import AUTO, cache_for
 from miniflux.errors import InputError
-from miniflux.plan import AUTO, cache_for
 from miniflux.sampling import GUIDES
 from miniflux.sampling.latents import MAX_SEED
 from miniflux.service import Listed

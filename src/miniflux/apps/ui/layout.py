@@ -10,7 +10,7 @@ import gradio as gr
 
 from miniflux.apps.ui import fitting, form
 from miniflux.apps.ui.site import Shelf, Site
-from miniflux.plan import AUTO
+from miniflux.arguments import AUTO
 from miniflux.sampling import SOLVERS
 from miniflux.sampling.schedules import SPACINGS
 from miniflux.service import Listed

@@ -1,0 +1,93 @@
+"""What a call will do, resolved once: the number of calls is the one that is counted, everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import miniflux
+from miniflux.errors import InputError
+from miniflux.pipeline import Pipeline
+from miniflux.plan import Plan
+from miniflux.sampling import GUIDES, SOLVERS, guide
+from miniflux.service.models import Models
+from miniflux.settings import Request
+from miniflux.variants import variant
+
+RUNS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "restart": {"restart": (0.2, 0.8, 2)},
+    "part": {"image": torch.zeros(3, 64, 64), "strength": 0.55},
+    "stopped": {"stop": 3},
+    "part, restart": {"image": torch.zeros(3, 64, 64), "strength": 0.7, "restart": (0.1, 0.4, 1)},
+}
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Pipeline:
+    return miniflux.tiny()
+
+
+@pytest.fixture
+def rows(pipe: Pipeline) -> Iterator[list[int]]:
+    """How many rows each call of the network had."""
+    seen: list[int] = []
+
+    def count(_: nn.Module, given: tuple[Any, ...]) -> None:
+        seen.append(len(given[0]))
+
+    handle = pipe.transformer.register_forward_pre_hook(count)
+    yield seen
+    handle.remove()
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("method", [None, *GUIDES])
+@pytest.mark.parametrize("solver", ["euler", "heun", "midpoint", "rk4", "dpmpp-2s", "unipc", "lcm"])
+def test_calls_are_those_that_are_counted(
+    solver: str, method: str | None, run: str, pipe: Pipeline, rows: list[int]
+) -> None:
+    """For kinds of solvers, every guide - with a window, so that texts come and go - and parts of runs."""
+    window = {"skip_window": (0.1, 0.9)} if method == "skip-layer" else {"window": (0.2, 0.8), "scale": 2.0}
+    options = {"solver": solver, "steps": 5, "guide": method and guide(method, **window), **RUNS[run]}
+    plan = Plan.of(pipe.variant, "a star", **options)
+    pipe.generate("a star", **options)
+    assert plan.calls == sum(rows) == plan.needs().calls
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_calls_of_every_solver(solver: str, pipe: Pipeline, rows: list[int]) -> None:
+    pipe.generate("a star", solver=solver, steps=4)
+    assert Plan.of(pipe.variant, "a star", solver=solver, steps=4).calls == sum(rows)
+
+
+def test_what_is_left_of_a_resumed_run(pipe: Pipeline, rows: list[int]) -> None:
+    half = pipe.generate("a star", steps=5, stop=2).moment
+    rows.clear()
+    pipe.generate("a star", steps=5, resume=half)
+    assert Plan.of(pipe.variant, "a star", steps=5, resume=half).calls == sum(rows) == 3
+
+
+def test_one_number_everywhere() -> None:
+    """generate, a request and the service resolve a call in one way."""
+    chosen, options = variant("nano"), {"steps": 6, "solver": "heun", "guide": guide("cfg", scale=2.0), "images": 2}
+    plan, request = Plan.of(chosen, "a star", **options), Request(prompt="a star", **options)
+    assert request.plan(chosen).needs() == plan.needs() and plan.calls == 2 * 11
+    assert request.steps_in_all(chosen) == plan.total * plan.steps == 12
+    cost = Models().cost(request)
+    assert (cost.steps, cost.size) == (12, plan.rows * plan.columns)
+
+
+def test_what_cannot_be_resolved_is_refused_by_name() -> None:
+    for options, said in (
+        ({"steps": 0}, "steps"),
+        ({"width": 5}, "width"),
+        ({"stop": 0}, "stop"),
+        ({"seed": -1}, "seed"),
+    ):
+        with pytest.raises(InputError, match=said):
+            Plan.of(variant("nano"), "a star", **options)
