@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import threading
@@ -333,3 +334,18 @@ def test_bad_caches_are_refused(tmp_path: Path) -> None:
     for make, kind, message in refused:
         with pytest.raises(kind, match=message):
             make()
+
+
+def test_folder_that_others_write_to_answers_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is there is found, what is damaged is passed over; neither can be marked nor removed there."""
+    kept = ResultCache(tmp_path)
+    for key in ("a", "b"):
+        kept.put(key, Drawn(Image.new("RGB", (4, 4)), torch.zeros(1, 1, 1, 1), {}))
+    (tmp_path / "b.picture").write_bytes(b"damaged")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert kept.get("a") is not None and kept.get("b") is None

@@ -19,6 +19,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -200,9 +201,11 @@ class ResultCache:
             path = self.folder / (key + ENDING)
             try:
                 data = path.read_bytes()
-                os.utime(path)
             except OSError:
                 data = None
+            else:
+                with suppress(OSError):  # a cache that only others may write to answers as well
+                    os.utime(path)
         if data is None:
             return None
         drawn = _unpacked(data)
@@ -254,7 +257,8 @@ class ResultCache:
 
     def _forget(self, key: str) -> None:
         if self.folder is not None:
-            (self.folder / (key + ENDING)).unlink(missing_ok=True)
+            with suppress(OSError):
+                (self.folder / (key + ENDING)).unlink()
         with self._change:
             self._memory.pop(key, None)
 

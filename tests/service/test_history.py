@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import stat
 import zipfile
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from miniflux.checkpoints import saving
 from miniflux.errors import InputError, OutputError
 from miniflux.service import Axis, Grid, History, new_session
 from miniflux.settings import Request, read_picture
@@ -236,3 +238,26 @@ def test_no_place_for_a_history(tmp_path: Path) -> None:
         History(tmp_path / "file")
     with pytest.raises(InputError, match="per_session must be"):
         History(tmp_path, per_session=0)
+
+
+def test_what_else_lies_in_the_folders_of_a_history_is_left_alone(tmp_path: Path) -> None:
+    for place in ("pictures", "deleted"):
+        (tmp_path / place / "folder.png").mkdir(parents=True)
+        (tmp_path / place / "nowhere.png").symlink_to(tmp_path / "gone")
+    history = History(tmp_path)
+    add(history, ALICE)
+    assert len(history.listed(ALICE)) == 1 and len(list((tmp_path / "deleted").iterdir())) == 2
+
+
+def test_folder_that_is_there_and_cannot_be_written_to_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is mounted for reading: every folder is there already, which says nothing."""
+    History(tmp_path)
+
+    def refuse(**_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(saving.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(OutputError, match="no folder for a history: Read-only file system"):
+        History(tmp_path)

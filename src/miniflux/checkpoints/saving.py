@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -137,6 +138,23 @@ def checkpoint_path(path: str | Path) -> Path:
     if path.suffix != ".safetensors":
         raise OutputError(f"{path}: a checkpoint is written as .safetensors, got the ending {path.suffix!r}")
     return path
+
+
+def folder_to_fill(folder: Path, what: str) -> None:
+    """Make a folder, if it is not there, that only this user can read; see that files can be written into it.
+
+    Args:
+        what: is kept there, for the error.
+
+    Raises:
+        OutputError: it cannot be made, or nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"here")
+    except OSError as error:
+        raise OutputError(f"{folder}: no folder for {what}: {error.strerror or error}") from error
 
 
 def write_beside(path: Path, write: Callable[[Path], object]) -> None:

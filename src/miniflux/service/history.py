@@ -24,7 +24,7 @@ from typing import Any
 from PIL import Image
 
 from miniflux.checkpoints.folders import files_in
-from miniflux.checkpoints.saving import write_beside
+from miniflux.checkpoints.saving import folder_to_fill, write_beside
 from miniflux.errors import InputError, OutputError, SettingsError
 from miniflux.result import Result, checked_output, save_picture
 from miniflux.sampling.checks import whole
@@ -108,18 +108,15 @@ class History:
         max_bytes: of all pictures together; the oldest go first.
 
     Raises:
-        OutputError: the folder cannot be made.
+        OutputError: the folder cannot be made, or not be written to.
     """
 
     def __init__(self, folder: str | Path, *, per_session: int = 200, max_bytes: int = 2_000_000_000) -> None:
         self.per_session, self.max_bytes = whole("per_session", per_session, 1), whole("max_bytes", max_bytes, 1)
         self.pictures, self._indices = Path(folder) / "pictures", Path(folder) / "sessions"
         self._bin = Path(folder) / "deleted"
-        try:
-            for place in (self.pictures, self._indices, self._bin):
-                place.mkdir(parents=True, exist_ok=True, mode=0o700)
-        except OSError as error:
-            raise OutputError(f"{folder}: no folder for a history: {error.strerror}") from error
+        for place in (self.pictures, self._indices, self._bin):
+            folder_to_fill(place, "a history")
         self._lock = threading.RLock()
         self._sessions: OrderedDict[str, list[Entry]] = OrderedDict()  # those that were asked for last
         found = [(picture, picture.stat()) for picture in files_in(self.pictures, (".png",))]
@@ -127,7 +124,7 @@ class History:
         self._sizes = {picture.stem: about.st_size for picture, about in found}  # the oldest first
         self._bytes = sum(self._sizes.values())
         self._deleted: dict[str, _Deleted] = {}  # the oldest first
-        for left in self._bin.glob("*.png"):  # by an earlier run, whose time for second thoughts is over
+        for left in files_in(self._bin, (".png",)):  # by an earlier run, whose time for second thoughts is over
             left.unlink(missing_ok=True)
 
     def add(self, session: str, request: Request, result: Result, title: str = "") -> list[Entry]:

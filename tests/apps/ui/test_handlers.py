@@ -297,6 +297,26 @@ def test_dropped_lora_is_drawn_with(people: People, tmp_path: Path) -> None:
     assert [(row["label"], row["on"], row["late"]) for row in late] == [("Realism", False, True), ("mine", False, True)]
 
 
+@pytest.mark.parametrize("ending", [".sft", ".SafeTensors"])
+def test_dropped_lora_keeps_its_whole_name(people: People, tmp_path: Path, ending: str) -> None:
+    """However long; under another name it is the same one, and the first file goes."""
+    data = Path(people.site.models.lora("realism").source).read_bytes()
+    session = ending[1:].ljust(32, "-")
+    for name in ("short", "a-long-name-" * 14):
+        (tmp_path / f"{name}{ending}").write_bytes(data)
+        answer = people.does("files", session, files=[str(tmp_path / f"{name}{ending}")])
+        assert [row["label"] for row in answer["loras"]] == ["Realism", name]
+    digest = Path(people.site.shelf(session).loras[answer["loras"][1]["id"]].file).parent
+    assert [path.name for path in digest.iterdir() if path.suffix == ending] == [f"{name}{ending}"]
+
+
+def test_line_about_a_lora_names_a_few_models(people: People, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("miniflux.apps.ui.site.MAX_NAMED", 1)
+    copy = tmp_path / "some.safetensors"
+    copy.write_bytes(Path(people.site.models.lora("realism").source).read_bytes())
+    assert "for nano-dev and 1 more" in people.does("files", "s" * 32, files=[str(copy)])["stage"]["text"]
+
+
 def test_picture_is_that_of_the_library(people: People) -> None:
     people.does("draw", seed="31", loras=[])
     entry = people.drawn()

@@ -41,6 +41,10 @@ def reached(where: str, port: int) -> bool:
         pytest.param("[::1]", ["[::1]"], ["::1"], True, marks=ipv6),
         ("0.0.0.0", ["127.0.0.1"], ["127.0.0.1"], False),
         pytest.param("::", ["127.0.0.1"], ["127.0.0.1", "::1"], False, marks=ipv6),
+        ("0", ["127.0.0.1"], ["127.0.0.1"], False),
+        ("127.1", ["127.0.0.1"], ["127.0.0.1"], True),
+        ("0x7f000001", ["127.0.0.1"], ["127.0.0.1"], True),
+        ("::ffff:127.0.0.1", ["127.0.0.1"], ["127.0.0.1"], True),
     ],
 )
 def test_what_is_shown_can_be_opened(host: str, shown: list[str], reach: list[str], only_here: bool) -> None:
@@ -51,6 +55,7 @@ def test_what_is_shown_can_be_opened(host: str, shown: list[str], reach: list[st
         assert all(reached(where, found.port) for where in reach)
         assert all(reached(where.strip("[]"), found.port) for where in found.hosts)
         assert "localhost" in found.names
+        assert ("0.0.0.0" in found.names) is ("::" in found.names) is (not only_here)
         assert (socket.gethostname().lower() in found.names) is (not only_here)
     finally:
         found.close()

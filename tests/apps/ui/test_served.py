@@ -66,6 +66,18 @@ def test_pictures_belong_to_a_session(page: Page) -> None:
     assert owner.get("/studio/picture/../sessions/x.png").status_code == 404
 
 
+def test_picture_that_is_damaged_or_gone_is_no_fault(page: Page, caplog: pytest.LogCaptureFixture) -> None:
+    owner = client(page)
+    id = drawn(page, owner.cookies[COOKIE])
+    path = page.site.history.path(owner.cookies[COOKIE], id)
+    path.write_bytes(path.read_bytes()[:60])
+    assert owner.get(f"/studio/picture/{id}.png?bare=1").status_code == 404
+    path.unlink()
+    for query in ("", "?bare=1", "?download=1"):
+        assert owner.get(f"/studio/picture/{id}.png{query}").status_code == 404
+    assert not caplog.records
+
+
 def test_cookie_is_kept_from_scripts_and_other_sites(page: Page) -> None:
     reply = httpx.get(page.url + "/")
     cookie = next(line for line in reply.headers.get_list("set-cookie") if line.startswith(COOKIE))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Iterator
@@ -15,8 +16,9 @@ from miniflux.apps.cli import main
 from miniflux.apps.ui import fitting, form
 from miniflux.apps.ui.routes import state_of
 from miniflux.apps.ui.site import opened
+from miniflux.checkpoints import saving
 from miniflux.checkpoints.finding import BUNDLED
-from miniflux.errors import MinifluxError
+from miniflux.errors import MinifluxError, OutputError
 from miniflux.service import Models
 from miniflux.settings import read_picture
 from miniflux.variants import VARIANTS
@@ -130,3 +132,15 @@ def test_sizes_end_where_learning_did(people: People) -> None:
     people.drawn()
     assert people.does("draw", width=192, height=64, steps=1, seed="1")["stage"]["text"] == ""
     people.drawn()
+
+
+def test_cache_that_cannot_be_written_to_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(saving.tempfile, "TemporaryFile", refuse)
+    with (
+        pytest.raises(OutputError, match="no folder for a cache: Read-only file system"),
+        opened(tmp_path / "site", cache=str(tmp_path)),
+    ):
+        pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import time
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from miniflux.apps.ui import uploads as module
 from miniflux.apps.ui.bodies import RefusedError
 from miniflux.apps.ui.uploads import IDLE_SECONDS, UPLOAD_SECONDS, Uploads, plain_name
+from miniflux.errors import OutputError
 
 ANN, BOB = "a" * 32, "b" * 32
 
@@ -137,6 +139,7 @@ def test_many_files_are_bounded(uploads: Uploads, monkeypatch: pytest.MonkeyPatc
         ),
         ("multipart/form-data; boundary=x", b"--x\r\n" + b"a: " + b"b" * 1_500),
         ("multipart/form-data; boundary=x", b"--x--\r\n"),
+        (f"multipart/form-data; boundary={'x' * 300}", b"x"),
     ],
 )
 def test_what_is_no_form_with_files_is_refused(uploads: Uploads, kind: str, data: bytes) -> None:
@@ -194,6 +197,31 @@ def kept(uploads: Uploads, session: str, data: bytes = b"x" * 9) -> Path:
     uploads.keep(session, path, place)
     assert not path.exists() and place.read_bytes() == data
     return place
+
+
+def test_many_files_of_many_sessions_are_bounded(uploads: Uploads, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small ones take next to no bytes, and room on the disk all the same."""
+    monkeypatch.setattr(module, "ALL_FILES", 4)
+    for session in (ANN, BOB):
+        send(uploads, session, ("a", b""), ("b", b""))
+    with pytest.raises(RefusedError, match="all browsers together may have sent 4 files") as refused:
+        send(uploads, "c" * 32, ("c", b""))
+    assert refused.value.status == 507 and len(left(uploads)) == 4
+
+
+def test_a_file_that_cannot_be_kept_leaves_nothing(uploads: Uploads, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The history may be on another disk than temporary files, and that one full."""
+
+    def full(source: Path, target: Path) -> None:
+        target.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device", source)
+
+    (path,) = send(uploads, ANN, ("a.safetensors", b"x" * 9))
+    monkeypatch.setattr(module.shutil, "move", full)
+    with pytest.raises(OutputError) as refused:
+        uploads.keep(ANN, path, uploads.place / "digest" / "a.safetensors")
+    assert str(refused.value) == "a.safetensors: cannot be kept: No space left on device"
+    assert list(uploads.place.iterdir()) == [] and uploads.used(ANN) == 9
 
 
 def test_kept_files_go_with_the_last_session_that_has_them(uploads: Uploads) -> None:

@@ -16,6 +16,7 @@ from miniflux.apps.ui import fitting, form
 from miniflux.apps.ui.layout import HELP, LEAST, MOST, Controls, learned
 from miniflux.apps.ui.routes import COOKIE, valid
 from miniflux.apps.ui.site import Shelf, Site
+from miniflux.checkpoints.folders import SAFETENSORS
 from miniflux.errors import InputError, MinifluxError
 from miniflux.service import Axis, Grid, Job, batch, parse_prompts
 from miniflux.settings import Request, read_picture
@@ -340,7 +341,7 @@ class Handlers:
     def _file(self, path: Path, session: str, shelf: Shelf, given: Given, updates: Given) -> str:
         """Take one file; what to say of it."""
         kind = path.suffix.lower()
-        if kind == ".safetensors":
+        if kind in SAFETENSORS:
             lora = self.site.keep_lora(session, path)
             model = given[self.c.model]
             updates[self.c.loras] = form.rows(shelf, model, given=given[self.c.loras], on={lora.id})
@@ -362,7 +363,9 @@ class Handlers:
             prompts = parse_prompts(path.read_bytes())
             updates[self.c.prompts] = "\n".join(prompts)
             return f"{path.name}: {len(prompts)} prompts, ready in the batch."
-        raise MinifluxError(f"{path.name}: a LoRA (.safetensors), a picture or a list of prompts (.txt) is expected")
+        raise MinifluxError(
+            f"{path.name}: a LoRA (.safetensors, .sft), a picture or a list of prompts (.txt) is expected"
+        )
 
 
 def _filled_in(text: str, notes: list[str]) -> dict[str, Any]:

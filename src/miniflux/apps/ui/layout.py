@@ -11,6 +11,7 @@ import gradio as gr
 from miniflux.apps.ui import fitting, form
 from miniflux.apps.ui.site import Shelf, Site
 from miniflux.arguments import AUTO
+from miniflux.checkpoints.folders import SAFETENSORS
 from miniflux.sampling import SOLVERS
 from miniflux.sampling.schedules import SPACINGS
 from miniflux.service import Listed
@@ -201,7 +202,7 @@ def _model(site: Site, usable: Any, drawn: dict[str, Any]) -> dict[str, Any]:
             show_label=False,
             label="LoRAs, saved pictures, lists of prompts",
             file_count="multiple",
-            file_types=[".safetensors", ".png", ".jpg", ".jpeg", ".webp", ".txt"],
+            file_types=[*SAFETENSORS, ".png", ".jpg", ".jpeg", ".webp", ".txt"],
             elem_id="mf-files",
         )
     return made

@@ -53,8 +53,11 @@ class Listening:
     def names(self) -> set[str]:
         """Names, lower case, under which it may be asked for. Addresses are judged by the connection they come over."""
         names = {"localhost"}
-        if address(self.host) is None:
+        bound = address(self.host)
+        if bound is None:
             names.add(self.host.lower().rstrip("."))
+        elif bound.is_unspecified:
+            names |= {"0.0.0.0", "::"}  # people copy these, and mostly get here
         if not self.only_here:
             own = socket.gethostname().lower()
             names |= {own, own.partition(".")[0], f"{own.partition('.')[0]}.local"}
@@ -88,6 +91,7 @@ def listen(host: str, port: int | None) -> Listening:
         raise InputError(f"--host {host!r}: expected a name or an address, such as 127.0.0.1, ::1 or 0.0.0.0")
     if port is not None and not 0 <= port <= 65535:
         raise InputError(f"--port {port}: expected 0 to 65535")
+    bare = _plain(bare)
     places = _resolved(bare)
     for candidate in range(FIRST_PORT, FIRST_PORT + PORTS) if port is None else [port]:
         try:
@@ -101,6 +105,17 @@ def listen(host: str, port: int | None) -> Listening:
     raise InputError(
         f"--host {bare}: no port of {FIRST_PORT} to {FIRST_PORT + PORTS - 1} is free; choose one by --port"
     )
+
+
+def _plain(host: str) -> str:
+    """Addresses as browsers ask for them, whatever they are written like: `0`, `127.1` and `::ffff:127.0.0.1` too."""
+    found = address(host)
+    if found is not None:
+        return str(found) if found.version == 4 else host
+    try:
+        return socket.inet_ntoa(socket.inet_aton(host))
+    except OSError:
+        return host
 
 
 def _resolved(host: str) -> list[tuple[int, tuple[str, int]]]:

@@ -86,10 +86,15 @@ def router(site: Site, allowed: Callable[..., Any]) -> APIRouter:
         headers = {"cache-control": "private, max-age=31536000, immutable"}
         if download:
             headers["content-disposition"] = f'attachment; filename="miniflux-{id[:8]}.png"'
+        if not path.is_file():
+            raise HTTPException(404, "the picture is gone")
         if not bare:
             return FileResponse(path, media_type="image/png", headers=headers)
-        with Image.open(path) as image:
-            plain = Image.frombytes(image.mode, image.size, image.tobytes())
+        try:
+            with Image.open(path) as image:
+                plain = Image.frombytes(image.mode, image.size, image.tobytes())
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            raise HTTPException(404, "the picture is damaged") from None
         data = io.BytesIO()
         plain.save(data, "PNG")
         return Response(data.getvalue(), media_type="image/png", headers=headers)

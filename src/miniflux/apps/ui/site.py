@@ -16,6 +16,7 @@ import torch
 
 from miniflux.apps.ui.uploads import Uploads
 from miniflux.cache import ResultCache
+from miniflux.checkpoints.saving import folder_to_fill
 from miniflux.errors import InputError, MinifluxError
 from miniflux.lora import Receipt
 from miniflux.lora.attaching import BUNDLED_LORAS
@@ -29,6 +30,7 @@ from miniflux.variants import ALIASES
 log = logging.getLogger(__name__)
 
 MAX_SHELVES = 1000  # browser sessions remembered at once, beside their history, which is on the disk
+MAX_NAMED = 3  # models that a line about a LoRA names
 MAX_LORAS = 32  # files that one session may drop
 MAX_UNTOLD = 8  # jobs of a session that are over, kept to say so
 CACHE_BYTES = 2**30  # of pictures kept to answer repeated requests
@@ -151,8 +153,10 @@ class Site:
         reasons, receipt = self._reasons(file, self.listed)
         if isinstance(receipt, MinifluxError):
             raise receipt
-        fits = ", ".join(name for name in self.listed if not reasons[name])
-        about = f"{receipt.dialect}, {receipt.applied} of {receipt.expected} modules applied; for {fits}"
+        fits = [name for name in self.listed if not reasons[name]]
+        more = f" and {len(fits) - MAX_NAMED} more" if len(fits) > MAX_NAMED else ""
+        named = ", ".join(fits[:MAX_NAMED]) + more
+        about = f"{receipt.dialect}, {receipt.applied} of {receipt.expected} modules applied; for {named}"
         text = str(receipt).replace(receipt.source, path.name)
         return Lora(id, label, file, sha256_of(path), reasons, about, text)
 
@@ -185,9 +189,12 @@ class Site:
         digest = sha256_of(path)
         place = self.uploads.place / digest / path.name
         self.uploads.keep(session, path, place)
-        lora = self._lora(digest[:16], path.stem[:80], str(place), place)
+        lora = self._lora(digest[:16], path.stem, str(place), place)
         with shelf.lock:
+            before = shelf.loras.get(lora.id)
             shelf.loras[lora.id] = lora
+        if before is not None and before.file != lora.file:  # the same under another name
+            self.uploads.let_go(session, Path(before.file))
         return lora
 
     def remove_lora(self, session: str, id: str) -> None:
@@ -288,6 +295,8 @@ def opened(
     if shelf is not None and not Path(shelf).is_dir():
         raise InputError(f"--models {shelf}: no such folder")
     results = ResultCache(cache, CACHE_BYTES)
+    if cache is not None:
+        folder_to_fill(Path(cache), "a cache")
     models = Models(weights=weights, device=device, dtype=dtype, cache=results, folder=shelf)
     models.catalogue.scan()
     first = ALIASES.get(first, first)

@@ -20,6 +20,8 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.concurrency import run_in_threadpool
 
 from miniflux.apps.ui.bodies import RefusedError
+from miniflux.checkpoints.saving import write_beside
+from miniflux.errors import OutputError
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +30,7 @@ FORM_BYTES = 2**16  # around the files
 SESSION_BYTES = 4 * 2**30  # of one session: files on their way, and LoRAs in its list
 ALL_BYTES = 16 * 2**30  # of all sessions
 FREE_BYTES = 2**30  # stay free on the disk
-REQUEST_FILES, SESSION_FILES = 64, 256
+REQUEST_FILES, SESSION_FILES, ALL_FILES = 64, 256, 16384
 UPLOAD_SECONDS = 15 * 60  # a file is read as soon as it is there; LoRAs are then kept elsewhere
 IDLE_SECONDS = 24 * 3600  # after which a session that asks for nothing has left
 
@@ -125,13 +127,15 @@ class Uploads:
             self._seen[session] = time.time()
             if sum(one.files for one in self._held if one.session == session) >= SESSION_FILES:
                 raise RefusedError(413, f"one browser may have sent {SESSION_FILES} files at once, and no more")
+            if sum(one.files for one in self._held) >= ALL_FILES:
+                raise RefusedError(507, f"all browsers together may have sent {ALL_FILES} files, and no more")
             self._take(held, length or 0)
             self._held.append(held)
         try:
-            held.folder.mkdir(mode=0o700)
-            files = _Files(options[b"boundary"], held.folder)
-            got = 0
+            files, got = None, 0
             try:
+                held.folder.mkdir(mode=0o700)
+                files = _Files(options[b"boundary"], held.folder)
                 async for piece in pieces:
                     got += len(piece)
                     if got > most:
@@ -143,7 +147,8 @@ class Uploads:
             except (FormParserError, OSError) as error:
                 raise RefusedError(*_refusal(error)) from error
             finally:
-                files.close()
+                if files is not None:
+                    files.close()
             held.files, held.bytes, held.since = len(paths), sum(path.stat().st_size for path in paths), time.time()
             return paths
         except BaseException:
@@ -159,17 +164,22 @@ class Uploads:
     # Files that stay
 
     def keep(self, session: str, path: Path, place: Path) -> None:
-        """Move a file that was sent to where it stays while this session has it; copy any other file there."""
+        """Move a file that was sent to where it stays while this session has it; copy any other file there.
+
+        Raises:
+            OutputError: it cannot be written there; nothing of it is left.
+        """
         with self._lock:
             own = any(one.folder in path.parents for one in self._held)
             if not place.exists():
-                place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-                beside = place.with_name(f"{place.name}.{secrets.token_hex(4)}.part")
-                if own:
-                    shutil.move(path, beside)
-                else:
-                    shutil.copyfile(path, beside)
-                beside.replace(place)
+                try:
+                    place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                    write_beside(place, lambda beside: (shutil.move if own else shutil.copyfile)(path, beside))
+                except (OSError, OutputError) as error:
+                    with contextlib.suppress(OSError):
+                        place.parent.rmdir()
+                    cause = error if isinstance(error, OSError) else error.__cause__
+                    raise OutputError(f"{path.name}: cannot be kept: {getattr(cause, 'strerror', error)}") from error
             kept = self._kept.setdefault(place, _Kept(place.stat().st_size, time.time()))
             kept.sessions.add(session)
             self._leaving = [one for one in self._leaving if one != (session, place)]
