@@ -15,17 +15,17 @@ import torch
 from torch import nn
 
 from miniflux.checkpoints.configs import config_beside, json_object
-from miniflux.checkpoints.files import TensorSource, open_tensors
+from miniflux.checkpoints.files import TensorSource
 from miniflux.checkpoints.finding import Files, find
 from miniflux.checkpoints.folders import models
 from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.inspection import axes_beside, describe, fits, flux1_config
-from miniflux.checkpoints.layouts import detect, origins
+from miniflux.checkpoints.layouts import origins
 from miniflux.checkpoints.loading import bare, compare, load_into, take_packed_layers
 from miniflux.checkpoints.networks import BY_KIND, PIPELINE
+from miniflux.checkpoints.opened import Opened, layout_in, network_of, parts_of
 from miniflux.checkpoints.origin import Origin, stamped
 from miniflux.checkpoints.pipelines import SCHEDULER
-from miniflux.checkpoints.prefixes import network_of, open_part, parts_of
 from miniflux.errors import CheckpointError, InputError
 from miniflux.memory.compute import choose_device, choose_dtype
 from miniflux.memory.ledger import Part, Run, resident_size
@@ -73,18 +73,21 @@ def assemble(
     if first and not first[0].is_dir():
         raise InputError(f"weights {str(weights)!r} is no folder; single files are given as a dict from part to file")
     given = {part: Path(path) for part, path in weights.items()} if isinstance(weights, Mapping) else {}
-    chosen, files = locate(name_or_path, first, given)
+    opened = Opened()
+    chosen, files = locate(name_or_path, first, given, opened)
     named = str(name_or_path) in VARIANTS or str(name_or_path) in ALIASES
     asked = None if dtype is None else str(dtype).removeprefix("torch.")
     origin = Origin(chosen.name if named else str(name_or_path), asked, stamped(files))
 
     # 2. Which sizes: of the text encoders from their config files where there are any, else those of the variant.
     told = [network for network in PIPELINE if network.of_json is not None]
-    chosen = replace(chosen, **{one.part: config_beside(getattr(files, one.part), one.of(chosen)) for one in told})
+    chosen = replace(
+        chosen, **{one.part: config_beside(getattr(files, one.part), one.of(chosen), opened) for one in told}
+    )
     _check_widths(chosen, files)
 
     # 3. Which precision, from what the transformer's file stores.
-    source = open_part(files.transformer, Flux1)
+    source = opened.part(files.transformer, Flux1)
     largest = max(source.entries.values(), key=lambda entry: entry.size)
     parameters = sum(math.prod(entry.shape) for entry in contents_of(source).entries.values())
     compute = choose_dtype(dtype, place, largest.dtype, parameters)
@@ -94,7 +97,12 @@ def assemble(
     built = {
         "transformer": _built(Flux1, chosen.transformer, source, compute, chosen),
         **{
-            one.part: _built(one.kind, one.of(chosen), getattr(files, one.part), compute if one.packed else precise)
+            one.part: _built(
+                one.kind,
+                one.of(chosen),
+                opened.part(getattr(files, one.part), one.kind),
+                compute if one.packed else precise,
+            )
             for one in told
         },
     }
@@ -128,7 +136,7 @@ def assemble(
             chosen.t5_length,
         ),
         origin,
-        _tiny(chosen, files.tiny, place),
+        _tiny(chosen, files.tiny, place, opened),
         kept,
     )
     log.info(
@@ -142,11 +150,11 @@ def assemble(
     return assembled
 
 
-def _tiny(chosen: Variant, path: Path | None, device: torch.device) -> TinyDecoder | None:
+def _tiny(chosen: Variant, path: Path | None, device: torch.device, opened: Opened) -> TinyDecoder | None:
     """The decoder for previews, in float32, if the variant has one and its file is here."""
     if path is None or chosen.tiny is None or chosen.tiny.z_channels != chosen.autoencoder.z_channels:
         return None
-    part, source = _built(TinyDecoder, chosen.tiny, path, torch.float32)
+    part, source = _built(TinyDecoder, chosen.tiny, opened.part(path, TinyDecoder), torch.float32)
     _filled(part, source, device)
     return cast(TinyDecoder, part.plan.network)
 
@@ -165,13 +173,15 @@ def _check_widths(chosen: Variant, files: Files) -> None:
             )
 
 
-def locate(name_or_path: str | Path, first: list[Path], given: dict[str, Path]) -> tuple[Variant, Files]:
+def locate(
+    name_or_path: str | Path, first: list[Path], given: dict[str, Path], opened: Opened | None = None
+) -> tuple[Variant, Files]:
     """The variant meant by a name, a folder or a file, and where its parts are.
 
     Raises:
         InputError, WeightsNotFoundError, CheckpointError: see `miniflux.load`.
     """
-    text, path = str(name_or_path), Path(name_or_path)
+    text, path, opened = str(name_or_path), Path(name_or_path), opened or Opened()
     repositories = {v.repository for v in VARIANTS.values()} - {""}
     if text in VARIANTS or text in ALIASES or text in repositories:
         chosen = variant(text)
@@ -181,10 +191,11 @@ def locate(name_or_path: str | Path, first: list[Path], given: dict[str, Path]) 
         raise InputError(f"{text!r} is neither a model nor a file or folder here; models are {known}")
     folder = path if path.is_dir() else path.parent
     transformer = given.get("transformer") or (_transformer_in(path) if path.is_dir() else path)
-    chosen = _variant_in(transformer, folder)
+    chosen = _variant_in(transformer, folder, opened)
     beside: dict[str, Path] = {}  # what else an all-in-one file holds
     if transformer.is_file():
-        beside = {BY_KIND[kind].part: transformer for kind in parts_of(open_tensors(transformer)) if kind is not Flux1}
+        inside = parts_of(opened.source(transformer))
+        beside = {BY_KIND[kind].part: transformer for kind in inside if kind is not Flux1}
     return chosen, find(chosen, [*first, folder], {"transformer": transformer, **beside, **given})
 
 
@@ -203,10 +214,10 @@ def _transformer_in(folder: Path) -> Path:
     return found[0]
 
 
-def _variant_in(transformer: Path, folder: Path) -> Variant:
+def _variant_in(transformer: Path, folder: Path, opened: Opened) -> Variant:
     """What a transformer's file holds, read from its keys and shapes, never from its name."""
-    source = open_part(transformer, Flux1)
-    kind = network_of(source.entries) or next(iter(parts_of(source)), None)
+    source = opened.part(transformer, Flux1)
+    kind = network_of(source) or next(iter(parts_of(source)), None)
     if kind is not Flux1:
         found = kind.__name__ if kind else describe(source)
         raise CheckpointError(f"{source}: expected a FLUX.1 transformer, found {found}")
@@ -236,23 +247,21 @@ def _variant_in(transformer: Path, folder: Path) -> Variant:
 def _built(
     kind: type[nn.Module],
     config: Any,
-    source: Path | TensorSource,
+    source: TensorSource,
     dtype: torch.dtype,
     chosen: Variant | None = None,
 ) -> tuple[Part, TensorSource]:
     """One network on the meta device, in which its file fits. `chosen` is named when its transformer turns out to be
     another one."""
-    if isinstance(source, Path):
-        source = open_part(source, kind)
     network = bare(kind, config)
     report = compare(network, source)
     if report.problems:
         expected = f"the transformer of {chosen.name}" if chosen else f"the {kind.__name__}"
-        if network_of(source.entries) is not kind or (chosen and not fits(source, chosen.transformer)):
+        if network_of(source) is not kind or (chosen and not fits(source, chosen.transformer)):
             raise CheckpointError(f"{source}: expected {expected}, found {describe(source)}\n{report}")
         raise CheckpointError(str(report))
     take_packed_layers(network, source)
-    plan, table = planned(network, source, dtype), origins(network, detect(network, source.entries))
+    plan, table = planned(network, source, dtype), origins(network, layout_in(source, network))
     # A module alone in its chain, such as a table of tokens, is read before there is memory for the others.
     blocks = [unit for chain in plan.chains if len(chain) > 1 for unit in chain]
     read = [source.entries[name] for unit in blocks for piece in unit.pieces for name in table[piece.key].keys]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, TypeVar
 
-from miniflux.checkpoints.files import open_tensors
 from miniflux.checkpoints.jsonfiles import json_file
 from miniflux.checkpoints.networks import BY_CONFIG
+from miniflux.checkpoints.opened import Opened
 from miniflux.checkpoints.sizes import checked, stated
 from miniflux.errors import CheckpointError, ConfigError
 from miniflux.models.autoencoder import AutoencoderConfig
@@ -31,7 +31,7 @@ def json_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def config_beside(path: Path, default: Config) -> Config:
+def config_beside(path: Path, default: Config, opened: Opened) -> Config:
     """A network's config from the `config.json` beside its weights, else from the header of its file; `default` where
     neither is there.
 
@@ -42,7 +42,7 @@ def config_beside(path: Path, default: Config) -> Config:
     content = json_object(path / "config.json") if path.is_dir() else {}
     content = content.get("text_config") or content
     if not content:
-        return stated(open_tensors(path).metadata, default)
+        return stated(opened.source(path).metadata, default)
     assert record.of_json is not None
     try:
         return checked(record.of_json(content))

@@ -23,8 +23,8 @@ from miniflux.checkpoints.layouts import ALL_IN_ONE, DIFFUSERS, OPENAI, ORIGINAL
 from miniflux.checkpoints.loading import compare, fetch, is_finite
 from miniflux.checkpoints.moving import moved
 from miniflux.checkpoints.networks import BY_KIND
+from miniflux.checkpoints.opened import PartSource, part_of
 from miniflux.checkpoints.outputs import Output, extras, names_file, outputs
-from miniflux.checkpoints.prefixes import PartSource, part_of
 from miniflux.checkpoints.readback import difference, rows
 from miniflux.checkpoints.sources import Input, inputs
 from miniflux.checkpoints.targets import Encoding, Target, Targets, find_format, targets

@@ -20,8 +20,8 @@ from miniflux.checkpoints.layouts import layout_of, own_shapes, their_names
 from miniflux.checkpoints.loading import bare, compare, is_finite
 from miniflux.checkpoints.networks import BY_KIND, NETWORKS, PIPELINE
 from miniflux.checkpoints.networks.flux1 import FLUX1, TELLING
-from miniflux.checkpoints.networks.known import Found, known_in
-from miniflux.checkpoints.prefixes import network_of, parts_of
+from miniflux.checkpoints.networks.known import Found, found_by_name
+from miniflux.checkpoints.opened import known_in, network_of, parts_of
 from miniflux.checkpoints.report import LoadReport
 from miniflux.checkpoints.targets import accepted
 from miniflux.errors import CheckpointError, ConfigError, LoraError
@@ -140,7 +140,7 @@ def _parts(source: TensorSource, data: bool) -> list[Part]:
     """The networks in a source: those that cannot be loaded, those that can, and else what there is."""
     parts: list[Part] = []
     rest = dict.fromkeys(source.entries)
-    for found in sorted(known_in(contents_of(source).entries), key=lambda found: -len(found.prefix)):
+    for found in sorted(known_in(source), key=lambda found: -len(found.prefix)):
         keys = [key for key in rest if key.startswith(found.prefix)]
         title = f"{source} ({found.prefix}*)" if found.prefix else None
         chosen = Selection(source, {key[len(found.prefix) :]: key for key in keys}, title)
@@ -235,7 +235,7 @@ def _lora(source: TensorSource) -> tuple[str, str, str, list[str]] | None:
 
 def _recognise(source: TensorSource) -> tuple[str, str, str, list[str], dict[str, str]]:
     """Network, variant, layout, problems, and what is not needed."""
-    kind = network_of(source.entries)
+    kind = network_of(source)
     if kind is None:
         network, variant, layout, problems = _lora(source) or ("unknown", "unknown", "unknown", [])
         return network, variant, layout, problems, {}
@@ -283,10 +283,10 @@ def fits(source: TensorSource, config: Flux1Config) -> bool:
 
 def describe(source: TensorSource) -> str:
     """A few words on what a file holds: a variant, a FLUX.1 of other sizes, another network."""
-    others = known_in(contents_of(source).entries)
+    others = known_in(source)
     if others:
         return others[0].name
-    kind = network_of(source.entries)
+    kind = network_of(source)
     if kind is not Flux1:
         unknown = "a LoRA, which changes a model and is none" if is_lora(source) else "no network known here"
         return f"the tensors of {kind.__name__}" if kind else unknown
@@ -322,7 +322,7 @@ def flux1_config(
     Raises:
         CheckpointError: the file holds no FLUX.1 transformer, or its rotary axes are unknown.
     """
-    others = known_in(entries)
+    others = found_by_name(entries)
     if others:
         raise CheckpointError(f"no FLUX.1 transformer, but {others[0].name}")
     if not any(sign in entries for sign in FLUX1.signs):

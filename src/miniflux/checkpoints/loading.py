@@ -22,14 +22,13 @@ from miniflux.checkpoints.layouts import (
     ORIGINAL,
     THIRDS,
     Origin,
-    detect,
     hidden_size,
     origins,
     their_shape_fits,
     to_ours,
 )
 from miniflux.checkpoints.networks import BY_KIND
-from miniflux.checkpoints.prefixes import PartSource, part_of
+from miniflux.checkpoints.opened import PartSource, layout_in, part_of
 from miniflux.checkpoints.quantized import QuantizedLinear, packed_layers
 from miniflux.checkpoints.report import LoadReport
 from miniflux.errors import CheckpointError
@@ -78,7 +77,7 @@ def plan_for(module: nn.Module, source: TensorSource, layout: str | None = None)
     contents = contents_of(source)
     if layout == ALL_IN_ONE and isinstance(source, PartSource):  # whose names are without the prefix
         layout = ORIGINAL
-    layout = layout or detect(module, source.entries)
+    layout = layout or layout_in(source, module)
     plan = Plan(layout, {}, origins(module, layout), {})
     plan.kinds.update({key: (t.dtype, tuple(t.shape)) for key, t in module.state_dict().items()})
     for name, linear in module.named_modules():

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from miniflux.checkpoints.files import TensorSource, write_tensors
 from miniflux.checkpoints.folders import GGUF, SAFETENSORS
-from miniflux.checkpoints.layouts import ALL_IN_ONE, ORIGINAL, detect, origins, to_layout
-from miniflux.checkpoints.prefixes import part_of
+from miniflux.checkpoints.layouts import ALL_IN_ONE, ORIGINAL, origins, to_layout
+from miniflux.checkpoints.opened import layout_in, part_of
 from miniflux.checkpoints.quantized import packed_layers
 from miniflux.checkpoints.sizes import in_header
 from miniflux.errors import CheckpointError, InputError, OutputError
@@ -88,7 +88,7 @@ def _stored(origin: Any, part: str, network: nn.Module) -> dict[str, torch.dtype
         source = part_of(TensorSource(paths), type(network))
     except (CheckpointError, OSError):  # gone since
         return {}
-    table = origins(network, detect(network, source.entries))
+    table = origins(network, layout_in(source, network))
     kinds = {
         key: {source.entries[name].dtype for name in one.keys if name in source.entries} for key, one in table.items()
     }

@@ -18,8 +18,7 @@ from miniflux.checkpoints.inspection import axes_beside, flux1_config, is_lora, 
 from miniflux.checkpoints.layouts import origins
 from miniflux.checkpoints.loading import bare, fetch, plan_for
 from miniflux.checkpoints.networks import BY_KIND, NETWORKS, PIPELINE
-from miniflux.checkpoints.networks.known import known_in
-from miniflux.checkpoints.prefixes import network_of, parts_of
+from miniflux.checkpoints.opened import Opened, known_in, network_of, parts_of
 from miniflux.checkpoints.sizes import config_in, in_header
 from miniflux.errors import CheckpointError
 from miniflux.models.flux1 import Flux1
@@ -116,12 +115,12 @@ def inputs(path: str | Path) -> Inputs:
 
 def _no_part(source: TensorSource, known: bool) -> str:
     """Why a file in a model's folder is none of the pipeline's networks, if it is known what it is."""
-    others = known_in(contents_of(source).entries)
+    others = known_in(source)
     if others:
         return others[0].name
     if known:
         return ""
-    if network_of(source.entries) is TinyDecoder:
+    if network_of(source) is TinyDecoder:
         return "the tiny decoder is for previews; a pipeline has no place for it"
     return "a LoRA is converted by itself: miniflux lora convert" if is_lora(source) else ""
 
@@ -200,7 +199,7 @@ def _config(kind: type[nn.Module], source: TensorSource, folder: Path | None) ->
     if record.header in source.metadata:
         return config_in(entries, source.metadata, known[0]), ""
     if folder is not None:
-        return config_beside(folder, known[0]), ""
+        return config_beside(folder, known[0], Opened()), ""
     for config in known:
         if config_in(entries, {}, config) == config:
             return config, ""

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from miniflux.checkpoints.finding import found_parts
-from miniflux.checkpoints.layouts import detect, origins
+from miniflux.checkpoints.layouts import origins
 from miniflux.checkpoints.loading import compare, fetch
-from miniflux.checkpoints.prefixes import open_part
+from miniflux.checkpoints.opened import layout_in, open_part
 from miniflux.errors import MinifluxError
 from miniflux.lora.dialects import Network
 from miniflux.variants import variant
@@ -44,7 +44,7 @@ def _reader(network: nn.Module, path: Path) -> Weight:
     report = compare(network, source)
     if report.problems:
         raise MinifluxError(str(report))
-    table = origins(network, detect(network, source.entries))
+    table = origins(network, layout_in(source, network))
     shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
 
     def weight(layer: str) -> Tensor | None:

@@ -20,7 +20,7 @@ from miniflux.checkpoints.formats.reading import COMFY, PREFIX, SIDES, contents_
 from miniflux.checkpoints.formats.scaled import METADATA
 from miniflux.checkpoints.layouts import hidden_size, origins, to_theirs
 from miniflux.checkpoints.loading import fetch
-from miniflux.checkpoints.prefixes import PartSource
+from miniflux.checkpoints.opened import PartSource
 from miniflux.checkpoints.quantized import QuantizedLinear
 from miniflux.checkpoints.sources import GGUF_OWN
 from miniflux.checkpoints.targets import Encoding

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from miniflux.checkpoints.files import TensorSource
 from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.inspection import flux1_config
-from miniflux.checkpoints.layouts import detect
 from miniflux.checkpoints.loading import bare, compare, take_packed_layers
-from miniflux.checkpoints.prefixes import open_part
+from miniflux.checkpoints.opened import layout_in, open_part
 from miniflux.checkpoints.saving import checkpoint_path, write_beside
 from miniflux.checkpoints.unfinished import write_frame
 from miniflux.errors import CheckpointError, InputError, LoraError, OutputError
@@ -52,7 +51,7 @@ def network_of_file(source: TensorSource) -> tuple[Flux1, str]:
     report = compare(network, source)
     if report.problems:
         raise CheckpointError(str(report))
-    return network, detect(network, source.entries)
+    return network, layout_in(source, network)
 
 
 def merge_files(

@@ -12,8 +12,8 @@ from miniflux.checkpoints.files import TensorSource
 from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.jsonfiles import MAX_HEADER
 from miniflux.checkpoints.networks import BY_KIND
-from miniflux.checkpoints.networks.known import NOT_YET, known_in
-from miniflux.checkpoints.prefixes import network_of, parts_of
+from miniflux.checkpoints.networks.known import NOT_YET
+from miniflux.checkpoints.opened import known_in, network_of, parts_of
 from miniflux.errors import CheckpointError, LoraError
 
 # Keys of networks and LoRAs of other families, by a piece that only they have.
@@ -77,14 +77,14 @@ def refuse_other_tensors(source: TensorSource, signs: bool) -> None:
 def _network(source: TensorSource) -> str | None:
     """What network, or networks, tensors are of; None if that is not known."""
     entries = contents_of(source).entries
-    others = [found.name.removesuffix(f", {NOT_YET}") for found in known_in(entries)]
+    others = [found.name.removesuffix(f", {NOT_YET}") for found in known_in(source)]
     if others:
         return " and ".join(f"{'an' if name[0] in 'aeiouAEIO' else 'a'} {name}" for name in others)
     try:
         kinds: Collection[type[nn.Module]] = parts_of(source).keys()
     except CheckpointError:
         kinds = ()
-    single = network_of(entries)
+    single = network_of(source)
     named = [BY_KIND[kind].phrase for kind in kinds or ([] if single is None else [single])]
     if len(named) > 1:
         return f"a whole checkpoint ({', '.join(named)})"

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from miniflux.checkpoints.files import TensorSource
-from miniflux.checkpoints.layouts import Origin, detect, origins
+from miniflux.checkpoints.layouts import Origin, origins
 from miniflux.checkpoints.loading import fetch, is_finite, load_into, unsound
 from miniflux.checkpoints.networks import BY_KIND
+from miniflux.checkpoints.opened import layout_in
 from miniflux.checkpoints.quantized import LENDER, QuantizedLinear, packed_layers
 from miniflux.errors import CheckpointError
 
@@ -349,7 +350,7 @@ def planned(network: nn.Module, source: TensorSource, dtype: torch.dtype) -> Pla
         source: a file that `compare` found nothing wrong with.
         dtype: what it computes in.
     """
-    table = origins(network, detect(network, source.entries))
+    table = origins(network, layout_in(source, network))
     packed = {f"{name}.{part}" for name, layer in packed_layers(network).items() for part in layer.origins}
     pieces: dict[str, Piece] = {}
     for key, tensor in network.state_dict().items():
@@ -383,7 +384,7 @@ def stream(plan: Plan, source: TensorSource, device: torch.device) -> Streamed:
     Raises:
         CheckpointError: numbers that are not finite; those of blocks are found when they are first read.
     """
-    table = origins(plan.network, detect(plan.network, source.entries))
+    table = origins(plan.network, layout_in(source, plan.network))
 
     def read(key: str, out: Tensor) -> int:
         fetch(source, table[key], tuple(out.shape), out=out)

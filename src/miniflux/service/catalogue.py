@@ -15,8 +15,8 @@ from miniflux.checkpoints.finding import find
 from miniflux.checkpoints.folders import MAX_FOLDERS, entries, models
 from miniflux.checkpoints.formats.reading import format_of
 from miniflux.checkpoints.loading import bare, compare
+from miniflux.checkpoints.opened import open_part, parts_of
 from miniflux.checkpoints.origin import Stamp, stamped
-from miniflux.checkpoints.prefixes import open_part, parts_of
 from miniflux.errors import CheckpointError, InputError, MinifluxError, WeightsNotFoundError
 from miniflux.models.flux1 import Flux1
 from miniflux.variants import ALIASES, VARIANTS, Variant, variant

@@ -156,7 +156,7 @@ class Found:
     name: str
 
 
-def known_in(entries: Mapping[str, Entry]) -> list[Found]:
+def found_by_name(entries: Mapping[str, Entry]) -> list[Found]:
     """The networks among these keys that are known by name only, at most one behind each prefix.
 
     Args:

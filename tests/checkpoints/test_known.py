@@ -19,7 +19,7 @@ from miniflux.checkpoints.files import TensorFile, write_tensors
 from miniflux.checkpoints.finding import BUNDLED
 from miniflux.checkpoints.inspection import Part
 from miniflux.checkpoints.loading import bare
-from miniflux.checkpoints.networks.known import KNOWN, known_in
+from miniflux.checkpoints.networks.known import KNOWN, found_by_name
 from miniflux.errors import CheckpointError
 from miniflux.lora import read
 from miniflux.models.autoencoder import Autoencoder
@@ -249,7 +249,7 @@ def test_any_shapes_are_told_as_something(
     path.unlink(missing_ok=True)
     parts = inspect(sparse(path, shapes)).parts
     assert sum(part.tensors for part in parts) == len(shapes) and all(part.variant for part in parts)
-    assert len(known_in(open_tensors(path).entries)) <= len(parts)
+    assert len(found_by_name(open_tensors(path).entries)) <= len(parts)
 
 
 def told(path: Path, data: bool) -> list[Part]:

@@ -23,7 +23,7 @@ from miniflux.checkpoints.formats.reading import GivenTensors
 from miniflux.checkpoints.layouts import ALL_IN_ONE
 from miniflux.checkpoints.loading import compare
 from miniflux.checkpoints.networks import PIPELINE
-from miniflux.checkpoints.prefixes import divide, networks_in, part_of, parts_of
+from miniflux.checkpoints.opened import divide, networks_in, part_of, parts_of
 from miniflux.errors import CheckpointError
 from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.clip import ClipTextEncoder

@@ -1,4 +1,4 @@
-"""Files that hold several networks under prefixes, or one: which networks, and each as a source of its own.
+"""What is in an opened file: which networks, under which prefixes, in which layout - found out once and kept with it.
 
 All-in-one files name the tensors of a network as its own file does, behind a prefix: `vae.decoder.conv_in.weight`. The
 prefix is not looked up but read: it is whatever stands before the key that tells a network apart. So every spelling of
@@ -8,16 +8,19 @@ the prefixes is understood, and a network without one is the case of the empty p
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from miniflux.checkpoints.files import Selection, TensorSource, open_tensors
+from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.jsonfiles import json_of
+from miniflux.checkpoints.layouts import detect
 from miniflux.checkpoints.networks import NETWORKS
+from miniflux.checkpoints.networks.known import Found, found_by_name
 from miniflux.errors import CheckpointError
 
 # What all-in-one files carry beside the networks, by the last part of the key, and why nothing is lost without it.
@@ -28,9 +31,34 @@ REDUNDANT_STRAYS = {
 QUANTISATION = "_quantization_metadata"  # ComfyUI's: a JSON text whose `layers` are named with their prefix
 
 
-def network_of(entries: Mapping[str, Any]) -> type[nn.Module] | None:
-    """Which network these keys belong to, or None. Keys behind a prefix are not looked at."""
-    return next((network.kind for network in NETWORKS if any(sign in entries for sign in network.signs)), None)
+Answer = TypeVar("Answer")
+
+
+def once(source: TensorSource, question: object, answer: Callable[[], Answer]) -> Answer:
+    """The answer to a question about a source, which is kept with it."""
+    known: dict[object, Any] = source.__dict__.setdefault("_found_out", {})
+    if question not in known:
+        known[question] = answer()
+    return known[question]
+
+
+def network_of(source: TensorSource) -> type[nn.Module] | None:
+    """Which network a source's tensors belong to, or None. Keys behind a prefix are not looked at."""
+
+    def found() -> type[nn.Module] | None:
+        return next((one.kind for one in NETWORKS if any(sign in source.entries for sign in one.signs)), None)
+
+    return once(source, network_of, found)
+
+
+def layout_in(source: TensorSource, module: nn.Module) -> str:
+    """The layout in which a source names the tensors of a network."""
+    return once(source, (layout_in, type(module)), lambda: detect(module, source.entries))
+
+
+def known_in(source: TensorSource) -> list[Found]:
+    """The networks in a source that are known by name only."""
+    return once(source, known_in, lambda: found_by_name(contents_of(source).entries))
 
 
 def networks_in(keys: Collection[str]) -> dict[type[nn.Module], str]:
@@ -125,12 +153,12 @@ def part_of(source: TensorSource, kind: type[nn.Module]) -> TensorSource:
         CheckpointError: the source holds a network twice.
     """
     try:
-        division = divide(source.entries)
+        division = _division(source)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
     if kind not in division.prefixes or (list(division.prefixes.values()) == [""]):
         return source
-    return PartSource(source, kind, division)
+    return once(source, (part_of, kind), lambda: PartSource(source, kind, division))
 
 
 def parts_of(source: TensorSource) -> dict[type[nn.Module], TensorSource]:
@@ -139,13 +167,38 @@ def parts_of(source: TensorSource) -> dict[type[nn.Module], TensorSource]:
     Raises:
         CheckpointError: the source holds a network twice.
     """
-    return {kind: part_of(source, kind) for kind in divide(source.entries).prefixes}
+    return {kind: part_of(source, kind) for kind in _division(source).prefixes}
+
+
+def _division(source: TensorSource) -> Division:
+    return once(source, divide, lambda: divide(source.entries))
+
+
+class Opened:
+    """Files and folders that are opened once, for as long as somebody works with them: a load, a conversion."""
+
+    def __init__(self) -> None:
+        self._sources: dict[Path, TensorSource] = {}
+
+    def source(self, path: Path) -> TensorSource:
+        """The tensors of a file, an index of shards, or a folder.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        if path not in self._sources:
+            self._sources[path] = open_tensors(path)
+        return self._sources[path]
+
+    def part(self, path: Path, kind: type[nn.Module]) -> TensorSource:
+        """Those of one network in there.
+
+        Raises:
+            CheckpointError: it cannot be read, or holds the network twice.
+        """
+        return part_of(self.source(path), kind)
 
 
 def open_part(path: str | Path, kind: type[nn.Module]) -> TensorSource:
-    """The tensors of one network in a file, an index of shards, or a folder.
-
-    Raises:
-        CheckpointError: it cannot be read, or holds the network twice.
-    """
-    return part_of(open_tensors(path), kind)
+    """The tensors of one network in a file, an index of shards, or a folder; see `Opened.part`."""
+    return Opened().part(Path(path), kind)
