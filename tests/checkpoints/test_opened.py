@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ PARTS = ("ae.safetensors", "text_encoder", "text_encoder_2", "tokenizer", "token
 
 
 @pytest.fixture
-def looks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+def looks(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often files were opened, divided into networks, and their layouts told."""
     seen: Counter[str] = Counter()
 
@@ -35,7 +34,7 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
 
     for module, name in ((files, "open_file"), (opened, "divide"), (opened, "detect")):
         counted(module, name)
-    yield seen
+    return seen
 
 
 def test_a_load_looks_once_at_each_file(looks: Counter[str]) -> None:
