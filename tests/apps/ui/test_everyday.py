@@ -295,9 +295,33 @@ def test_dropped_lora_can_be_removed(stranger: Tab, page: Page, tmp_path: Path) 
     assert not [name for name in stranger.details() if name.startswith("LoRA")]
 
 
+def test_long_names_stay_inside_also_with_all_details_open(stranger: Tab, tmp_path: Path) -> None:
+    """Of LoRAs, in their list, in their receipts, in the settings of a picture and below the enlarged one."""
+    copy = tmp_path / f"{'a-long-name' * 12}.safetensors"
+    copy.write_bytes((BUNDLED_LORAS / "realism.safetensors").read_bytes())
+    stranger.drop(copy).fill("prompt", "a red circle " * 90).fill("steps", 2).draw()
+    stranger.details()
+    for width in (DESK, PHONE):
+        stranger.resized(width, 844)
+        stranger.js("document.querySelectorAll('.mf-details').forEach((one) => one.open = true)")
+        outside = """return [...document.querySelectorAll('.mf-lora *, .mf-facts *')].filter((one) => {
+          const card = one.closest('.mf-room, #mf-stage').getBoundingClientRect(), box = one.getBoundingClientRect();
+          return box.right > card.right || box.left < card.left;
+        }).map((one) => one.className || one.textContent)"""
+        assert stranger.js(outside) == []
+        values = stranger.js("return [...document.querySelectorAll('.mf-facts dd')].map((one) => one.clientWidth)")
+        assert min(values) > 150
+        stranger.js("document.querySelector('#mf-enlarge').click()")
+        words, button = stranger.box(".mf-large-words"), stranger.box(".mf-newer")
+        assert words["bottom"] <= button["top"] or words["left"] >= button["right"]
+        stranger.press(".mf-shut")
+
+
 def test_another_picture_can_be_looked_at_while_one_is_drawn(tab: Tab, gate: Any) -> None:
+    gate.set()
     while len(tab.pictures) < 2:
         tab.fill("seed", 60 + len(tab.pictures)).draw()
+    gate.clear()
     shown = "return document.querySelector('.mf-image').src"
     tab.fill("seed", 7001).press("#mf-draw").until(lambda: tab.js(shown).startswith("data:"), "a preview")
     tab.press(f"[data-id='{tab.pictures[1]}'] .mf-tile")
@@ -343,6 +367,8 @@ def test_server_that_is_gone_is_told_at_once_and_so_is_its_return(tmp_path: Path
         gone = time.monotonic()
         tab.until(lambda: tab.in_view(".mf-banner") and "does not answer" in tab.one(".mf-banner").text, "the news")
         assert time.monotonic() - gone < 3
+        if width == DESK:  # and at its top: nothing is under it
+            assert tab.box(".mf-banner")["bottom"] <= tab.box(".mf-header")["top"]
         tab.press("#mf-draw")
         time.sleep(0.3)
         assert tab.in_view(".mf-banner") and not tab.jobs

@@ -476,6 +476,8 @@ def test_look(tab: Tab, width: int, dark: bool) -> None:
     tab.js("document.querySelectorAll('.mf-details').forEach((one) => one.open = true)")
     try:
         assert tab.js("return document.documentElement.scrollWidth") <= width
+        window = tab.js("return getComputedStyle(document.documentElement).colorScheme")  # of its own scroll bar
+        assert window == ("dark" if dark else "light")
         tab.js("const it = document.querySelector('.mf-message'); it.hidden = false; it.className += ' mf-error'")
         tab.js("document.querySelector('.mf-message').textContent = 'what is wrong'")
         field = tab.one("#mf-model input")

@@ -62,6 +62,7 @@ window.miniflux ??= (() => {
     if (!parts.away) return;
     parts.away.hidden = !state.away;
     if (parts.away.textContent !== why) parts.away.textContent = why;
+    document.body.style.setProperty("--mf-banner", `${parts.away.offsetHeight}px`); // so much room is left for it
   }
 
   /** Whether the server is there to be told something; if it is not, that is said once more. */
