@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from miniflux.apps.ui import launch
 from miniflux.apps.ui.launch import Page, served
 from miniflux.apps.ui.routes import COOKIE
 from miniflux.apps.ui.site import opened
@@ -131,6 +132,34 @@ HEAD = (
     "Content-Type: multipart/form-data; boundary=b\n"
 )
 PART = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.txt"\r\n\r\n'
+
+
+@pytest.mark.parametrize("said", ["", "GET / HT", "GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n"])
+@pytest.mark.parametrize("asked", [False, True], ids=["at first", "after a request"])
+def test_who_asks_for_nothing_is_not_waited_for(
+    page: Page, monkeypatch: pytest.MonkeyPatch, said: str, asked: bool
+) -> None:
+    monkeypatch.setattr(launch, "PATIENCE", 0.3)
+    with socket.create_connection(("127.0.0.1", port(page)), timeout=4) as wire:  # uvicorn's own patience is 5 s
+        if asked:
+            wire.sendall(b"HEAD /robots.txt HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+            assert wire.recv(65536).startswith(b"HTTP/1.1")
+        wire.sendall(said.encode())
+        assert wire.recv(65536) == b""
+
+
+def test_answer_that_takes_long_is_waited_for(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "PATIENCE", 0.1)
+    stream = f"GET /gradio_api/heartbeat/x HTTP/1.1\r\nHost: 127.0.0.1\r\nCookie: {COOKIE}={SESSION}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", port(page)), timeout=PATIENCE) as wire:
+        wire.sendall(stream.encode())
+        assert b" 200 " in wire.recv(65536)
+        wire.settimeout(1)
+        while True:
+            try:
+                assert wire.recv(65536), "closed"
+            except TimeoutError:
+                break
 
 
 def test_large_uploads_are_refused_before_they_are_sent(page: Page) -> None:

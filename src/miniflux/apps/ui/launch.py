@@ -18,8 +18,10 @@ import gradio as gr
 import uvicorn
 from fastapi import FastAPI
 from gradio.routes import App, mount_gradio_app
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from miniflux.apps.ui import layout, look
+from miniflux.apps.ui.bodies import PATIENCE
 from miniflux.apps.ui.guard import Guard, door
 from miniflux.apps.ui.handlers import connect
 from miniflux.apps.ui.listening import listen
@@ -124,6 +126,27 @@ def served(
                 os.environ[name] = value
 
 
+class _Connection(H11Protocol):
+    """A connection that asks for nothing is closed after a while: uvicorn waits for ever for the end of a request's
+    head, and there are only so many connections."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._look((None, True))
+
+    def _look(self, before: tuple[Any, bool]) -> None:
+        if not self.transport.is_closing():
+            self.loop.call_later(PATIENCE, self._judge, before)
+
+    def _judge(self, before: tuple[Any, bool]) -> None:
+        cycle: Any = self.cycle  # of the last request; None before the first
+        now = (cycle, cycle is None or cycle.response_complete)
+        if now == before and now[1]:
+            self.transport.close()
+        else:
+            self._look(now)
+
+
 class _Server(uvicorn.Server):
     """uvicorn, in a thread of ours and on sockets of ours. When it ends, it does not wait for streams of events, which
     end only with the page that listens to them."""
@@ -131,7 +154,7 @@ class _Server(uvicorn.Server):
     def __init__(self, app: Any, gradio: App, page: gr.Blocks) -> None:
         config = uvicorn.Config(
             app,
-            http="h11",
+            http=_Connection,
             ws="none",
             loop="asyncio",
             lifespan="on",
