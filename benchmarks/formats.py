@@ -13,12 +13,12 @@ from pathlib import Path
 
 import miniflux
 from miniflux.checkpoints import convert
-from miniflux.checkpoints.finding import BUNDLED
 from miniflux.checkpoints.formats.ggml import BLOCKS
 from miniflux.nano import scenes
 from miniflux.nano.recipe.adherence import judge
 from miniflux.result import psnr
 from miniflux.variants import variant
+from miniflux.weights.finding import BUNDLED
 
 
 def main() -> None:

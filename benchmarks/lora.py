@@ -11,7 +11,7 @@ from timing import median_times
 from torch import nn
 
 from miniflux import lora
-from miniflux.checkpoints.files import write_tensors
+from miniflux.checkpoints.writing import write_tensors
 from miniflux.lora.layer import LowRank, add_changes
 from miniflux.models.flux1 import Flux1
 from miniflux.variants import VARIANTS

@@ -8,7 +8,7 @@ import time
 import torch
 
 from miniflux.checkpoints import FORMATS
-from miniflux.checkpoints.targets import writable
+from miniflux.checkpoints.formats.encodings import writable
 from miniflux.lora.packing import again, rounding
 
 NAMES = [name for name in writable() if name in FORMATS]

@@ -20,11 +20,11 @@ from PIL import Image
 import miniflux
 from miniflux import lora
 from miniflux.cache import Drawn, ResultCache
-from miniflux.checkpoints.finding import BUNDLED
 from miniflux.errors import InputError, OutputError
 from miniflux.pipeline import Pipeline
 from miniflux.result import Result
 from miniflux.sampling import cache, guide
+from miniflux.weights.finding import BUNDLED
 
 SMALL: dict[str, Any] = {"steps": 2, "width": 32, "height": 32}
 

@@ -16,7 +16,8 @@ from torch import nn
 import miniflux
 from miniflux.apps.cli import main
 from miniflux.cache import ResultCache
-from miniflux.checkpoints.saving import save, save_all_in_one, write_beside
+from miniflux.checkpoints.saving import save, save_all_in_one
+from miniflux.disk import write_beside
 from miniflux.errors import OutputError
 from miniflux.result import Result
 from miniflux.service.history import History, new_session
@@ -142,7 +143,7 @@ def test_the_command_line_tells_them_as_mendable(
     def fails(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr("miniflux.checkpoints.inspect", fails)
+    monkeypatch.setattr("miniflux.inspection.inspect", fails)
     assert main(["inspect", "x"]) == 2
     printed = capsys.readouterr().err.strip()
     assert said in printed and "\n" not in printed and "fault" not in printed

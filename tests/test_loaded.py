@@ -19,11 +19,11 @@ import miniflux
 from miniflux import lora
 from miniflux.cache import ResultCache
 from miniflux.checkpoints import convert
-from miniflux.checkpoints.finding import BUNDLED
 from miniflux.checkpoints.fingerprint import differences, facts_of, numbers_elsewhere
 from miniflux.checkpoints.quantized import packed_layers
 from miniflux.pipeline import Pipeline
 from miniflux.result import Result
+from miniflux.weights.finding import BUNDLED
 from tests.tiny import FLUX1, randomise
 
 SMALL: dict[str, Any] = {"steps": 2, "width": 32, "height": 32}

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from miniflux.apps.cli import main
-from miniflux.checkpoints.finding import BUNDLED
+from miniflux.weights.finding import BUNDLED
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -17,7 +17,6 @@ from PIL import Image
 import miniflux
 from miniflux import lora
 from miniflux.apps.cli import main
-from miniflux.checkpoints.finding import BUNDLED
 from miniflux.errors import InputError, LoraError, ReplayError, SettingsError
 from miniflux.pipeline import Pipeline
 from miniflux.replay import Replay, replay
@@ -26,6 +25,7 @@ from miniflux.sampling import SOLVERS, cache, guide
 from miniflux.sampling.schedules import SPACINGS
 from miniflux.service import Axis, Grid
 from miniflux.settings import LoraUse, Request, read_picture
+from miniflux.weights.finding import BUNDLED
 
 REALISM = BUNDLED / "loras" / "realism.safetensors"
 Pipes = dict[tuple[str, str | None], Pipeline]

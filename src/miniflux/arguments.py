@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from miniflux.checks import check_number, finite, plain, several, shown, whole
 from miniflux.errors import InputError
 from miniflux.lora.adapters import adapters_of
 from miniflux.models.autoencoder import AutoencoderConfig
@@ -23,7 +24,6 @@ from miniflux.sampling import CACHES, GUIDES, Moment, Schedule, Solver, custom_s
 from miniflux.sampling import cache as find_cache
 from miniflux.sampling import schedule as make_schedule
 from miniflux.sampling.caches import Cache
-from miniflux.sampling.checks import check_number, finite, plain, several, shown, whole
 from miniflux.sampling.guidance import Cfg, Scale, named_guide
 from miniflux.sampling.latents import MAX_SEED, PATCH
 from miniflux.sampling.schedules import SPACINGS, dynamic_shift, flux1_mu, static_shift, unshifted

@@ -30,12 +30,12 @@ from PIL import Image
 from torch import Tensor
 
 from miniflux.checkpoints.folders import files_in, is_litter
-from miniflux.checkpoints.origin import Stamp
+from miniflux.checks import whole
 from miniflux.errors import CheckpointError, OutputError
 from miniflux.plan import Plan
 from miniflux.sampling import Moment
 from miniflux.sampling.caches import Measure
-from miniflux.sampling.checks import whole
+from miniflux.weights.origin import Stamp
 
 log = logging.getLogger(__name__)
 

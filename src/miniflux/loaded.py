@@ -28,13 +28,13 @@ from miniflux.checkpoints.fingerprint import (
     tensor_facts,
     total_bytes,
 )
-from miniflux.checkpoints.origin import Edited, Origin, Stamp
 from miniflux.lora.adapters import adapters_of
 from miniflux.lora.standing import HUNG, changed_adapters, taken_over
 from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.flux1 import Flux1
 from miniflux.text import Text, TextTokenizer
 from miniflux.variants import Variant
+from miniflux.weights.origin import Edited, Origin, Stamp
 
 SHOWN = 8  # changes that are named
 PROBE = "A red circle, 2 blue stars; 3rd: caf\u00e9!"  # what a tokenizer makes of it tells whether it is the same

@@ -28,9 +28,8 @@ from miniflux.arguments import (
     image_for,
     warn_of_result,
 )
+from miniflux.assembly import assemble
 from miniflux.cache import Drawn, ResultCache, not_keyed, picture_key, result_cache
-from miniflux.checkpoints.assembly import assemble
-from miniflux.checkpoints.origin import Origin, Stamp
 from miniflux.errors import InputError, MinifluxError
 from miniflux.loaded import Baseline, claimed, summary
 from miniflux.lora.adapters import described, files_of
@@ -67,6 +66,7 @@ from miniflux.sampling.latents import PATCH, PIXELS_PER_TOKEN
 from miniflux.text import Padding, Text
 from miniflux.variants import Variant
 from miniflux.version import __version__
+from miniflux.weights.origin import Origin, Stamp
 
 __all__ = ["Callback", "Pipeline", "Progress", "Result", "checked_output", "load"]
 

@@ -30,6 +30,7 @@ from miniflux.arguments import (
     spacing_for,
     variation_for,
 )
+from miniflux.checks import plain, several, shown, whole
 from miniflux.errors import InputError
 from miniflux.memory.ledger import Run
 from miniflux.models.flux1 import Attend, RunBlock
@@ -47,7 +48,6 @@ from miniflux.sampling import (
 )
 from miniflux.sampling import solver as find_solver
 from miniflux.sampling.caches import Cache
-from miniflux.sampling.checks import plain, several, shown, whole
 from miniflux.sampling.guidance import Cfg, Nag, Scale, scale_at
 from miniflux.sampling.latents import PATCH, PIXELS_PER_TOKEN
 from miniflux.text import Padding

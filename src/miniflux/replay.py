@@ -15,7 +15,6 @@ from PIL import Image
 
 from miniflux import lora
 from miniflux.checkpoints.folders import models
-from miniflux.checkpoints.origin import Stamp
 from miniflux.errors import (
     CheckpointError,
     InputError,
@@ -33,6 +32,7 @@ from miniflux.result import QUALITY, Result, joined, labelled, psnr
 from miniflux.settings import LoraUse, Record, Request, read_picture, strict
 from miniflux.variants import ALIASES, VARIANTS
 from miniflux.version import __version__
+from miniflux.weights.origin import Stamp
 
 log = logging.getLogger(__name__)
 

@@ -16,12 +16,12 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from miniflux.checkpoints.origin import Stamp, hashed
-from miniflux.checkpoints.saving import write_beside
+from miniflux.checks import shown
+from miniflux.disk import write_beside
 from miniflux.errors import OutputError
 from miniflux.sampling import Moment
-from miniflux.sampling.checks import shown
 from miniflux.settings.texts import options_for
+from miniflux.weights.origin import Stamp, hashed
 
 
 @dataclass(frozen=True, repr=False, eq=False)  # tensors and pictures have no single answer to ==

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from miniflux.checkpoints.finding import BUNDLED
 from miniflux.checkpoints.loading import bare
+from miniflux.checks import whole
 from miniflux.memory.compute import choose_device, choose_dtype
 from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.clip import ClipTextEncoder
@@ -21,11 +21,11 @@ from miniflux.models.flux1 import Flux1
 from miniflux.models.t5 import T5Encoder
 from miniflux.models.tiny_autoencoder import TinyDecoder
 from miniflux.pipeline import Pipeline
-from miniflux.sampling.checks import whole
 from miniflux.sampling.latents import MAX_SEED
 from miniflux.text import Text, load_clip_tokenizer, load_t5_tokenizer
 from miniflux.variants import VARIANTS, Sizes, Variant
 from miniflux.variants import variant as find_variant
+from miniflux.weights.finding import BUNDLED
 
 SIZE = 64  # pixels that are drawn unless others are asked for
 TEXT = 32  # T5 tokens, likewise

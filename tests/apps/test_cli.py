@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from miniflux.apps.cli import main
-from miniflux.checkpoints.finding import BUNDLED
+from miniflux.weights.finding import BUNDLED
 
 QUICK = ["--steps", "1", "--size", "64x48"]
 
@@ -191,7 +191,7 @@ def test_a_fault_of_ours_is_exit_code_1(capsys: pytest.CaptureFixture[str], monk
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("broken inside")
 
-    monkeypatch.setattr("miniflux.checkpoints.inspect", fail)
+    monkeypatch.setattr("miniflux.inspection.inspect", fail)
     assert run("inspect", "x") == 1
     said = capsys.readouterr().err
     assert "broken inside" in said and "Traceback" not in said
@@ -201,7 +201,7 @@ def test_interrupt_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("miniflux.checkpoints.inspect", stop)
+    monkeypatch.setattr("miniflux.inspection.inspect", stop)
     assert run("inspect", "x") == 130
     assert capsys.readouterr().err == "miniflux: stopped\n"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from miniflux.apps.cli import main
-from miniflux.checkpoints.finding import BUNDLED
+from miniflux.weights.finding import BUNDLED
 
 NANO = str(BUNDLED / "flux1-nano-schnell.safetensors")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, PngImagePlugin
 
-from miniflux.checkpoints.finding import BUNDLED
+from miniflux.weights.finding import BUNDLED
 from tests.apps.test_cli import QUICK, run
 
 AE = str(BUNDLED / "ae.safetensors")

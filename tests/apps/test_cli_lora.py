@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from miniflux.checkpoints.finding import BUNDLED
 from miniflux.lora import attach, inspect
 from miniflux.models.flux1 import Flux1
 from miniflux.variants import variant
+from miniflux.weights.finding import BUNDLED
 from tests.apps.test_cli import QUICK, run
 from tests.tiny import randn
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from miniflux.checkpoints.finding import BUNDLED
+from miniflux.weights.finding import BUNDLED
 from tests.apps.test_cli import QUICK, run
 
 AE, SCHNELL = str(BUNDLED / "ae.safetensors"), str(BUNDLED / "flux1-nano-schnell.safetensors")
@@ -158,7 +158,7 @@ def test_nothing_is_written_over(command: str, tmp_path: Path, monkeypatch: pyte
 def test_an_interrupted_conversion_goes_on_under_its_numbered_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from miniflux.checkpoints import converting
+    from miniflux.conversion import converting
 
     monkeypatch.chdir(tmp_path)
     Path("x.safetensors").write_bytes(b"mine")

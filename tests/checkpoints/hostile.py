@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from miniflux.checkpoints.gguf import MAX_ITEMS, MAX_TEXT
-from miniflux.checkpoints.jsonfiles import MAX_HEADER, MAX_MARKS
+from miniflux.strictjson import MAX_HEADER, MAX_MARKS
 from tests.checkpoints.raw import entry
 
 INDEX_SUFFIX = ".safetensors.index.json"

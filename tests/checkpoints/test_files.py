@@ -20,14 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from miniflux.checkpoints.files import (
-    DTYPES,
-    TensorFile,
-    TensorSource,
-    open_tensors,
-    write_tensors,
-)
+from miniflux.checkpoints.files import DTYPES, TensorFile, TensorSource, open_tensors
 from miniflux.checkpoints.folders import shard_paths, tensor_paths
+from miniflux.checkpoints.writing import write_tensors
 from miniflux.errors import CheckpointError
 from tests.checkpoints.raw import entry, raw
 from tests.tiny import randn

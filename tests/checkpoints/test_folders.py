@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 
 from miniflux.checkpoints import inspect, open_tensors
 from miniflux.checkpoints.folders import entries, is_litter, models, named, tensor_paths, unread, walk
-from miniflux.checkpoints.jsonfiles import MAX_MARKS
 from miniflux.errors import CheckpointError
 from miniflux.models.autoencoder import Autoencoder
+from miniflux.strictjson import MAX_MARKS
 from tests.checkpoints.raw import entry, raw
 from tests.tiny import AUTOENCODER
 

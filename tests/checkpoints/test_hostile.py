@@ -23,15 +23,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
+from miniflux.assembly import locate
 from miniflux.checkpoints import TensorSource, inspect, open_tensors
-from miniflux.checkpoints.assembly import locate
 from miniflux.checkpoints.files import TensorFile
-from miniflux.checkpoints.finding import BUNDLED
 from miniflux.checkpoints.folders import shard_paths
-from miniflux.checkpoints.jsonfiles import MAX_JSON, MAX_MARKS, json_file, json_of
 from miniflux.errors import CheckpointError, LoraError, MinifluxError, TokenizerError
 from miniflux.lora import read
+from miniflux.strictjson import MAX_JSON, MAX_MARKS, json_file, json_of
 from miniflux.text import load_clip_tokenizer, load_t5_tokenizer
+from miniflux.weights.finding import BUNDLED
 from tests.checkpoints.hostile import AT_THE_LIMIT, FILES, INDEX_SUFFIX, filled, made
 from tests.checkpoints.raw import entry, raw
 from tests.hanging import no_hang

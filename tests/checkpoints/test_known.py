@@ -15,22 +15,23 @@ from hypothesis import strategies as st
 import miniflux
 from miniflux.apps.cli import main
 from miniflux.checkpoints import inspect, open_tensors, save
-from miniflux.checkpoints.files import TensorFile, write_tensors
-from miniflux.checkpoints.finding import BUNDLED
-from miniflux.checkpoints.inspection import Part
+from miniflux.checkpoints.files import TensorFile
 from miniflux.checkpoints.loading import bare
 from miniflux.checkpoints.networks.known import KNOWN, found_by_name
+from miniflux.checkpoints.writing import write_tensors
 from miniflux.errors import CheckpointError
+from miniflux.inspection import Part
 from miniflux.lora import read
 from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.clip import ClipTextEncoder
 from miniflux.models.flux1 import Flux1
 from miniflux.models.t5 import T5Encoder
+from miniflux.weights.finding import BUNDLED
 from tests import reference
 from tests.checkpoints.raw import sparse
-from tests.checkpoints.test_inspection import PUBLISHED
 from tests.hanging import no_hang
 from tests.lora.made import FLUX1_DIALECTS, FLUX2_DIALECTS
+from tests.test_inspection import PUBLISHED
 from tests.tiny import AUTOENCODER, CLIP, FLUX1, T5, randomise
 
 Manifest = Callable[[str], dict[str, list[int]]]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from miniflux.checkpoints import from_layout, layouts_of, load_into, to_layout
-from miniflux.checkpoints.layouts import detect, origins, own_shapes
+from miniflux.checkpoints.layouts import counterparts, detect, own_shapes
 from miniflux.checkpoints.loading import compare
 from miniflux.checkpoints.networks import BY_KIND, NETWORKS
 from miniflux.errors import CheckpointError
@@ -147,7 +147,7 @@ def test_every_row_of_a_table_is_used(build: type[nn.Module]) -> None:
     """A row that matches nothing is a typing error that nobody would notice."""
     module, record = meta(build, CONFIGS[build]), BY_KIND[build]
     for layout, rows in record.rows.items():
-        found = origins(module, layout).values()
+        found = counterparts(module, layout).values()
         theirs = [key for origin in found for key in origin.keys if origin.how not in ("second third", "last third")]
         assert len(theirs) == len(set(theirs))
         for row in rows if layout in record.layouts else ():
@@ -155,7 +155,7 @@ def test_every_row_of_a_table_is_used(build: type[nn.Module]) -> None:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setitem(BY_KIND, build, replace(record, layouts={**record.layouts, layout: fewer}))
                 with pytest.raises(AssertionError, match="no row for"):
-                    origins(module, layout)
+                    counterparts(module, layout)
 
 
 @pytest.mark.parametrize("build", BY_KIND)
@@ -172,7 +172,7 @@ def test_layouts_of_a_network() -> None:
     assert layouts_of(meta(Flux1, FLUX1)) == ["original", "diffusers", "all-in-one"]
     assert layouts_of(nn.Linear(2, 2)) == ["original"]
     with pytest.raises(CheckpointError, match="Flux1 has no layout 'banana'; known: original, diffusers, all-in-one"):
-        origins(meta(Flux1, FLUX1), "banana")
+        counterparts(meta(Flux1, FLUX1), "banana")
 
 
 def test_t5_embedding_twice_or_under_its_second_name() -> None:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 import miniflux
 from miniflux.checkpoints import inspect, load_into, open_tensors, save, save_all_in_one, to_layout
-from miniflux.checkpoints.finding import BUNDLED
 from miniflux.checkpoints.formats.reading import GivenTensors
 from miniflux.checkpoints.layouts import ALL_IN_ONE
 from miniflux.checkpoints.loading import compare
@@ -30,6 +29,7 @@ from miniflux.models.clip import ClipTextEncoder
 from miniflux.models.flux1 import Flux1
 from miniflux.models.t5 import T5Encoder
 from miniflux.variants import FLUX1_AUTOENCODER, VARIANTS
+from miniflux.weights.finding import BUNDLED
 from tests.tiny import AUTOENCODER, CLIP, FLUX1, T5, randn, randomise
 
 Manifest = Callable[[str], dict[str, list[int]]]
@@ -324,7 +324,7 @@ def test_comfyui_models_folder(alone: None, monkeypatch: pytest.MonkeyPatch, tmp
     for name, network in names.items():
         (models / name).parent.mkdir(parents=True, exist_ok=True)
         save(network, models / name)
-    from miniflux.checkpoints.finding import find
+    from miniflux.weights.finding import find
 
     for name in ("tokenizer", "tokenizer_2"):
         (models / name).symlink_to(BUNDLED / name)

@@ -10,9 +10,9 @@ import pytest
 
 import miniflux
 from miniflux.checkpoints import convert, files, inspect, opened
-from miniflux.checkpoints.finding import BUNDLED
 from miniflux.errors import CheckpointError
 from miniflux.models.flux1 import Flux1
+from miniflux.weights.finding import BUNDLED
 
 DEV = BUNDLED / "flux1-nano-dev.safetensors"
 PARTS = ("ae.safetensors", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from miniflux.checkpoints import layouts_of, load_into, saving, to_layout
-from miniflux.checkpoints.inspection import flux1_config
+from miniflux.checkpoints.configs import flux1_config
 from miniflux.checkpoints.saving import save
 from miniflux.errors import CheckpointError, InputError, OutputError
 from miniflux.models.autoencoder import Autoencoder

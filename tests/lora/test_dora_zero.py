@@ -138,7 +138,7 @@ def test_zero_rows_of_packed_layers(form: str, tmp_path: Path) -> None:
     """nano with zero rows, packed: attached and merged, the picture is finite."""
     import miniflux
     from miniflux.checkpoints import convert as pack
-    from miniflux.checkpoints.finding import BUNDLED
+    from miniflux.weights.finding import BUNDLED
 
     wide, packed = tmp_path / "wide.safetensors", tmp_path / "packed.safetensors"
     state = load_file(BUNDLED / "flux1-nano-dev.safetensors")

@@ -20,11 +20,11 @@ from torch import Tensor
 
 import miniflux
 from miniflux.apps.cli import main
-from miniflux.checkpoints.finding import BUNDLED
 from miniflux.errors import InputError, LoraError
 from miniflux.lora import attach, convert, inspect, read
 from miniflux.lora.attaching import BUNDLED_LORAS
 from miniflux.lora.models import stand_ins
+from miniflux.weights.finding import BUNDLED
 from tests.tiny import randn
 
 HIDDEN = 192  # of nano

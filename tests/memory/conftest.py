@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from miniflux.checkpoints import save
-from miniflux.checkpoints.finding import BUNDLED
-from tests.checkpoints.test_assembly import CONFIGS, PARTS
+from miniflux.weights.finding import BUNDLED
+from tests.test_assembly import CONFIGS, PARTS
 
 Make = Callable[..., Path]
 

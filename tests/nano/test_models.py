@@ -10,10 +10,10 @@ import torch
 
 import miniflux
 from miniflux.checkpoints import inspect, open_tensors
-from miniflux.checkpoints.finding import BUNDLED
 from miniflux.nano import scenes
 from miniflux.nano.recipe.adherence import judge
 from miniflux.pipeline import Pipeline
+from miniflux.weights.finding import BUNDLED
 
 
 @pytest.fixture(scope="module", params=["nano-dev", "nano-schnell"])

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import miniflux
-from miniflux.checkpoints.finding import BUNDLED
 from miniflux.nano import scenes
 from miniflux.nano.recipe import __main__ as recipe
 from miniflux.nano.recipe import autoencoder as stage1
@@ -18,6 +17,7 @@ from miniflux.nano.recipe.flow import Phase
 from miniflux.nano.recipe.text import train_tokenizers, varied
 from miniflux.sampling import image_ids, text_ids
 from miniflux.text import load_clip_tokenizer, load_t5_tokenizer
+from miniflux.weights.finding import BUNDLED
 
 SMALL = ((64, 64), (64, 96))
 

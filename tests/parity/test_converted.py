@@ -14,12 +14,12 @@ import torch
 
 import miniflux
 from miniflux.checkpoints import convert, save, save_all_in_one
-from miniflux.checkpoints.finding import BUNDLED
 from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.clip import ClipTextEncoder
 from miniflux.models.flux1 import Flux1
 from miniflux.models.t5 import T5Encoder
 from miniflux.text import load_clip_tokenizer, load_t5_tokenizer
+from miniflux.weights.finding import BUNDLED
 from tests.parity.peers import diffusers, transformers
 from tests.parity.test_pipeline import CLIP_SIZES, LENGTH, LEVELS, PROMPT, SIZES, STEPS, T5_SIZES, draw
 from tests.tiny import randomise

@@ -13,8 +13,8 @@ import torch
 from sentencepiece import SentencePieceProcessor
 
 import miniflux
-from miniflux.checkpoints.finding import BUNDLED
 from miniflux.sampling import initial_noise, pack
+from miniflux.weights.finding import BUNDLED
 from tests.parity.peers import autoencoder_pair, clip_pair, diffusers, flux1_pair, t5_pair, transformers
 from tests.tiny import AUTOENCODER, CLIP, FLUX1, T5
 

@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 
 import miniflux
 from miniflux.apps.cli import main
-from miniflux.checkpoints.finding import BUNDLED
 from miniflux.errors import InputError, MinifluxError
 from miniflux.lora.attaching import BUNDLED_LORAS
 from miniflux.service import Catalogue, Models, catalogue
 from miniflux.settings import Request
+from miniflux.weights.finding import BUNDLED
 
 PARTS = ("ae.safetensors", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 NANO = BUNDLED / "flux1-nano-dev.safetensors"

@@ -15,13 +15,13 @@ import torch
 import miniflux
 from miniflux import lora
 from miniflux.cache import ResultCache
-from miniflux.checkpoints.finding import BUNDLED, WEIGHTS_VARIABLE
 from miniflux.errors import CancelledError, CheckpointError, InputError, LoraError, MinifluxError, WeightsNotFoundError
 from miniflux.result import Result
 from miniflux.service import History, Models, Queue, models, new_session
 from miniflux.service.queue import Step
 from miniflux.settings import LoraUse, Request
 from miniflux.variants import VARIANTS
+from miniflux.weights.finding import BUNDLED, WEIGHTS_VARIABLE
 
 REALISM = BUNDLED / "loras" / "realism.safetensors"
 
@@ -121,7 +121,7 @@ def test_a_lora_file_that_was_exchanged(shared: Models, tmp_path: Path) -> None:
     """Under the same name it is read again; by its hash it is refused."""
     file = tmp_path / "style.safetensors"
     shutil.copy(REALISM, file)
-    digest = miniflux.checkpoints.origin.Stamp.of(file).sha256()
+    digest = miniflux.weights.origin.Stamp.of(file).sha256()
     first = shared.draw(ask(1, LoraUse(str(file), 1.0, digest)), quiet).latents
     tensors = {key: 2 * tensor for key, tensor in miniflux.checkpoints.files.open_tensors(REALISM).items()}
     file.unlink()

@@ -50,8 +50,8 @@ def add(commands: Any) -> None:
 def _convert(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from miniflux.checkpoints import convert
-    from miniflux.checkpoints.outputs import names_file
+    from miniflux.conversion.converting import convert
+    from miniflux.conversion.outputs import names_file
 
     target = Path(options.target)
     place = new_file(target, options.force, [options.source], folder=not names_file(target))

@@ -12,8 +12,8 @@ from miniflux.apps import console
 from miniflux.errors import InputError
 
 if TYPE_CHECKING:
-    from miniflux.checkpoints.hub import Plan
     from miniflux.variants import Variant
+    from miniflux.weights.hub import Fetch
 
 
 def add(commands: Any) -> None:
@@ -45,8 +45,8 @@ def add(commands: Any) -> None:
 def _fetch(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from miniflux.checkpoints import hub
     from miniflux.variants import variant
+    from miniflux.weights import hub
 
     plan = hub.plan(variant(options.name))
     console.say(_said(plan))
@@ -60,7 +60,7 @@ def _fetch(options: argparse.Namespace) -> None:
     console.say(f"{plan.variant.name}: complete, checksums as the Hub states them, in {folder}")
 
 
-def _said(plan: Plan) -> str:
+def _said(plan: Fetch) -> str:
     """What will be taken, and where it goes."""
     wanted = plan.wanted
     lines = [f"{plan.variant.name}: {plan.variant.repository} at {plan.commit[:12]}, {plan.variant.licence}"]
@@ -86,9 +86,9 @@ def _ask(variant: Variant) -> None:
 
 
 def _variants(options: argparse.Namespace) -> None:
-    from miniflux.checkpoints.finding import PARTS
-    from miniflux.checkpoints.hub import complete_parts
     from miniflux.variants import VARIANTS
+    from miniflux.weights.finding import PARTS
+    from miniflux.weights.hub import complete_parts
 
     rows: list[dict[str, Any]] = []
     for variant in VARIANTS.values():

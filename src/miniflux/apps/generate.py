@@ -202,13 +202,13 @@ def _write_sheet(options: argparse.Namespace, call: _Call) -> None:
 def _checked(options: argparse.Namespace) -> _Call:
     """Everything that can be refused without weights is, before they are loaded: which may take minutes."""
     from miniflux.arguments import MAX_IMAGES, cache_for, size_for, variation_for
+    from miniflux.checks import whole
     from miniflux.lora import read
     from miniflux.lora.attaching import resolved
     from miniflux.memory.compute import DTYPES, choose_device
     from miniflux.memory.modes import check_mode
     from miniflux.pictures import digest_of, open_picture
     from miniflux.result import FORMATS, checked_output
-    from miniflux.sampling.checks import whole
     from miniflux.sampling.latents import MAX_SEED
     from miniflux.settings import LoraUse, Request
     from miniflux.variants import ALIASES, VARIANTS, variant

@@ -35,7 +35,7 @@ def add(commands: Any) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from miniflux.checkpoints import inspect
+    from miniflux.inspection import inspect
 
     told: list[Any] = []
     code = 0

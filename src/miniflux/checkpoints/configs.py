@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from miniflux.checkpoints.jsonfiles import json_file
+from miniflux.checkpoints.files import Entry
+from miniflux.checkpoints.formats.reading import foreign_packing
+from miniflux.checkpoints.layouts import layout_of, own_shapes, their_names
 from miniflux.checkpoints.networks import BY_CONFIG
+from miniflux.checkpoints.networks.flux1 import FLUX1, TELLING
+from miniflux.checkpoints.networks.known import found_by_name
 from miniflux.checkpoints.opened import Opened
 from miniflux.checkpoints.sizes import checked, stated
 from miniflux.errors import CheckpointError, ConfigError
 from miniflux.models.autoencoder import AutoencoderConfig
 from miniflux.models.clip import ClipTextConfig
+from miniflux.models.flux1 import Flux1Config
 from miniflux.models.t5 import T5Config
+from miniflux.strictjson import json_file, json_of
+from miniflux.variants import VARIANTS
 
 Config = TypeVar("Config", AutoencoderConfig, ClipTextConfig, T5Config)
 
@@ -48,3 +56,81 @@ def config_beside(path: Path, default: Config, opened: Opened) -> Config:
         return checked(record.of_json(content))
     except (KeyError, TypeError, AttributeError, IndexError, ArithmeticError, ConfigError) as error:
         raise CheckpointError(f"{path / 'config.json'}: not {record.named_there}: {error}") from error
+
+
+Entries = Mapping[str, Entry]
+# Rotary axes cannot be read from tensors: by head size, those of the released models; others are in the file's header.
+AXES = {sum(v.transformer.axes_dim): tuple(v.transformer.axes_dim) for v in VARIANTS.values()}
+
+
+def flux1_config(
+    entries: Entries, metadata: Mapping[str, str], axes_dim: tuple[int, ...] | None = None, *, to_run: bool = True
+) -> Flux1Config:
+    """The config of a FLUX.1 transformer, from the shapes in its file (either layout).
+
+    Args:
+        entries: of the file; packed weights by the shapes that they unpack to (`Contents.entries`).
+        metadata: of the file's header; `axes_dim` there (a JSON list) settles what shapes cannot tell.
+        axes_dim: rotary axes, if the caller knows them.
+        to_run: False where only names and shapes matter: unknown rotary axes are then one axis.
+
+    Raises:
+        CheckpointError: the file holds no FLUX.1 transformer, or its rotary axes are unknown.
+    """
+    others = found_by_name(entries)
+    if others:
+        raise CheckpointError(f"no FLUX.1 transformer, but {others[0].name}")
+    if not any(sign in entries for sign in FLUX1.signs):
+        raise CheckpointError(f"no FLUX.1 transformer: neither {' nor '.join(FLUX1.signs)} is there")
+    shapes = own_shapes(FLUX1, {key: tuple(entry.shape) for key, entry in entries.items()})
+    layout = layout_of(FLUX1, entries)
+    names = {name: their_names(FLUX1, layout, key)[0] for name, key in TELLING.items()}
+    absent = [names[name] for name, key in TELLING.items() if key not in shapes]
+    if absent:
+        why = foreign_packing(entries) or f"{', '.join(absent)} missing"
+        raise CheckpointError(f"an incomplete FLUX.1 transformer: {why}")
+    shape = {name: shapes[key] for name, key in TELLING.items()}
+    odd = [f"{names[name]} {list(s)}" for name, s in shape.items() if len(s) != (1 if name == "head" else 2) or 0 in s]
+    if odd:
+        raise CheckpointError(f"no FLUX.1 transformer: the shape of {', '.join(odd)}")
+    head = shape["head"][0]
+    axes = axes_dim or _axes_in(metadata) or AXES.get(head) or (None if to_run else (head,))
+    if axes is None:
+        raise CheckpointError(
+            f"a FLUX.1 transformer with heads of {head} channels: its rotary axes are not in the file; known are those "
+            f"of heads of {', '.join(map(str, sorted(AXES)))}"
+        )
+    try:
+        assert FLUX1.sizes is not None
+        return Flux1Config(**FLUX1.sizes(shapes, None), axes_dim=axes)
+    except ConfigError as error:
+        raise CheckpointError(f"no FLUX.1 transformer: {error}") from error
+
+
+def _axes_in(metadata: Mapping[str, str]) -> tuple[int, ...] | None:
+    """Rotary axes from a file's header, if they are there."""
+    if "axes_dim" not in metadata:
+        return None
+    axes = json_of(metadata["axes_dim"].encode(), "axes_dim in the header")
+    return _checked_axes(axes, "axes_dim in the header")
+
+
+def axes_beside(folder: Path) -> tuple[int, ...] | None:
+    """Rotary axes as the `config.json` of a transformer's folder in diffusers' layout tells them, if it is there.
+
+    Raises:
+        CheckpointError: it tells something else.
+    """
+    if not (folder / "config.json").is_file():
+        return None
+    about = json_file(folder / "config.json")
+    if not isinstance(about, dict):
+        raise CheckpointError(f"{folder / 'config.json'}: expected a JSON object")
+    axes = about.get("axes_dims_rope")
+    return None if axes is None else _checked_axes(axes, f"{folder / 'config.json'}: axes_dims_rope")
+
+
+def _checked_axes(axes: Any, what: str) -> tuple[int, ...]:
+    if not isinstance(axes, list) or not axes or any(type(dim) is not int for dim in axes):
+        raise CheckpointError(f"{what} must be a JSON list of numbers, got {axes!r:.80}")
+    return tuple(axes)

@@ -7,13 +7,12 @@ Format: 8 bytes length, a JSON header, the data (https://github.com/huggingface/
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 import os
 import struct
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +23,8 @@ from torch import Tensor
 
 from miniflux.checkpoints.beginnings import HEAD, kind_of_file
 from miniflux.checkpoints.folders import tensor_paths
-from miniflux.checkpoints.jsonfiles import MAX_HEADER, json_of, open_regular, shown
 from miniflux.errors import CheckpointError
+from miniflux.strictjson import MAX_HEADER, json_of, open_regular, shown
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -212,53 +211,6 @@ def fresh(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str =
         with suppress(OSError):  # a system built without them
             area.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(area, dtype=dtype).view(tuple(shape))
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file: the same tensors always give the same bytes.
-
-    Not by the safetensors library, which shuffles the metadata and makes files that only their owner may read.
-    """
-    kinds = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
-    stream_tensors(path, kinds, tensors.__getitem__, metadata)
-
-
-def stream_tensors(
-    path: Path,
-    kinds: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-    tensor_of: Callable[[str], Tensor],
-    metadata: Mapping[str, str],
-) -> None:
-    """Write a safetensors file whose tensors are made one after the other, so that only one is in memory.
-
-    Args:
-        kinds: dtype and shape of every tensor.
-        tensor_of: makes the tensor of a key; called once for each.
-    """
-    head, places = header(kinds, metadata)
-    with path.open("wb") as file:
-        file.write(head)
-        for key in places:
-            tensor = tensor_of(key)
-            assert (tensor.dtype, tuple(tensor.shape)) == kinds[key], f"{key} is not what was announced"
-            file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-
-
-def header(
-    kinds: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
-) -> tuple[bytes, dict[str, int]]:
-    """What a safetensors file begins with, and the first byte of each tensor, in the order in which they lie there."""
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    about: dict[str, Any] = {"__metadata__": dict(metadata)}
-    offsets: dict[str, int] = {}
-    end = 0
-    for key in sorted(kinds, key=lambda key: (-kinds[key][0].itemsize, key)):  # large items first: all are aligned
-        dtype, shape = kinds[key]
-        offsets[key], end = end, end + math.prod(shape) * dtype.itemsize
-        about[key] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [offsets[key], end]}
-    text = json.dumps(about, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text, {key: 8 + len(text) + start for key, start in offsets.items()}
 
 
 def _whole(numbers: object, most: int) -> bool:

@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from miniflux.checkpoints.jsonfiles import json_file, shown
 from miniflux.errors import CheckpointError
+from miniflux.strictjson import json_file, shown
 
 SAFETENSORS = (".safetensors", ".sft")  # the second is how Black Forest Labs first called them
 GGUF = (".gguf",)

@@ -18,8 +18,8 @@ import torch
 
 from miniflux.checkpoints.files import READERS, Entry, TensorFile
 from miniflux.checkpoints.formats.ggml import BLOCKS
-from miniflux.checkpoints.jsonfiles import open_regular
 from miniflux.errors import CheckpointError, MissingExtraError
+from miniflux.strictjson import open_regular
 
 PLAIN = {
     "F64": torch.float64,
@@ -36,6 +36,7 @@ ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 MAX_ITEMS = 5_000  # tensors, and fields of metadata; all four networks in one file have 1,500
 MAX_TEXT = 16_000_000  # bytes of texts, with their lengths; the vocabularies of language models have 8 MB at most
 MAX_ARRAY = 64  # values of an array that is looked at, such as a shape; longer ones, such as vocabularies, are left out
+GGUF_OWN = ("GGUF.", "general.", "comfy.gguf.")  # of a header
 
 
 class GgufFile(TensorFile):

@@ -33,7 +33,7 @@ __all__ = ["ALL_IN_ONE", "DIFFUSERS", "OPENAI", "ORIGINAL", "THIRDS", "How", "Ro
 
 
 @dataclass(frozen=True)
-class Origin:
+class Counterpart:
     """What one of our tensors is made of in another layout."""
 
     keys: tuple[str, ...]
@@ -58,7 +58,7 @@ def layouts_of(module: nn.Module) -> list[str]:
     return [ORIGINAL, *(network.rows if network else ())]
 
 
-def origins(module: nn.Module, layout: str) -> dict[str, Origin]:
+def counterparts(module: nn.Module, layout: str) -> dict[str, Counterpart]:
     """For every tensor of the network: which keys of a file in `layout` it comes from. Packed layers know the keys of
     their parts, which are those of the file that they were made for.
 
@@ -75,15 +75,15 @@ def origins(module: nn.Module, layout: str) -> dict[str, Origin]:
         f"{name}.{part}": key for name, layer in packed_layers(module).items() for part, key in layer.origins.items()
     }
 
-    def origin(key: str) -> Origin:
+    def origin(key: str) -> Counterpart:
         if key in packed:
-            return Origin((packed[key],), "packed")
-        return Origin((key,), "same") if layout == ORIGINAL else _origin(key, tables[layout], levels)
+            return Counterpart((packed[key],), "packed")
+        return Counterpart((key,), "same") if layout == ORIGINAL else _origin(key, tables[layout], levels)
 
     return {key: origin(key) for key in module.state_dict()}
 
 
-def _origin(key: str, rows: Sequence[Row], levels: int) -> Origin:
+def _origin(key: str, rows: Sequence[Row], levels: int) -> Counterpart:
     for row in rows:
         match = _pattern(row.ours).fullmatch(key)
         if match is None:
@@ -91,7 +91,7 @@ def _origin(key: str, rows: Sequence[Row], levels: int) -> Origin:
         found = match.groupdict()
         if "i" in found:
             found |= {"-i": str(levels - 1 - int(found["i"])), "i-1": str(int(found["i"]) - 1)}
-        return Origin(tuple(_filled(name, found) for name in row.theirs), row.how)
+        return Counterpart(tuple(_filled(name, found) for name in row.theirs), row.how)
     raise AssertionError(f"no row for {key}")
 
 
@@ -161,7 +161,7 @@ def detect(module: nn.Module, keys: Collection[str]) -> str:
     present = set(keys)
 
     def explained(layout: str) -> int:
-        return sum(key in present for origin in origins(module, layout).values() for key in origin.keys)
+        return sum(key in present for origin in counterparts(module, layout).values() for key in origin.keys)
 
     return max(layouts_of(module), key=explained)
 
@@ -207,7 +207,7 @@ def to_theirs(tensor: Tensor, how: How, count: int, hidden: int) -> list[Tensor]
 def from_layout(module: nn.Module, tensors: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
     """Rename and reshape a complete set of tensors of `layout` into the network's own; the input is left alone."""
     shapes = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    plan = origins(module, layout)
+    plan = counterparts(module, layout)
     return {key: to_ours([tensors[k] for k in o.keys], o.how, shapes[key]) for key, o in plan.items()}
 
 
@@ -215,7 +215,7 @@ def to_layout(module: nn.Module, tensors: Mapping[str, Tensor], layout: str) -> 
     """The inverse of `from_layout`."""
     result: dict[str, Tensor] = {}
     thirds: dict[str, dict[int, Tensor]] = {}
-    for key, origin in origins(module, layout).items():
+    for key, origin in counterparts(module, layout).items():
         if origin.how in THIRDS:
             thirds.setdefault(origin.keys[0], {})[THIRDS[origin.how]] = tensors[key]
             continue

@@ -21,9 +21,9 @@ from miniflux.checkpoints.layouts import (
     ALL_IN_ONE,
     ORIGINAL,
     THIRDS,
-    Origin,
+    Counterpart,
+    counterparts,
     hidden_size,
-    origins,
     their_shape_fits,
     to_ours,
 )
@@ -34,7 +34,7 @@ from miniflux.checkpoints.report import LoadReport
 from miniflux.errors import CheckpointError
 
 log = logging.getLogger(__name__)
-Network = TypeVar("Network", bound=nn.Module)
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class _Undrawn(TorchFunctionMode):
@@ -47,7 +47,7 @@ class _Undrawn(TorchFunctionMode):
         return func(*args, **named)
 
 
-def bare(kind: Callable[[Any], Network], config: Any) -> Network:
+def bare(kind: Callable[[Any], Module], config: Any) -> Module:
     """A network on the meta device: names, shapes and dtypes. First weights, which have no numbers there, are not
     drawn: torch imports its compiler for that, which takes longer than all the rest (1.2 s)."""
     with torch.device("meta"), _Undrawn():
@@ -55,35 +55,35 @@ def bare(kind: Callable[[Any], Network], config: Any) -> Network:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Filling:
     """How a file fills a network.
 
     Attributes:
         layout: the naming of the file.
         layers: packed layers, on the meta device, that are to take the place of the network's linears of these names.
-        origins: where each tensor of the network comes from, with those layers in place.
+        counterparts: where each tensor of the network comes from, with those layers in place.
         kinds: dtype and shape of each; the dtype counts for parts of packed weights alone.
     """
 
     layout: str
     layers: dict[str, QuantizedLinear]
-    origins: dict[str, Origin]
+    counterparts: dict[str, Counterpart]
     kinds: dict[str, Kind]
 
 
-def plan_for(module: nn.Module, source: TensorSource, layout: str | None = None) -> Plan:
+def filling_for(module: nn.Module, source: TensorSource, layout: str | None = None) -> Filling:
     """Compare names and decide which layers stay packed; nothing is changed, and of the file only headers and the small
     texts that describe packed weights are read."""
     contents = contents_of(source)
     if layout == ALL_IN_ONE and isinstance(source, PartSource):  # whose names are without the prefix
         layout = ORIGINAL
     layout = layout or layout_in(source, module)
-    plan = Plan(layout, {}, origins(module, layout), {})
+    plan = Filling(layout, {}, counterparts(module, layout), {})
     plan.kinds.update({key: (t.dtype, tuple(t.shape)) for key, t in module.state_dict().items()})
     for name, linear in module.named_modules():
         if not isinstance(linear, nn.Linear) or not contents.stored:
             continue
-        origin, stored = plan.origins[f"{name}.weight"], dict[str, Stored]()
+        origin, stored = plan.counterparts[f"{name}.weight"], dict[str, Stored]()
         for key in origin.keys:
             how, entry = contents.of(key), contents.entries.get(key)
             if how is None and entry is not None and entry.dtype in FLOATS and key.endswith(".weight"):
@@ -97,9 +97,9 @@ def plan_for(module: nn.Module, source: TensorSource, layout: str | None = None)
             bias = f"{name}.bias" in plan.kinds
             layer = QuantizedLinear(target[0], target[1], bias, stored, swapped=origin.how == "swap halves")
             plan.layers[name] = layer
-            del plan.origins[f"{name}.weight"], plan.kinds[f"{name}.weight"]
+            del plan.counterparts[f"{name}.weight"], plan.kinds[f"{name}.weight"]
             for part, key in layer.origins.items():
-                plan.origins[f"{name}.{part}"] = Origin((key,), "packed")
+                plan.counterparts[f"{name}.{part}"] = Counterpart((key,), "packed")
                 tensor = layer.get_buffer(part)
                 plan.kinds[f"{name}.{part}"] = (tensor.dtype, tuple(tensor.shape))
     return plan
@@ -107,7 +107,7 @@ def plan_for(module: nn.Module, source: TensorSource, layout: str | None = None)
 
 def take_packed_layers(module: nn.Module, source: TensorSource, layout: str | None = None) -> str:
     """Put packed layers, still on the meta device, in the place of all linears whose weights a file keeps packed.
-    `origins(module, layout)` then names the file's tensors for every key of the state dict, packed parts included, and
+    `counterparts(module, layout)` then names the file's tensors for every key of the state dict, packed parts included, and
     `fetch` reads each of them.
 
     Args:
@@ -116,7 +116,7 @@ def take_packed_layers(module: nn.Module, source: TensorSource, layout: str | No
     Returns:
         The layout.
     """
-    plan = plan_for(module, source, layout)
+    plan = filling_for(module, source, layout)
     for name, layer in plan.layers.items():
         _put(module, name, layer)
     return plan.layout
@@ -131,15 +131,15 @@ def compare(module: nn.Module, source: Mapping[str, Tensor], layout: str | None 
     """Compare the tensors of a file with those a network needs, by name and shape; no weights are read. Of a file that
     holds several networks, those of this network."""
     source = part_of(source if isinstance(source, TensorSource) else GivenTensors(source), type(module))
-    return _report(module, source, plan_for(module, source, layout))
+    return _report(module, source, filling_for(module, source, layout))
 
 
-def _report(module: nn.Module, source: TensorSource, plan: Plan) -> LoadReport:
+def _report(module: nn.Module, source: TensorSource, plan: Filling) -> LoadReport:
     entries, contents, record = source.entries, contents_of(source), BY_KIND.get(type(module))
     report = LoadReport(str(source), _layout_name(module, source, plan.layout))
     report.dtypes = dict(Counter(str(entry.dtype).removeprefix("torch.") for entry in entries.values()))
     report.packed = dict(Counter(stored.format.label for stored in contents.stored.values()))
-    for key, origin in plan.origins.items():
+    for key, origin in plan.counterparts.items():
         absent = [name for name in origin.keys if name not in entries]
         report.missing += [key if plan.layout == "original" else f"{key} (here: {name})" for name in absent]
         if absent:
@@ -238,12 +238,12 @@ def load_into(
     else:
         source = open_tensors(path_or_tensors)
     source = part_of(source, type(module))
-    plan = plan_for(module, source, layout)
+    plan = filling_for(module, source, layout)
     report = _report(module, source, plan)
     if report.problems:
         raise CheckpointError(str(report))
     loaded: dict[str, Tensor] = {}
-    for key, origin in plan.origins.items():
+    for key, origin in plan.counterparts.items():
         tensor = fetch(source, origin, plan.kinds[key][1], dtype)
         if origin.how != "packed":
             tensor = tensor.to(torch.float32 if dtype is None and tensor.dtype.itemsize == 1 else dtype)
@@ -263,7 +263,7 @@ def load_into(
 
 def fetch(
     source: TensorSource,
-    origin: Origin,
+    origin: Counterpart,
     shape: tuple[int, ...],
     dtype: torch.dtype | None = None,
     out: Tensor | None = None,
@@ -275,7 +275,7 @@ def fetch(
     of one.
 
     Args:
-        origin: what it is made of, from `origins`.
+        origin: what it is made of, from `counterparts`.
         shape: of the result.
         dtype: what the caller is going to convert it to; None if it will stay in the file's dtype.
         out: contiguous memory of this shape, in any floating dtype (that of the file, for parts of packed weights), to
@@ -305,12 +305,12 @@ def fetch(
     return to_ours([moved], origin.how, shape)
 
 
-def _fill(source: TensorSource, origin: Origin, out: Tensor) -> None:
+def _fill(source: TensorSource, origin: Counterpart, out: Tensor) -> None:
     """Read a tensor into memory of its shape."""
     if origin.how == "rows":
         heights = [contents_of(source).entries[key].shape[0] for key in origin.keys]
         for key, part in zip(origin.keys, out.split(heights), strict=True):
-            _fill(source, Origin((key,), "same"), part)
+            _fill(source, Counterpart((key,), "same"), part)
         return
     (key,) = origin.keys
     first = THIRDS.get(origin.how, 0) * out.numel()

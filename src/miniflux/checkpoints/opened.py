@@ -16,12 +16,13 @@ from typing import Any, TypeVar
 from torch import nn
 
 from miniflux.checkpoints.files import Selection, TensorSource, open_tensors
+from miniflux.checkpoints.folders import Model, walk
 from miniflux.checkpoints.formats.reading import contents_of
-from miniflux.checkpoints.jsonfiles import json_of
 from miniflux.checkpoints.layouts import detect
-from miniflux.checkpoints.networks import NETWORKS
+from miniflux.checkpoints.networks import NETWORKS, PIPELINE
 from miniflux.checkpoints.networks.known import Found, found_by_name
 from miniflux.errors import CheckpointError
+from miniflux.strictjson import json_of
 
 # What all-in-one files carry beside the networks, by the last part of the key, and why nothing is lost without it.
 REDUNDANT_STRAYS = {
@@ -202,3 +203,24 @@ class Opened:
 def open_part(path: str | Path, kind: type[nn.Module]) -> TensorSource:
     """The tensors of one network in a file, an index of shards, or a folder; see `Opened.part`."""
     return Opened().part(Path(path), kind)
+
+
+FOLDERS = tuple(network.folder for network in PIPELINE)  # of a diffusers pipeline
+
+
+def models_in(path: Path) -> list[Model]:
+    """The models in a folder and its sub-folders: single files first, then those of a pipeline in its order; none if it
+    is no folder.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    if not path.is_dir():
+        return []
+    order = {name: number for number, name in enumerate(["", *FOLDERS])}
+
+    def rank(model: Model) -> tuple[int, str]:
+        above = model.path.relative_to(path).parts[:-1]
+        return order.get(above[0] if above else "", len(order)), str(model.path)
+
+    return sorted(walk(path), key=rank)

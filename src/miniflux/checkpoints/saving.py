@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import os
-import secrets
-import tempfile
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from miniflux.checkpoints.files import TensorSource, write_tensors
+from miniflux.checkpoints.files import TensorSource
 from miniflux.checkpoints.folders import GGUF, SAFETENSORS
-from miniflux.checkpoints.layouts import ALL_IN_ONE, ORIGINAL, origins, to_layout
+from miniflux.checkpoints.layouts import ALL_IN_ONE, ORIGINAL, counterparts, to_layout
 from miniflux.checkpoints.opened import layout_in, part_of
 from miniflux.checkpoints.quantized import packed_layers
 from miniflux.checkpoints.sizes import in_header
+from miniflux.checkpoints.writing import write_tensors
+from miniflux.disk import write_beside
 from miniflux.errors import CheckpointError, InputError, OutputError
 
 
@@ -88,7 +87,7 @@ def _stored(origin: Any, part: str, network: nn.Module) -> dict[str, torch.dtype
         source = part_of(TensorSource(paths), type(network))
     except (CheckpointError, OSError):  # gone since
         return {}
-    table = origins(network, layout_in(source, network))
+    table = counterparts(network, layout_in(source, network))
     kinds = {
         key: {source.entries[name].dtype for name in one.keys if name in source.entries} for key, one in table.items()
     }
@@ -138,42 +137,3 @@ def checkpoint_path(path: str | Path) -> Path:
     if path.suffix != ".safetensors":
         raise OutputError(f"{path}: a checkpoint is written as .safetensors, got the ending {path.suffix!r}")
     return path
-
-
-def folder_to_fill(folder: Path, what: str) -> None:
-    """Make a folder, if it is not there, that only this user can read; see that files can be written into it.
-
-    Args:
-        what: is kept there, for the error.
-
-    Raises:
-        OutputError: it cannot be made, or nothing can be written there.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"here")
-    except OSError as error:
-        raise OutputError(f"{folder}: no folder for {what}: {error.strerror or error}") from error
-
-
-def write_beside(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, then rename it: there is never half a file, and what was there stays.
-
-    Raises:
-        OutputError: the place cannot be written to, has no room, or the name is none.
-    """
-    if "\0" in str(path):
-        raise OutputError(f"{str(path)!r}: cannot be written: a name without NUL was expected")
-    # A name of its own, so that two writers do not meet; short, because that of `path` may be as long as names may be.
-    beside = path.with_name(f"{secrets.token_hex(8)}.part")
-    try:
-        try:
-            write(beside)
-            beside.replace(path)
-        except BaseException:
-            with suppress(OSError):  # the first error is the one to tell
-                beside.unlink()
-            raise
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error

@@ -14,13 +14,13 @@ from typing import Any, TypeVar, cast
 from torch import nn
 
 from miniflux.checkpoints.files import Entry
-from miniflux.checkpoints.jsonfiles import json_of
 from miniflux.checkpoints.layouts import own_shapes
 from miniflux.checkpoints.networks import BY_CONFIG, BY_KIND
 from miniflux.errors import CheckpointError, ConfigError
 from miniflux.models.autoencoder import AutoencoderConfig
 from miniflux.models.clip import ClipTextConfig
 from miniflux.models.t5 import T5Config
+from miniflux.strictjson import json_of
 
 Entries = Mapping[str, Entry]
 Config = TypeVar("Config", AutoencoderConfig, ClipTextConfig, T5Config)

@@ -12,7 +12,7 @@ from miniflux.lora.encoding import save
 from miniflux.lora.files import LoraFile, read
 from miniflux.lora.merging import merge, unmerge
 from miniflux.lora.receipt import ModuleReceipt, Receipt
-from miniflux.lora.rewriting import Extracted, convert, extract, fits, inspect, merge_files
+from miniflux.lora.tools import Extracted, convert, extract, fits, inspect, merge_files
 
 __all__ = [
     "Extracted",

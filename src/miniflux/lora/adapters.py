@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from miniflux.checkpoints.formats.base import WEIGHT, Stored
 from miniflux.checkpoints.networks import BY_KIND
-from miniflux.checkpoints.origin import Stamp
 from miniflux.checkpoints.quantized import QuantizedLinear, Stack, dense_weight
+from miniflux.checks import check_number
 from miniflux.errors import InputError, LoraError
-from miniflux.lora.dialects import Network
+from miniflux.lora.dialects import PartName
 from miniflux.lora.layer import Change
 from miniflux.models.flux1 import Flux1
-from miniflux.sampling.checks import check_number
 from miniflux.text import Text
+from miniflux.weights.origin import Stamp
 
 
 class Parts(Protocol):
@@ -29,7 +29,7 @@ class Parts(Protocol):
     text: Text
 
 
-Target = Parts | nn.Module
+Attachable = Parts | nn.Module
 Scale = float | Mapping[str, float] | Callable[[str], float]
 """One number for all; or numbers by the beginning of a module's name, 1 for the rest; or a function of the name."""
 
@@ -82,7 +82,7 @@ class Adapter:
         return list(dict.fromkeys(layer for layer, _ in self.changes))
 
 
-def networks(target: Target) -> dict[Network, nn.Module]:
+def networks(target: Attachable) -> dict[PartName, nn.Module]:
     """The networks that adapters can change: all three of a pipeline, or the one given.
 
     Raises:
@@ -91,8 +91,8 @@ def networks(target: Target) -> dict[Network, nn.Module]:
     if not isinstance(target, nn.Module) and hasattr(target, "transformer") and hasattr(target, "text"):
         return {"transformer": target.transformer, "clip": target.text.clip, "t5": target.text.t5}
     record = BY_KIND.get(type(target)) if isinstance(target, nn.Module) else None
-    if record is not None and record.part in get_args(Network):
-        return {cast(Network, record.part): cast(nn.Module, target)}
+    if record is not None and record.part in get_args(PartName):
+        return {cast(PartName, record.part): cast(nn.Module, target)}
     raise InputError(f"a LoRA goes onto a pipeline, a transformer or a text encoder, got {type(target).__name__}")
 
 
@@ -129,7 +129,7 @@ def original_weight(network: nn.Module, layer: str) -> Tensor | None:
     return cast(QuantizedLinear, module).dense(stacks=kept) if isinstance(kept, list) else kept
 
 
-def attached(target: Target) -> dict[str, Scale]:
+def attached(target: Attachable) -> dict[str, Scale]:
     """Names and scales of the adapters of a pipeline or network."""
     return {
         adapter.name: adapter.scale
@@ -138,7 +138,7 @@ def attached(target: Target) -> dict[str, Scale]:
     }
 
 
-def files_of(target: Target) -> dict[str, tuple[Stamp, ...]]:
+def files_of(target: Attachable) -> dict[str, tuple[Stamp, ...]]:
     """The files of everything that is attached, by its name; in the order of attaching."""
     return {
         adapter.name: adapter.files
@@ -147,7 +147,7 @@ def files_of(target: Target) -> dict[str, tuple[Stamp, ...]]:
     }
 
 
-def described(target: Target) -> list[dict[str, Any]]:
+def described(target: Attachable) -> list[dict[str, Any]]:
     """What is attached, in plain JSON, for the settings of a picture."""
     found: dict[str, dict[str, Any]] = {}
     for network in networks(target).values():
@@ -175,7 +175,7 @@ def checked_name(name: str) -> str:
     return name
 
 
-def named(target: Target, name: str) -> list[tuple[nn.Module, Adapter]]:
+def named(target: Attachable, name: str) -> list[tuple[nn.Module, Adapter]]:
     name = checked_name(name)
     found = [(n, adapters_of(n)[name]) for n in networks(target).values() if name in adapters_of(n)]
     if not found:

@@ -14,16 +14,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from miniflux.checkpoints.finding import BUNDLED
 from miniflux.checkpoints.folders import SAFETENSORS, files_in
-from miniflux.checkpoints.origin import stamps
 from miniflux.checkpoints.quantized import QuantizedLinear, device_of, lender_of
+from miniflux.checks import check_number
 from miniflux.errors import LoraError
 from miniflux.lora.adapters import (
     ADAPTERS,
     Adapter,
+    Attachable,
     Scale,
-    Target,
     adapters_of,
     checked_name,
     checked_scale,
@@ -33,12 +32,13 @@ from miniflux.lora.adapters import (
     scale_of,
 )
 from miniflux.lora.files import read
+from miniflux.lora.fitting import WIDENED, fitted
 from miniflux.lora.layer import add_changes, remove_changes, rescale
-from miniflux.lora.planning import WIDENED, planned
 from miniflux.lora.receipt import Receipt
 from miniflux.lora.standing import remember
 from miniflux.models.flux1 import Flux1
-from miniflux.sampling.checks import check_number
+from miniflux.weights.finding import BUNDLED
+from miniflux.weights.origin import stamps
 
 BUNDLED_LORAS = BUNDLED / "loras"
 
@@ -62,7 +62,7 @@ def resolved(path_or_tensors: str | Path | Mapping[str, Tensor]) -> Path | Mappi
 
 
 def attach(
-    target: Target,
+    target: Attachable,
     path_or_tensors: str | Path | Mapping[str, Tensor],
     scale: Scale = 1.0,
     name: str | None = None,
@@ -95,7 +95,7 @@ def attach(
     if any(name in adapters_of(network) for network in found.values()):
         raise LoraError(f"a LoRA named {name!r} is attached already; detach it first, or give this one another name")
     files = tuple(stamps(where)) if isinstance(where, Path) else ()
-    plan = planned(found, read(where), strict)
+    plan = fitted(found, read(where), strict)
     scale = checked_scale(scale, [layer for changes in plan.changes.values() for layer, _ in changes], name)
     for kind, network in found.items():
         adapter = Adapter(name, plan.file.source, changes=plan.changes.get(kind, []), files=files)
@@ -112,7 +112,7 @@ def attach(
     return plan.receipt(name, found)
 
 
-def detach(target: Target, name: str) -> None:
+def detach(target: Attachable, name: str) -> None:
     """Take a LoRA off: the network is bitwise what it was before.
 
     Raises:
@@ -137,7 +137,7 @@ def detach(target: Target, name: str) -> None:
     _forget_prompts(target, found)
 
 
-def set_scale(target: Target, name: str, scale: Scale) -> None:
+def set_scale(target: Attachable, name: str, scale: Scale) -> None:
     """Change the strength of an attached LoRA; nothing is loaded, copied or compiled.
 
     Replaced parameters (the norms of a control LoRA) are all or nothing: they count unless every scale is 0.
@@ -156,7 +156,7 @@ def set_scale(target: Target, name: str, scale: Scale) -> None:
     _forget_prompts(target, found)
 
 
-def set_schedule(target: Target, name: str, schedule: Callable[[float], float] | None) -> None:
+def set_schedule(target: Attachable, name: str, schedule: Callable[[float], float] | None) -> None:
     """Let the strength of a LoRA depend on the noise level while a picture is drawn.
 
     Args:
@@ -230,7 +230,7 @@ def _watch(network: nn.Module, adapter: Adapter, schedule: Callable[[float], flo
     )
 
 
-def _forget_prompts(target: Target, changed: Sequence[tuple[nn.Module, Adapter]]) -> None:
+def _forget_prompts(target: Attachable, changed: Sequence[tuple[nn.Module, Adapter]]) -> None:
     """Embeddings are those of other encoders now, if an adapter of a text encoder has changed."""
     if not isinstance(target, nn.Module) and any(not isinstance(network, Flux1) for network, _ in changed):
         target.text.clear()

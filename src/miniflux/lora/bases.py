@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from miniflux.checkpoints.finding import found_parts
-from miniflux.checkpoints.layouts import origins
+from miniflux.checkpoints.layouts import counterparts
 from miniflux.checkpoints.loading import compare, fetch
 from miniflux.checkpoints.opened import layout_in, open_part
 from miniflux.errors import MinifluxError
-from miniflux.lora.dialects import Network
+from miniflux.lora.dialects import PartName
 from miniflux.variants import variant
+from miniflux.weights.finding import found_parts
 
 log = logging.getLogger(__name__)
 
@@ -23,13 +23,13 @@ Weight = Callable[[str], Tensor | None]
 """From the name of a layer to its weight in numbers; None if it has none."""
 
 
-def bases_of(model: str, networks: Mapping[Network, nn.Module]) -> dict[Network, Weight]:
+def bases_of(model: str, networks: Mapping[PartName, nn.Module]) -> dict[PartName, Weight]:
     """How to read the weights of a variant's networks (given on the meta device), for those whose files are found.
 
     Files that do not fit are left out, and that is logged.
     """
     found, _ = found_parts(variant(model))
-    bases: dict[Network, Weight] = {}
+    bases: dict[PartName, Weight] = {}
     for kind, network in networks.items():
         if kind in found:
             try:
@@ -44,7 +44,7 @@ def _reader(network: nn.Module, path: Path) -> Weight:
     report = compare(network, source)
     if report.problems:
         raise MinifluxError(str(report))
-    table = origins(network, layout_in(source, network))
+    table = counterparts(network, layout_in(source, network))
     shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
 
     def weight(layer: str) -> Tensor | None:

@@ -17,7 +17,7 @@ from miniflux.checkpoints.networks.flux1 import FLUX1_DIFFUSERS
 from miniflux.checkpoints.networks.record import Row
 from miniflux.errors import LoraError
 
-Network = Literal["transformer", "clip", "t5"]
+PartName = Literal["transformer", "clip", "t5"]
 Spelling = Literal["original", "diffusers", "xlabs", "clip", "t5"]
 
 # What the end of a key says about its tensor. Longer endings are tried first.
@@ -76,7 +76,7 @@ class Place:
         swap: the two halves of the rows change places.
     """
 
-    network: Network
+    network: PartName
     target: str
     first: int = 0
     last: int = 1
@@ -112,7 +112,7 @@ class Dialect:
     tail: str = ""
 
     @property
-    def network(self) -> Network:
+    def network(self) -> PartName:
         return self.spelling if self.spelling in ("clip", "t5") else "transformer"
 
     def place(self, module: str) -> Place | None:

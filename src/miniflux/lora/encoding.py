@@ -10,14 +10,15 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from miniflux.checkpoints.files import write_tensors
 from miniflux.checkpoints.layouts import hidden_size, stacked_rows
-from miniflux.checkpoints.saving import checkpoint_path, write_beside
+from miniflux.checkpoints.saving import checkpoint_path
+from miniflux.checkpoints.writing import write_tensors
+from miniflux.disk import write_beside
 from miniflux.errors import InputError, LoraError
-from miniflux.lora.adapters import Target, adapters_of, named, networks
-from miniflux.lora.dialects import DIALECTS, NORM_PARAMETER, RULES, Dialect, Network, Place
+from miniflux.lora.adapters import Attachable, adapters_of, named, networks
+from miniflux.lora.dialects import DIALECTS, NORM_PARAMETER, RULES, Dialect, PartName, Place
+from miniflux.lora.fitting import WIDENED, Fitting, can_swap, swapped
 from miniflux.lora.layer import Change, Dense, Hadamard, Kronecker, LowRank, Magnitude, Rows
-from miniflux.lora.planning import WIDENED, Plan, can_swap, swapped
 from miniflux.models.flux1 import Flux1
 
 # What a dialect can be asked for by, and what it is called in `DIALECTS`.
@@ -57,14 +58,14 @@ class Contents:
         replaced: (network, module) -> the norm scale that takes the place of the model's.
     """
 
-    changes: dict[tuple[Network, str], list[Change]] = field(default_factory=dict)
-    replaced: dict[tuple[Network, str], Tensor] = field(default_factory=dict)
+    changes: dict[tuple[PartName, str], list[Change]] = field(default_factory=dict)
+    replaced: dict[tuple[PartName, str], Tensor] = field(default_factory=dict)
 
-    def add(self, network: Network, layer: str, change: Change) -> None:
+    def add(self, network: PartName, layer: str, change: Change) -> None:
         self.changes.setdefault((network, layer), []).append(change)
 
     @classmethod
-    def of_plan(cls, plan: Plan) -> Contents:
+    def of_plan(cls, plan: Fitting) -> Contents:
         contents = cls()
         for network, changes in plan.changes.items():
             for layer, change in changes:
@@ -76,7 +77,7 @@ class Contents:
         return contents
 
     @classmethod
-    def of_adapter(cls, target: Target, name: str) -> Contents:
+    def of_adapter(cls, target: Attachable, name: str) -> Contents:
         contents = cls()
         named(target, name)
         for kind, network in networks(target).items():
@@ -91,7 +92,7 @@ class Contents:
         return contents
 
 
-def save(target: Target, name: str, path: str | Path, dialect: str = "diffusers") -> int:
+def save(target: Attachable, name: str, path: str | Path, dialect: str = "diffusers") -> int:
     """Write an attached LoRA to a file. Its present scale is not part of it.
 
     Args:
@@ -115,7 +116,7 @@ def write(tensors: Mapping[str, Tensor], path: Path) -> int:
     return len(tensors)
 
 
-def encode(contents: Contents, dialect: str, found: Mapping[Network, nn.Module]) -> dict[str, Tensor]:
+def encode(contents: Contents, dialect: str, found: Mapping[PartName, nn.Module]) -> dict[str, Tensor]:
     """The tensors of a file in the names of a dialect.
 
     Args:
@@ -159,7 +160,7 @@ class _Inexact(Exception):
     """A change that a dialect cannot say; the text is the reason."""
 
 
-def _dialect(name: str, kind: Network) -> Dialect | None:
+def _dialect(name: str, kind: PartName) -> Dialect | None:
     return next((d for d in DIALECTS if d.name == WRITABLE[name] and d.network == kind), None)
 
 
@@ -168,7 +169,7 @@ def _name(name: str, place: Place, network: nn.Module) -> str | None:
     return None if dialect is None else dialect.module(place, flux2=not isinstance(network, Flux1))
 
 
-def _slots(name: str, kind: Network, layer: str, network: nn.Module) -> list[tuple[str, Rows, bool]]:
+def _slots(name: str, kind: PartName, layer: str, network: nn.Module) -> list[tuple[str, Rows, bool]]:
     """The modules that a dialect divides a layer into: (name, output rows, whether its halves are swapped)."""
     dialect = _dialect(name, kind)
     if dialect is None:

@@ -253,3 +253,8 @@ def _half(tensors: Mapping[str, Tensor], n: int) -> tuple[int, int]:
     if f"lokr_w{n}" in tensors:
         return tensors[f"lokr_w{n}"].shape[0], tensors[f"lokr_w{n}"].shape[1]
     return tensors[f"lokr_w{n}_a"].shape[0], tensors[f"lokr_w{n}_b"].shape[1]
+
+
+def is_lora(source: TensorSource) -> bool:
+    """Whether a file has tensors that only LoRA files have."""
+    return any((part := split(key)) and part[1] in SIGNS for key in source.entries)

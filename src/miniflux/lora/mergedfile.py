@@ -11,20 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miniflux.checkpoints.converting import file_type
 from miniflux.checkpoints.files import Entry, TensorSource
 from miniflux.checkpoints.formats import FORMATS
 from miniflux.checkpoints.formats.base import WEIGHT, Kind, Stored
+from miniflux.checkpoints.formats.encodings import Encoding, file_type
 from miniflux.checkpoints.formats.ggml import BLOCKS
 from miniflux.checkpoints.formats.reading import COMFY, PREFIX, SIDES, contents_of
 from miniflux.checkpoints.formats.scaled import METADATA
-from miniflux.checkpoints.layouts import hidden_size, origins, to_theirs
+from miniflux.checkpoints.gguf import GGUF_OWN
+from miniflux.checkpoints.layouts import counterparts, hidden_size, to_theirs
 from miniflux.checkpoints.loading import fetch
 from miniflux.checkpoints.opened import PartSource
 from miniflux.checkpoints.quantized import QuantizedLinear
-from miniflux.checkpoints.sources import GGUF_OWN
-from miniflux.checkpoints.targets import Encoding
-from miniflux.checkpoints.unfinished import Frame, gguf_frame, safetensors_frame
+from miniflux.checkpoints.writing import Frame, gguf_frame, safetensors_frame
 from miniflux.errors import LoraError
 from miniflux.lora.layer import Change
 from miniflux.lora.merging import merged_bias, merged_weight, touched
@@ -41,7 +40,7 @@ class Weights:
     def __init__(self, network: Flux1, source: TensorSource, layout: str) -> None:
         self.network, self.source = network, source
         self.shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
-        self.plan = origins(network, layout)
+        self.plan = counterparts(network, layout)
         self.changes: dict[str, list[tuple[Change, float]]] = {}
         self.replaced: dict[str, Tensor] = {}
 

@@ -21,8 +21,8 @@ from miniflux.checkpoints.quantized import QuantizedLinear, Stack, lender_of
 from miniflux.errors import LoraError
 from miniflux.lora.adapters import (
     Adapter,
+    Attachable,
     Lost,
-    Target,
     Value,
     adapters_of,
     following,
@@ -33,13 +33,13 @@ from miniflux.lora.adapters import (
 )
 from miniflux.lora.attaching import apply_scale
 from miniflux.lora.files import halves_swapped
+from miniflux.lora.fitting import WIDENED
 from miniflux.lora.layer import Change, changes_of
 from miniflux.lora.packing import Rounding, again, check_range, report, rounding, why_not
-from miniflux.lora.planning import WIDENED
 from miniflux.lora.restoring import restore
 
 
-def merge(target: Target, name: str | None = None, *, keep: bool = True, pack: bool = False) -> int:
+def merge(target: Attachable, name: str | None = None, *, keep: bool = True, pack: bool = False) -> int:
     """Write attached adapters into the weights: they then cost nothing to run.
 
     W + dW is computed in float32, a layer at a time, and rounded once. Packed weights become wide: plain floats in the
@@ -102,7 +102,9 @@ def merge(target: Target, name: str | None = None, *, keep: bool = True, pack: b
     return kept
 
 
-def unmerge(target: Target, name: str | None = None, *, base: str | Path | Mapping[str, Tensor] | None = None) -> None:
+def unmerge(
+    target: Attachable, name: str | None = None, *, base: str | Path | Mapping[str, Tensor] | None = None
+) -> None:
     """Take merged adapters out of the weights: bitwise the originals; the adapters stay attached.
 
     Args:
@@ -172,7 +174,7 @@ def merged_bias(bias: Tensor, changes: Sequence[AtScale]) -> Tensor:
     return total.to(bias.dtype)
 
 
-def _chosen(target: Target, name: str | None, merged: bool = False) -> dict[nn.Module, list[str]]:
+def _chosen(target: Attachable, name: str | None, merged: bool = False) -> dict[nn.Module, list[str]]:
     if name is not None:
         found = {network: [adapter.name] for network, adapter in named(target, name)}
         if merged and not all(adapters_of(n)[name].merged for n in found):

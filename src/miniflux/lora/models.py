@@ -11,20 +11,20 @@ from torch import nn
 from miniflux.checkpoints.layouts import hidden_size, stacked_rows
 from miniflux.checkpoints.loading import bare
 from miniflux.checkpoints.networks import BY_PART
-from miniflux.lora.dialects import Network, Place
+from miniflux.lora.dialects import PartName, Place
 from miniflux.lora.files import Group, shape_of
 from miniflux.models.flux1 import Flux1
 from miniflux.variants import FLUX2_SIZES, OTHER_TRANSFORMERS, VARIANTS, Flux2Sizes, Variant, variant
 
 
-def stand_ins(model: str | Variant) -> dict[Network, nn.Module]:
+def stand_ins(model: str | Variant) -> dict[PartName, nn.Module]:
     """The networks of a variant, or of the one of this name, on the meta device.
 
     Raises:
         InputError: an unknown model.
     """
     sizes = model if isinstance(model, Variant) else variant(model)
-    return {part: bare(BY_PART[part].kind, BY_PART[part].of(sizes)) for part in get_args(Network)}
+    return {part: bare(BY_PART[part].kind, BY_PART[part].of(sizes)) for part in get_args(PartName)}
 
 
 @cache
@@ -67,7 +67,7 @@ def _agrees(shape: tuple[int, int] | None, place: Place, hidden: int, given: tup
     return given == (rows, shape[1])
 
 
-def fitting_models(groups: Sequence[Group], found: Mapping[Network, nn.Module]) -> str:
+def fitting_models(groups: Sequence[Group], found: Mapping[PartName, nn.Module]) -> str:
     """A sentence that names the models whose widths a file has; empty if there is none, or only the given one."""
     asked = [
         (group.place, shape)

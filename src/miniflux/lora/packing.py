@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from miniflux.checkpoints.formats.base import WEIGHT, Kind, Stored, pieces
+from miniflux.checkpoints.formats.encodings import kinds_of
 from miniflux.checkpoints.formats.ggml import Ggml
 from miniflux.checkpoints.formats.scaled import PLAIN
 from miniflux.checkpoints.loading import is_finite
-from miniflux.checkpoints.moving import kinds_of
 from miniflux.checkpoints.quantized import Stack
 from miniflux.errors import LoraError
 

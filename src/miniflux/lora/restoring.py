@@ -13,13 +13,13 @@ from miniflux.checkpoints.files import TensorSource, open_tensors
 from miniflux.checkpoints.formats.base import Stored
 from miniflux.checkpoints.formats.reading import GivenTensors, contents_of
 from miniflux.checkpoints.formats.scaled import PLAIN
-from miniflux.checkpoints.layouts import hidden_size, origins, their_shape_fits, to_ours
+from miniflux.checkpoints.layouts import counterparts, hidden_size, their_shape_fits, to_ours
 from miniflux.checkpoints.loading import is_finite
 from miniflux.checkpoints.opened import layout_in, part_of
 from miniflux.checkpoints.quantized import QuantizedLinear, Stack
 from miniflux.errors import CheckpointError
 from miniflux.lora.adapters import Lost, Value, originals_of
-from miniflux.lora.planning import WIDENED
+from miniflux.lora.fitting import WIDENED
 
 
 def restore(network: nn.Module, lost: set[tuple[str, str]], base: str | Path | Mapping[str, Tensor]) -> None:
@@ -36,7 +36,7 @@ def restore(network: nn.Module, lost: set[tuple[str, str]], base: str | Path | M
         source = open_tensors(base)
     source = part_of(source, type(network))
     layout = layout_in(source, network)
-    plan = origins(network, layout)
+    plan = counterparts(network, layout)
     name = str(source)
     originals = originals_of(network)
     found: dict[tuple[str, str], Value] = {}

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from miniflux.checkpoints.fingerprint import WHOLE, plain, tensor_facts
 from miniflux.checkpoints.quantized import QuantizedLinear
-from miniflux.lora.adapters import Adapter, Lost, Target, adapters_of, networks, originals_of, scale_of
+from miniflux.lora.adapters import Adapter, Attachable, Lost, adapters_of, networks, originals_of, scale_of
+from miniflux.lora.fitting import WIDENED
 from miniflux.lora.layer import CHANGES, Magnitude
-from miniflux.lora.planning import WIDENED
 
 HUNG = (CHANGES, "_lora")
 """What attributes and children that adapters hang on a module begin with."""
@@ -51,7 +51,7 @@ def remember(adapter: Adapter) -> None:
     adapter.facts = _facts(adapter)
 
 
-def changed_adapters(target: Target) -> list[str]:
+def changed_adapters(target: Attachable) -> list[str]:
     """Names of the adapters from files whose numbers, or strength, are not what they were when they were attached."""
     found = [
         adapter.name

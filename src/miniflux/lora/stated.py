@@ -8,16 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from miniflux.checkpoints.jsonfiles import json_file, json_of
 from miniflux.errors import CheckpointError, LoraError
-from miniflux.lora.dialects import Network
+from miniflux.lora.dialects import PartName
 from miniflux.lora.patterns import Patterns
+from miniflux.strictjson import json_file, json_of
 
 log = logging.getLogger(__name__)
 
 PEFT_METADATA = "lora_adapter_metadata"  # header entry of diffusers: JSON with PEFT's config per network
 PEFT_CONFIG = "adapter_config.json"  # beside the file, as PEFT itself saves it
-COMPONENTS: dict[Network, str] = {"transformer": "transformer", "clip": "text_encoder", "t5": "text_encoder_2"}
+COMPONENTS: dict[PartName, str] = {"transformer": "transformer", "clip": "text_encoder", "t5": "text_encoder_2"}
 TEXTS = ("peft_type", "init_lora_weights")
 FIELDS = ("r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "use_rslora", *TEXTS)
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -57,7 +57,7 @@ class Stated:
             for field in ("rank_pattern", "alpha_pattern")
         }
 
-    def factor(self, network: Network, module: str, form: str, rank: int | None) -> float | None:
+    def factor(self, network: PartName, module: str, form: str, rank: int | None) -> float | None:
         """What is stated for one module: alpha / rank, or alpha / sqrt(rank) for rank-stabilised LoRAs.
 
         Args:

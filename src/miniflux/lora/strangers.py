@@ -10,11 +10,11 @@ from torch import nn
 from miniflux.checkpoints.beginnings import HEAD, kind_of_file
 from miniflux.checkpoints.files import TensorSource
 from miniflux.checkpoints.formats.reading import contents_of
-from miniflux.checkpoints.jsonfiles import MAX_HEADER
 from miniflux.checkpoints.networks import BY_KIND
 from miniflux.checkpoints.networks.known import NOT_YET
 from miniflux.checkpoints.opened import known_in, network_of, parts_of
 from miniflux.errors import CheckpointError, LoraError
+from miniflux.strictjson import MAX_HEADER
 
 # Keys of networks and LoRAs of other families, by a piece that only they have.
 FAMILIES: tuple[tuple[str, str], ...] = (

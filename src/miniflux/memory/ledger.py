@@ -16,7 +16,7 @@ import torch
 from miniflux.checkpoints.networks.autoencoder import AUTOENCODER
 from miniflux.checkpoints.networks.flux1 import FLUX1
 from miniflux.checkpoints.networks.t5 import T5
-from miniflux.memory.streaming import Plan
+from miniflux.memory.streaming import Partition
 from miniflux.models.autoencoder import AutoencoderConfig
 from miniflux.models.flux1 import Flux1Config
 from miniflux.models.t5 import T5Config
@@ -80,7 +80,7 @@ class Ledger:
 
 
 @dataclass(frozen=True)
-class Part:
+class Placed:
     """One network of a pipeline.
 
     Attributes:
@@ -90,7 +90,7 @@ class Part:
         largest: bytes of the largest tensor of a block that is read into memory of its own, because its dtype changes.
     """
 
-    plan: Plan
+    plan: Partition
     mode: str
     stored: int
     largest: int = 0
@@ -109,7 +109,7 @@ class Run:
 
 
 def predict(
-    mode: str, parts: Mapping[str, Part], run: Run, device: torch.device, dtype: torch.dtype, process: int
+    mode: str, parts: Mapping[str, Placed], run: Run, device: torch.device, dtype: torch.dtype, process: int
 ) -> Ledger:
     """The ledger of a run.
 

@@ -12,7 +12,7 @@ import torch
 
 from miniflux.errors import InputError
 from miniflux.memory.free import free_ram, free_vram
-from miniflux.memory.ledger import Ledger, Part, Run, peak_size, predict
+from miniflux.memory.ledger import Ledger, Placed, Run, peak_size, predict
 from miniflux.memory.modulation import Ahead
 from miniflux.memory.streaming import Streamed
 from miniflux.sampling.denoising import Call
@@ -41,8 +41,8 @@ def check_mode(memory: str) -> None:
 
 
 def choose(
-    memory: str, parts: Mapping[str, Part], run: Run, device: torch.device, dtype: torch.dtype, process: int
-) -> tuple[str, dict[str, Part]]:
+    memory: str, parts: Mapping[str, Placed], run: Run, device: torch.device, dtype: torch.dtype, process: int
+) -> tuple[str, dict[str, Placed]]:
     """The mode asked for, or for `auto` the fastest that fits into what is free, and the parts in that mode.
 
     Args:
@@ -84,7 +84,7 @@ class Memory:
     """
 
     mode: str
-    parts: Mapping[str, Part]
+    parts: Mapping[str, Placed]
     device: torch.device
     dtype: torch.dtype
     process: int

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from miniflux.checkpoints.files import TensorSource
-from miniflux.checkpoints.layouts import Origin, origins
+from miniflux.checkpoints.layouts import Counterpart, counterparts
 from miniflux.checkpoints.loading import fetch, is_finite, load_into, unsound
 from miniflux.checkpoints.networks import BY_KIND
 from miniflux.checkpoints.opened import layout_in
@@ -311,7 +311,7 @@ class Streamed:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Partition:
     """What of a network comes and goes, and what stays.
 
     Attributes:
@@ -342,7 +342,7 @@ class Plan:
         return [min(2, len(units)) * max((unit.size for unit in units), default=0) for units in self.chains]
 
 
-def planned(network: nn.Module, source: TensorSource, dtype: torch.dtype) -> Plan:
+def partitioned(network: nn.Module, source: TensorSource, dtype: torch.dtype) -> Partition:
     """Tell apart what stays and what comes and goes; nothing is changed.
 
     Args:
@@ -350,7 +350,7 @@ def planned(network: nn.Module, source: TensorSource, dtype: torch.dtype) -> Pla
         source: a file that `compare` found nothing wrong with.
         dtype: what it computes in.
     """
-    table = origins(network, layout_in(source, network))
+    table = counterparts(network, layout_in(source, network))
     packed = {f"{name}.{part}" for name, layer in packed_layers(network).items() for part in layer.origins}
     pieces: dict[str, Piece] = {}
     for key, tensor in network.state_dict().items():
@@ -369,10 +369,10 @@ def planned(network: nn.Module, source: TensorSource, dtype: torch.dtype) -> Pla
     for name in inner_first:
         mine = [key for key in pieces if key.startswith(f"{name}.") and not (stays and stays.fullmatch(key))]
         units[name] = Unit(name, network.get_submodule(name), _laid_out([pieces.pop(key) for key in mine]))
-    return Plan(network, dtype, [[units[name] for name in names] for names in found], list(pieces.values()))
+    return Partition(network, dtype, [[units[name] for name in names] for names in found], list(pieces.values()))
 
 
-def stream(plan: Plan, source: TensorSource, device: torch.device) -> Streamed:
+def stream(plan: Partition, source: TensorSource, device: torch.device) -> Streamed:
     """Fill a network but for its blocks, which are read from the file for every call.
 
     Args:
@@ -384,7 +384,7 @@ def stream(plan: Plan, source: TensorSource, device: torch.device) -> Streamed:
     Raises:
         CheckpointError: numbers that are not finite; those of blocks are found when they are first read.
     """
-    table = origins(plan.network, layout_in(source, plan.network))
+    table = counterparts(plan.network, layout_in(source, plan.network))
 
     def read(key: str, out: Tensor) -> int:
         fetch(source, table[key], tuple(out.shape), out=out)
@@ -398,7 +398,7 @@ def stream(plan: Plan, source: TensorSource, device: torch.device) -> Streamed:
     return _streamed(plan, made, read, device, str(source))
 
 
-def offload(plan: Plan, source: TensorSource, device: torch.device) -> Streamed:
+def offload(plan: Partition, source: TensorSource, device: torch.device) -> Streamed:
     """As `stream`, but the blocks wait in memory, as they are stored: views of the mapped file where that is possible.
 
     Raises:
@@ -417,7 +417,9 @@ def offload(plan: Plan, source: TensorSource, device: torch.device) -> Streamed:
     return _streamed(plan, made, read, device, str(source))
 
 
-def _streamed(plan: Plan, made: Callable[[Piece], Tensor], read: Read, device: torch.device, source: str) -> Streamed:
+def _streamed(
+    plan: Partition, made: Callable[[Piece], Tensor], read: Read, device: torch.device, source: str
+) -> Streamed:
     kept = {piece.key: made(piece) for piece in plan.kept}
     _check(kept, packed_layers(plan.network), source)
     for piece in plan.kept:
@@ -446,7 +448,7 @@ def _laid_out(pieces: Sequence[Piece]) -> list[Piece]:
     return placed
 
 
-def _phase(source: TensorSource, origin: Origin, dtype: torch.dtype) -> int:
+def _phase(source: TensorSource, origin: Counterpart, dtype: torch.dtype) -> int:
     """Where a resident tensor would begin, modulo `ALIGNMENT`: that of its place in the file, if it is a view of it."""
     entry = source.entries[origin.keys[0]]
     is_view = origin.how in ("same", "1x1", "packed") and entry.dtype == dtype and not entry.start % dtype.itemsize

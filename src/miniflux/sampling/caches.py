@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from miniflux.checks import check_number, made, plain_fields, whole
 from miniflux.errors import InputError
 from miniflux.models.flux1 import Flux1, RunBlock, run_block
-from miniflux.sampling.checks import check_number, made, plain_fields, whole
 
 
 @dataclass

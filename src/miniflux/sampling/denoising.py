@@ -12,11 +12,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from miniflux.checks import shown
 from miniflux.errors import InputError
 from miniflux.models.flux1 import Attend, Flux1, RunBlock, run_block
 from miniflux.models.layers import attention
 from miniflux.sampling.caches import Bill, Branch, Cache
-from miniflux.sampling.checks import shown
 from miniflux.sampling.guidance import Cfg, Nag, Scale, SkipLayer, scale_at
 from miniflux.sampling.running import advance, start
 from miniflux.sampling.schedules import Schedule, custom_schedule

@@ -23,10 +23,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from miniflux.checks import check_number, check_window, made, plain_fields, shown, whole
 from miniflux.errors import InputError
 from miniflux.models.flux1 import Attend
 from miniflux.models.layers import attention
-from miniflux.sampling.checks import check_number, check_window, made, plain_fields, shown, whole
 
 Scale = float | Callable[[float], float]
 """A strength, or a function from the noise level to it."""

@@ -11,8 +11,8 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
+from miniflux.checks import whole
 from miniflux.errors import InputError
-from miniflux.sampling.checks import whole
 
 PATCH = 2  # latent rows and columns per token
 PIXELS_PER_TOKEN = 16  # 8 pixels per latent row in the autoencoder, times the patch

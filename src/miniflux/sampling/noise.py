@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from miniflux.checks import finite, several, shown, whole
 from miniflux.errors import InputError
-from miniflux.sampling.checks import finite, several, shown, whole
 from miniflux.sampling.latents import MAX_SEED, initial_noise, slerp
 from miniflux.sampling.solvers import StepNoise
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import overload
 
+from miniflux.checks import finite, plain, shown, whole
 from miniflux.errors import InputError
-from miniflux.sampling.checks import finite, plain, shown, whole
 
 Curve = Callable[[float], float]
 """How far the noise levels are moved towards 1: from an evenly spaced level in [0, 1] to the one that is used."""

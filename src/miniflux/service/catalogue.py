@@ -9,17 +9,17 @@ from dataclasses import dataclass, fields, replace
 from itertools import chain, count
 from pathlib import Path
 
-from miniflux.checkpoints.assembly import locate
+from miniflux.assembly import locate
 from miniflux.checkpoints.files import TensorSource
-from miniflux.checkpoints.finding import find
 from miniflux.checkpoints.folders import MAX_FOLDERS, entries, models
 from miniflux.checkpoints.formats.reading import format_of
 from miniflux.checkpoints.loading import bare, compare
 from miniflux.checkpoints.opened import open_part, parts_of
-from miniflux.checkpoints.origin import Stamp, stamped
 from miniflux.errors import CheckpointError, InputError, MinifluxError, WeightsNotFoundError
 from miniflux.models.flux1 import Flux1
 from miniflux.variants import ALIASES, VARIANTS, Variant, variant
+from miniflux.weights.finding import find
+from miniflux.weights.origin import Stamp, stamped
 
 log = logging.getLogger(__name__)
 

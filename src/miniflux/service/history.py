@@ -24,10 +24,10 @@ from typing import Any
 from PIL import Image
 
 from miniflux.checkpoints.folders import files_in
-from miniflux.checkpoints.saving import folder_to_fill, write_beside
+from miniflux.checks import whole
+from miniflux.disk import folder_to_fill, write_beside
 from miniflux.errors import InputError, OutputError, SettingsError
 from miniflux.result import Result, checked_output, save_picture
-from miniflux.sampling.checks import whole
 from miniflux.service.archive import name_of, zipped
 from miniflux.service.grids import Grid
 from miniflux.service.queue import Job

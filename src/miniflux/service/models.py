@@ -18,12 +18,11 @@ import torch
 
 from miniflux import lora
 from miniflux.cache import ResultCache, result_cache
-from miniflux.checkpoints.origin import Stamp, stamps
 from miniflux.errors import CheckpointError, InputError, LoraError
 from miniflux.lora import Receipt
 from miniflux.lora.attaching import resolved
+from miniflux.lora.fitting import fitted
 from miniflux.lora.models import stand_ins
-from miniflux.lora.planning import planned
 from miniflux.memory.room import Room
 from miniflux.pipeline import Pipeline, load
 from miniflux.result import Result
@@ -32,6 +31,7 @@ from miniflux.service.catalogue import Catalogue, Listed
 from miniflux.service.queue import Cost, Preview, Step
 from miniflux.settings import LoraUse, Request
 from miniflux.variants import ALIASES, VARIANTS
+from miniflux.weights.origin import Stamp, stamps
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ class Models:
         if sizes is None or VARIANTS.get(sizes.name) is not None:
             return lora.inspect(file, None if sizes is None else sizes.name)
         networks = stand_ins(sizes)
-        return planned(networks, lora.read(resolved(file)), strict=True).receipt(str(file), networks)
+        return fitted(networks, lora.read(resolved(file)), strict=True).receipt(str(file), networks)
 
     # Models at work
 

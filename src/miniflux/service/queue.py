@@ -24,14 +24,14 @@ from typing import Literal
 
 from PIL import Image
 
+from miniflux.checks import whole
 from miniflux.errors import CancelledError, InputError, QueueFullError
 from miniflux.result import Result
-from miniflux.sampling.checks import whole
 from miniflux.settings import Request
 
 log = logging.getLogger(__name__)
 
-State = Literal["waiting", "running", "done", "failed", "cancelled"]
+JobState = Literal["waiting", "running", "done", "failed", "cancelled"]
 Preview = Callable[[], "Image.Image | None"]
 
 Step = Callable[[int, "Preview | None"], None]
@@ -68,7 +68,7 @@ class Status:
         error: one line, if it failed or was cancelled.
     """
 
-    state: State
+    state: JobState
     place: int | None
     steps_done: int
     steps: int
@@ -87,7 +87,7 @@ class Job:
     title: str = ""
     deliver: Deliver | None = None
     id: str = field(default_factory=lambda: secrets.token_urlsafe(16))
-    state: State = "waiting"
+    state: JobState = "waiting"
     error: BaseException | None = None
     made: list[Result] = field(default_factory=list[Result])
     step: int = 0  # done of the running request

@@ -8,11 +8,11 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
 from miniflux.arguments import AUTO, MAX_IMAGES
+from miniflux.checks import check_number, made, whole
 from miniflux.errors import InputError, SettingsError
 from miniflux.plan import Plan
 from miniflux.sampling import CACHES, GUIDES, solver
 from miniflux.sampling.caches import Cache, Measure
-from miniflux.sampling.checks import check_number, made, whole
 from miniflux.sampling.guidance import Cfg
 from miniflux.sampling.latents import MAX_SEED
 from miniflux.settings import strict

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from miniflux.disk import write_beside
 from miniflux.errors import MissingExtraError
 
 KINDS = (".png", ".svg", ".pdf")
@@ -38,8 +39,6 @@ def axes(title: str, x: str, y: str) -> tuple[Any, Any]:
 
 def save(figure: Any, path: Path) -> Path:
     """Write the figure beside and rename it; returns the path."""
-    from miniflux.checkpoints.saving import write_beside
-
     kind = path.suffix[1:].lower()
     write_beside(path, lambda beside: figure.savefig(beside, format=kind, dpi=120))
     return path

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from miniflux.arguments import MAX_SIDE
+from miniflux.checks import whole
 from miniflux.result import checked_output
 from miniflux.sampling import Schedule, schedule
-from miniflux.sampling.checks import whole
 from miniflux.sampling.latents import PIXELS_PER_TOKEN
 from miniflux.sampling.schedules import SPACINGS, dynamic_shift, flux1_mu, static_shift
 from miniflux.study import plotting

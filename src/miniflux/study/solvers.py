@@ -13,12 +13,12 @@ from statistics import median
 from torch import Tensor
 
 from miniflux.arguments import MAX_IMAGES, MAX_STEPS
+from miniflux.checks import whole
 from miniflux.errors import InputError
 from miniflux.nano import scenes
 from miniflux.pipeline import Pipeline
 from miniflux.result import checked_output
 from miniflux.sampling import SOLVERS, solver
-from miniflux.sampling.checks import whole
 from miniflux.study import plotting
 
 REFERENCE = ("rk4", 250)  # solver and steps: 1000 calls

@@ -6,8 +6,8 @@ import codecs
 import re
 import unicodedata
 
+from miniflux.checks import shown
 from miniflux.errors import InputError
-from miniflux.sampling.checks import shown
 
 HALF = re.compile("[\ud800-\udfff]")
 PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")

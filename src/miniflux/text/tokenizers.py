@@ -20,8 +20,8 @@ from tokenizers.pre_tokenizers import ByteLevel, Split
 from tokenizers.pre_tokenizers import Sequence as PreTokenizers
 from torch import Tensor
 
-from miniflux.checkpoints.jsonfiles import MAX_JSON, json_file
 from miniflux.errors import InputError, TokenizerError
+from miniflux.strictjson import MAX_JSON, json_file
 from miniflux.text.decoding import repaired
 from miniflux.text.special import CLIP_END, CLIP_START, T5_END, T5_PAD, T5_UNKNOWN
 

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from miniflux.checkpoints.saving import write_beside
+from miniflux.disk import write_beside
 from miniflux.errors import CheckpointError, OutputError
 from miniflux.training.muon import Muon
 

@@ -17,11 +17,11 @@ from miniflux.apps.ui import fitting, form
 from miniflux.apps.ui.routes import state_of
 from miniflux.apps.ui.site import opened
 from miniflux.checkpoints import saving
-from miniflux.checkpoints.finding import BUNDLED
 from miniflux.errors import MinifluxError, OutputError
 from miniflux.service import Models
 from miniflux.settings import read_picture
 from miniflux.variants import VARIANTS
+from miniflux.weights.finding import BUNDLED
 from tests.apps.ui.test_handlers import ANN, People
 
 PARTS = ("ae.safetensors", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")

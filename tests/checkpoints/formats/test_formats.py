@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from miniflux.checkpoints.formats import FORMATS
+from miniflux.checkpoints.formats.encodings import kinds_of
 from miniflux.checkpoints.formats.ggml import BLOCKS
 from miniflux.checkpoints.formats.nvfp4 import from_tiles, to_tiles
-from miniflux.checkpoints.moving import kinds_of
 from miniflux.errors import CheckpointError
 from tests.checkpoints.formats.made import WRITERS, random_blocks
 from tests.tiny import randn

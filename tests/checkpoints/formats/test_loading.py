@@ -10,7 +10,7 @@ from torch import Tensor
 
 from miniflux.checkpoints import QuantizedLinear, from_layout, inspect, load_into, open_tensors
 from miniflux.checkpoints.formats.ggml import BLOCKS
-from miniflux.checkpoints.layouts import origins
+from miniflux.checkpoints.layouts import counterparts
 from miniflux.checkpoints.loading import fetch, take_packed_layers
 from miniflux.checkpoints.quantized import packed_layers
 from miniflux.models.flux1 import Flux1
@@ -112,7 +112,7 @@ def test_by_hand(small: Flux1, name: str, layout: str, tmp_path: Path) -> None:
     assert any(isinstance(module, QuantizedLinear) for module in loaded.modules())
     assert all(tensor.is_meta for tensor in loaded.state_dict().values())
     state = {}
-    for key, origin in origins(loaded, layout).items():
+    for key, origin in counterparts(loaded, layout).items():
         meta = loaded.state_dict()[key]
         state[key] = fetch(source, origin, tuple(meta.shape), out=torch.empty_like(meta, device="cpu"))
     loaded.load_state_dict(state, assign=True)

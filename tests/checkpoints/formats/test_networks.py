@@ -16,17 +16,17 @@ from torch import Tensor, nn
 
 import miniflux
 from miniflux.checkpoints import inspect, load_into, open_tensors, to_layout
-from miniflux.checkpoints.files import write_tensors
-from miniflux.checkpoints.finding import BUNDLED
 from miniflux.checkpoints.formats import FORMATS
 from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.loading import compare
 from miniflux.checkpoints.quantized import packed_layers
+from miniflux.checkpoints.writing import write_tensors
 from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.clip import ClipTextEncoder
 from miniflux.models.flux1 import Flux1
 from miniflux.models.t5 import T5Encoder
 from miniflux.variants import VARIANTS
+from miniflux.weights.finding import BUNDLED
 from tests.checkpoints.formats.made import SMALL, WRITERS, empty, network, write_file
 from tests.checkpoints.raw import entry, raw
 from tests.tiny import AUTOENCODER, CLIP, T5, randomise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import threading
@@ -16,7 +15,7 @@ import torch
 
 from miniflux.apps.ui.uploads import Uploads
 from miniflux.cache import ResultCache
-from miniflux.checkpoints.saving import folder_to_fill
+from miniflux.disk import digest_of, folder_to_fill
 from miniflux.errors import InputError, MinifluxError
 from miniflux.lora import Receipt
 from miniflux.lora.attaching import BUNDLED_LORAS
@@ -158,7 +157,7 @@ class Site:
         named = ", ".join(fits[:MAX_NAMED]) + more
         about = f"{receipt.dialect}, {receipt.applied} of {receipt.expected} modules applied; for {named}"
         text = str(receipt).replace(receipt.source, path.name)
-        return Lora(id, label, file, sha256_of(path), reasons, about, text)
+        return Lora(id, label, file, digest_of(path), reasons, about, text)
 
     def _reasons(self, file: str, listed: Mapping[str, Listed]) -> tuple[dict[str, str], Receipt | MinifluxError]:
         """Why a LoRA cannot be used with each model, empty where it can; and its receipt, or why it fits none."""
@@ -186,7 +185,7 @@ class Site:
         if len(shelf.loras) > MAX_LORAS:
             raise InputError(f"{path.name}: this session has dropped {MAX_LORAS} LoRAs already")
         self._lora("", path.stem, str(path), path)  # refuses before anything is kept
-        digest = sha256_of(path)
+        digest = digest_of(path)
         place = self.uploads.place / digest / path.name
         self.uploads.keep(session, path, place)
         lora = self._lora(digest[:16], path.stem, str(place), place)
@@ -254,15 +253,6 @@ class Site:
             over = [job for job in shelf.jobs if job.over]
             shelf.jobs = [job for job in shelf.jobs if not job.over]
         return over
-
-
-def sha256_of(path: Path) -> str:
-    """In hexadecimal, of a file of any size."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 @contextmanager

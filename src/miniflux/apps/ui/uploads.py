@@ -20,7 +20,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.concurrency import run_in_threadpool
 
 from miniflux.apps.ui.bodies import RefusedError
-from miniflux.checkpoints.saving import write_beside
+from miniflux.disk import write_beside
 from miniflux.errors import OutputError
 
 log = logging.getLogger(__name__)

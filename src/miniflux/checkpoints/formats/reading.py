@@ -17,8 +17,8 @@ from miniflux.checkpoints.formats.base import WEIGHT, Format, Stored
 from miniflux.checkpoints.formats.fourbit import ABSMAX, MAP, NESTED, NESTED_MAP, STATE
 from miniflux.checkpoints.formats.nvfp4 import BLOCK, GLOBAL, tiled
 from miniflux.checkpoints.formats.scaled import FLOAT8, MARKER, METADATA, comfy_format, parsed_json
-from miniflux.checkpoints.jsonfiles import json_of, shown
 from miniflux.errors import CheckpointError
+from miniflux.strictjson import json_of, shown
 
 OLD_SCALE, NEW_SCALE, COMFY = "scale_weight", "weight_scale", "comfy_quant"
 INPUT_SCALES = ("scale_input", "input_scale")

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from miniflux.checkpoints.files import fresh
 from miniflux.checkpoints.formats.base import FLOATS, WEIGHT, Format, Get, Kind, Stored, misshapen, need, pieces
-from miniflux.checkpoints.jsonfiles import json_of
 from miniflux.errors import CheckpointError
+from miniflux.strictjson import json_of
 
 FLOAT8 = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 MARKER = "scaled_fp8"  # the tensor that marks files of the old form; 2 elements ask for products in full precision

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import miniflux
-from miniflux.checkpoints.files import write_tensors
-from miniflux.checkpoints.saving import write_beside
+from miniflux.checkpoints.writing import write_tensors
+from miniflux.disk import write_beside
 from miniflux.lora.layer import LowRank
 from miniflux.models.flux1 import Flux1
 from miniflux.nano.recipe.flow import OTHERS, embed, noise_levels, velocity

@@ -17,19 +17,21 @@ from torch import Tensor
 
 from miniflux.checkpoints.files import TensorSource, fresh
 from miniflux.checkpoints.formats import Format
+from miniflux.checkpoints.formats.encodings import Encoding, file_type, find_format
 from miniflux.checkpoints.formats.ggml import Ggml
 from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.layouts import ALL_IN_ONE, DIFFUSERS, OPENAI, ORIGINAL, hidden_size, layouts_of, to_theirs
 from miniflux.checkpoints.loading import compare, fetch, is_finite
-from miniflux.checkpoints.moving import moved
 from miniflux.checkpoints.networks import BY_KIND
 from miniflux.checkpoints.opened import PartSource, part_of
-from miniflux.checkpoints.outputs import Output, extras, names_file, outputs
-from miniflux.checkpoints.readback import difference, rows
-from miniflux.checkpoints.sources import Input, inputs
-from miniflux.checkpoints.targets import Encoding, Target, Targets, find_format, targets
-from miniflux.checkpoints.tokenizerfiles import Content
-from miniflux.checkpoints.unfinished import JOURNAL, Frame, Unfinished, gguf_frame, safetensors_frame
+from miniflux.checkpoints.writing import Frame, gguf_frame, safetensors_frame
+from miniflux.conversion.inputs import Input, inputs
+from miniflux.conversion.outputs import Output, extras, names_file, outputs
+from miniflux.conversion.packed_rows import moved
+from miniflux.conversion.resumable import JOURNAL, Unfinished
+from miniflux.conversion.tensors import Target, Targets, targets
+from miniflux.conversion.tokenizer_files import Content
+from miniflux.conversion.verifying import difference, rows
 from miniflux.errors import CheckpointError, InputError, OutputError
 
 Progress = Callable[[int, int], None]
@@ -38,7 +40,6 @@ back. May raise to stop; the same call then goes on from there."""
 
 SHARD = 10_000_000_000  # bytes of a shard in diffusers' layout
 # What GGUF files call the networks, and files that are mostly of one float.
-FILE_TYPES = {torch.float32: "ALL_F32", torch.float16: "MOSTLY_F16", torch.bfloat16: "MOSTLY_BF16"}
 
 
 @dataclass(frozen=True)
@@ -264,13 +265,6 @@ def _frame(file: Output, encoding: Encoding | None, found: list[Input]) -> Frame
     most = Counter(item.encoding for _, item in file.items if len(item.shape) > 1).most_common(1)[0][0]
     called = encoding if isinstance(encoding, Ggml) else most
     return gguf_frame(file.name, kinds, blocks, metadata, (BY_KIND[kind].architecture or "flux", file_type(called)))
-
-
-def file_type(most: Encoding) -> str:
-    """What a GGUF file calls itself whose weights are mostly stored so."""
-    if isinstance(most, Ggml):
-        return f"MOSTLY_{most.name}" + ("_S" if most.name in ("Q3_K", "Q4_K", "Q5_K") else "")
-    return FILE_TYPES.get(most, "ALL_F32") if isinstance(most, torch.dtype) else "ALL_F32"
 
 
 def _fingerprint(found: list[Input], frames: Mapping[str, Frame]) -> str:

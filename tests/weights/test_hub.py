@@ -22,15 +22,15 @@ from torch import nn
 
 import miniflux
 from miniflux.apps.cli import main
-from miniflux.checkpoints import hub as hubs
-from miniflux.checkpoints.finding import BUNDLED, PARTS, find
 from miniflux.errors import FetchError, InputError, MissingExtraError, WeightsNotFoundError
 from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.clip import ClipTextEncoder
 from miniflux.models.flux1 import Flux1
 from miniflux.models.t5 import T5Encoder
 from miniflux.variants import VARIANTS, Download, Variant
-from tests.checkpoints.hubserver import COMMIT, Hub, serve
+from miniflux.weights import hub as hubs
+from miniflux.weights.finding import BUNDLED, PARTS, find
+from tests.weights.hubserver import COMMIT, Hub, serve
 
 # The bundled model as if it were an official one.
 FILES = {

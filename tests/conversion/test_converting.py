@@ -18,12 +18,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from miniflux.checkpoints import FORMATS, convert, inspect, load_into, open_tensors, save, save_all_in_one, to_layout
+from miniflux.checkpoints.formats.encodings import FLOATS, find_format, writable
 from miniflux.checkpoints.formats.ggml import BLOCKS
 from miniflux.checkpoints.layouts import ALL_IN_ONE
 from miniflux.checkpoints.quantized import QuantizedLinear
-from miniflux.checkpoints.readback import rows, unpacked
-from miniflux.checkpoints.targets import FALLBACK, FLOATS, find_format, writable
-from miniflux.checkpoints.unfinished import Unfinished
+from miniflux.conversion.resumable import Unfinished
+from miniflux.conversion.tensors import FALLBACK
+from miniflux.conversion.verifying import rows, unpacked
 from miniflux.errors import CheckpointError, InputError, OutputError
 from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.clip import ClipTextEncoder
@@ -433,9 +434,9 @@ def test_another_job_begins_anew(source: Path, tmp_path: Path) -> None:
 
 def test_a_full_disk(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line says so; when there is room again the same call goes on."""
-    from miniflux.checkpoints import unfinished
+    from miniflux.conversion import resumable
 
-    put, count = unfinished._put, 0
+    put, count = resumable._put, 0
 
     def full(file: Any, raw: memoryview) -> None:
         nonlocal count
@@ -444,10 +445,10 @@ def test_a_full_disk(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
             raise OSError(errno.ENOSPC, "No space left on device")
         put(file, raw)
 
-    monkeypatch.setattr(unfinished, "_put", full)
+    monkeypatch.setattr(resumable, "_put", full)
     with pytest.raises(OutputError, match="No space left on device; what is done stays there, the same call goes on"):
         convert(source, tmp_path / "a.safetensors", format="int8")
-    monkeypatch.setattr(unfinished, "_put", put)
+    monkeypatch.setattr(resumable, "_put", put)
     assert convert(source, tmp_path / "a.safetensors", format="int8").resumed
 
 
@@ -455,16 +456,16 @@ def test_what_is_read_back_must_be_what_was_written(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A disk that forgets."""
-    from miniflux.checkpoints import unfinished
+    from miniflux.conversion import resumable
 
-    put, count = unfinished._put, 0
+    put, count = resumable._put, 0
 
     def forgetful(file: Any, raw: memoryview) -> None:
         nonlocal count
         count += 1
         put(file, memoryview(bytes(len(raw))) if count == 30 else raw)
 
-    monkeypatch.setattr(unfinished, "_put", forgetful)
+    monkeypatch.setattr(resumable, "_put", forgetful)
     with pytest.raises(OutputError, match="was not read back as it was written"):
         convert(source, tmp_path / "a.safetensors", format="float32")
     assert not list(tmp_path.iterdir())
@@ -583,9 +584,9 @@ def test_names_of_formats(name: str) -> None:
 @pytest.mark.parametrize("name", PACKED)
 def test_some_rows_of_a_packed_weight(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unpacked a few rows at a time it is what it is as a whole, and all rows are in some slice."""
-    from miniflux.checkpoints import readback
+    from miniflux.conversion import verifying
 
-    monkeypatch.setattr(readback, "CHUNK", 1)
+    monkeypatch.setattr(verifying, "CHUNK", 1)
     form, weight = FORMATS[name], torch.randn(200, 256, generator=torch.Generator().manual_seed(0))
     parts = form.pack(weight)
     stored = form.read({key: (part.dtype, tuple(part.shape)) for key, part in parts.items()}, parts.__getitem__)

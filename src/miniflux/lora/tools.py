@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from miniflux.checkpoints.configs import flux1_config
 from miniflux.checkpoints.files import TensorSource
 from miniflux.checkpoints.formats.reading import contents_of
-from miniflux.checkpoints.inspection import flux1_config
 from miniflux.checkpoints.loading import bare, compare, take_packed_layers
 from miniflux.checkpoints.opened import layout_in, open_part
-from miniflux.checkpoints.saving import checkpoint_path, write_beside
-from miniflux.checkpoints.unfinished import write_frame
+from miniflux.checkpoints.saving import checkpoint_path
+from miniflux.checkpoints.writing import write_frame
+from miniflux.disk import write_beside
 from miniflux.errors import CheckpointError, InputError, LoraError, OutputError
 from miniflux.lora.adapters import Scale, checked_scale, scale_of
 from miniflux.lora.attaching import resolved
@@ -25,11 +26,11 @@ from miniflux.lora.bases import bases_of
 from miniflux.lora.dialects import NORM_PARAMETER
 from miniflux.lora.encoding import WRITABLE, Contents, encode, write
 from miniflux.lora.files import LoraFile, read
+from miniflux.lora.fitting import WIDENED, fitted
 from miniflux.lora.layer import Dense, LowRank
 from miniflux.lora.mergedfile import MergedFile, Weights
 from miniflux.lora.models import stand_ins
 from miniflux.lora.packing import report
-from miniflux.lora.planning import WIDENED, planned
 from miniflux.lora.receipt import Receipt
 from miniflux.models.flux1 import Flux1
 from miniflux.variants import VARIANTS, variant
@@ -96,7 +97,7 @@ def merge_files(
             weights.fill(f"{group.place.target}.weight")
         elif group.form == "diff":  # the difference of a norm is added to it at once
             weights.fill(f"{group.place.target}.{NORM_PARAMETER}")
-    plans = [planned({"transformer": network}, file, strict=True) for file in files]
+    plans = [fitted({"transformer": network}, file, strict=True) for file in files]
     for plan, (_, scale) in zip(plans, loras, strict=True):
         changes = plan.changes.get("transformer", [])
         scale = checked_scale(scale, [layer for layer, _ in changes], plan.file.source)
@@ -144,7 +145,7 @@ def inspect(path_or_tensors: str | Path | Mapping[str, Tensor], model: str | Non
         if weight is not None:
             owner = networks[group.place.network].get_submodule(layer)
             owner.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
-    receipt = planned(networks, file, strict=True).receipt(f"{file.source} for {chosen}", networks)
+    receipt = fitted(networks, file, strict=True).receipt(f"{file.source} for {chosen}", networks)
     modules = [
         replace(module, base=partial(base, group.place.target))
         if (base := bases[chosen].get(group.place.network)) is not None
@@ -168,7 +169,7 @@ def _fitting(file: LoraFile) -> list[str]:
         sizes = (about.transformer, about.clip, about.t5)
         if sizes not in known:
             try:
-                planned(stand_ins(name), file, strict=True)
+                fitted(stand_ins(name), file, strict=True)
                 known[sizes] = None
             except LoraError as error:
                 known[sizes] = error
@@ -213,7 +214,7 @@ def convert(
         raise InputError(f"unknown dialect {dialect!r} to write; known: {', '.join(WRITABLE)}")
     fitting = _fitting(file) if model is None else [model]
     networks = stand_ins(fitting[0])
-    plan = planned(networks, file, strict=True)
+    plan = fitted(networks, file, strict=True)
     log.info("%s: for %s", file.source, " or ".join(fitting))
     shifted = [group.module for group, change in plan.groups if change is None and group.form == "diff"]
     if shifted:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from miniflux.checkpoints.finding import found_parts
-from miniflux.checkpoints.tokenizerfiles import Content, tokenizer_files
+from miniflux.conversion.tokenizer_files import Content, tokenizer_files
 from miniflux.models.flux1 import Flux1Config
 from miniflux.variants import VARIANTS, Variant, variant_of
+from miniflux.weights.finding import found_parts
 
 # Settings of diffusers' scheduler that `flux1_schedule` has built in: where they differ, pictures would.
 SCHEDULER: dict[str, Any] = {

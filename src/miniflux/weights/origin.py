@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -12,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from miniflux.checkpoints.finding import PARTS, Files
 from miniflux.checkpoints.folders import tensor_paths
-from miniflux.checkpoints.saving import write_beside
+from miniflux.disk import digest_of, write_beside
 from miniflux.errors import CheckpointError, OutputError
+from miniflux.weights.finding import PARTS, Files
 
 log = logging.getLogger(__name__)
 
@@ -146,16 +145,13 @@ _HASHES = _Hashes()
 
 
 def _computed(stamp: Stamp) -> str:
-    digest, buffer = hashlib.sha256(), bytearray(2**20)
     try:
-        with open(stamp.path, "rb", buffering=0) as file:
-            while count := file.readinto(buffer):
-                digest.update(memoryview(buffer)[:count])
+        digest = digest_of(stamp.path)
     except OSError as error:
         raise CheckpointError(f"{stamp.path}: cannot be read: {error.strerror}") from error
     if Stamp.of(stamp.path) != stamp:
         raise CheckpointError(f"{stamp.path}: has changed since it was loaded")
-    return digest.hexdigest()
+    return digest
 
 
 def _store() -> Path:

@@ -14,7 +14,7 @@ from miniflux.checkpoints.formats.base import CHUNK, WEIGHT, Stored
 from miniflux.checkpoints.formats.fourbit import ABSMAX, FourBit
 from miniflux.checkpoints.formats.nvfp4 import Nvfp4
 from miniflux.checkpoints.formats.reading import contents_of, parts_of
-from miniflux.checkpoints.targets import Target
+from miniflux.conversion.tensors import Target
 
 ROWS = 64  # that are taken at a time come in multiples of this, so that no block of four-bit numbers is cut
 

@@ -17,8 +17,8 @@ from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, process
 from tokenizers.models import Unigram
 
 from miniflux.checkpoints.folders import entries
-from miniflux.checkpoints.jsonfiles import json_file
 from miniflux.errors import CheckpointError
+from miniflux.strictjson import json_file
 from miniflux.text.special import CLIP_END, CLIP_START, T5_END, T5_PAD, T5_UNKNOWN
 
 Content = Path | str | dict[str, Any]

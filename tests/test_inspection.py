@@ -13,15 +13,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from miniflux.checkpoints import inspect, layouts_of, open_tensors, save, to_layout
-from miniflux.checkpoints.finding import BUNDLED
-from miniflux.checkpoints.inspection import describe, fits, flux1_config
+from miniflux.checkpoints.configs import flux1_config
 from miniflux.checkpoints.networks import NETWORKS
 from miniflux.errors import CheckpointError
+from miniflux.inspection import describe, fits
 from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.clip import ClipTextEncoder
 from miniflux.models.flux1 import Flux1, Flux1Config
 from miniflux.models.t5 import T5Encoder
 from miniflux.variants import OTHER_TRANSFORMERS, VARIANTS
+from miniflux.weights.finding import BUNDLED
 from tests.checkpoints.raw import sparse
 from tests.tiny import AUTOENCODER, CLIP, FLUX1, T5
 

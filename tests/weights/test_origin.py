@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 import miniflux
-from miniflux.checkpoints import origin
-from miniflux.checkpoints.finding import BUNDLED
-from miniflux.checkpoints.origin import Stamp, hashed, stamps
 from miniflux.errors import CheckpointError
+from miniflux.weights import origin
+from miniflux.weights.finding import BUNDLED
+from miniflux.weights.origin import Stamp, hashed, stamps
 
 
 def test_the_hash_is_that_of_the_file(tmp_path: Path) -> None:

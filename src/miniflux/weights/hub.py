@@ -22,12 +22,12 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from miniflux.checkpoints.finding import found_parts
 from miniflux.checkpoints.folders import tensor_paths
-from miniflux.checkpoints.hubcache import repository_folder
-from miniflux.checkpoints.saving import write_beside
+from miniflux.disk import digest_of, write_beside
 from miniflux.errors import CheckpointError, FetchError, InputError, MissingExtraError
 from miniflux.variants import Variant
+from miniflux.weights.finding import found_parts
+from miniflux.weights.hubcache import repository_folder
 
 log = logging.getLogger(__name__)
 
@@ -54,15 +54,12 @@ class RemoteFile:
 
     def matches(self, path: Path) -> bool:
         """Whether a file has this content; it is read once."""
-        hashed = hashlib.sha256() if len(self.digest) == 64 else hashlib.sha1(b"blob %d\0" % self.size)
-        with path.open("rb") as file:
-            while chunk := file.read(CHUNK):
-                hashed.update(chunk)
-        return hashed.hexdigest() == self.digest
+        begun = None if len(self.digest) == 64 else hashlib.sha1(b"blob %d\0" % self.size)
+        return digest_of(path, begun) == self.digest
 
 
 @dataclass(frozen=True)
-class Plan:
+class Fetch:
     """What fetching a variant takes.
 
     Attributes:
@@ -103,7 +100,7 @@ class Plan:
         return sum(file.size for file in self.wanted) - self.begun
 
 
-def plan(variant: Variant) -> Plan:
+def plan(variant: Variant) -> Fetch:
     """Ask the Hub what a variant's files are, and look which of them are here.
 
     Raises:
@@ -133,7 +130,7 @@ def plan(variant: Variant) -> Plan:
             f"{variant.repository} has no {', '.join(absent)} any more: this version of miniflux is too old"
         )
     files = [_announced(siblings[path]) for path in paths]
-    return Plan(variant, str(about.sha), folder, sorted(files, key=lambda file: file.size), here)
+    return Fetch(variant, str(about.sha), folder, sorted(files, key=lambda file: file.size), here)
 
 
 def complete_parts(variant: Variant) -> dict[str, Path]:
@@ -158,7 +155,7 @@ def _announced(sibling: Any) -> RemoteFile:
     return RemoteFile(sibling.rfilename, size, digest)
 
 
-def fetch(plan: Plan, progress: Callable[[int], object] = lambda count: None) -> Path:
+def fetch(plan: Fetch, progress: Callable[[int], object] = lambda count: None) -> Path:
     """Download what a plan lists, check it, and put it into the cache.
 
     Args:
@@ -189,7 +186,7 @@ def fetch(plan: Plan, progress: Callable[[int], object] = lambda count: None) ->
     return found
 
 
-def _ensure(plan: Plan, file: RemoteFile, progress: Callable[[int], object]) -> None:
+def _ensure(plan: Fetch, file: RemoteFile, progress: Callable[[int], object]) -> None:
     """Have the blob of a file: complete and checked."""
     from huggingface_hub.utils import WeakFileLock
 
@@ -217,7 +214,7 @@ def _ensure(plan: Plan, file: RemoteFile, progress: Callable[[int], object]) -> 
             )
 
 
-def _download(plan: Plan, file: RemoteFile, partial: Path, progress: Callable[[int], object]) -> None:
+def _download(plan: Fetch, file: RemoteFile, partial: Path, progress: Callable[[int], object]) -> None:
     """Fetch what is missing of a file. Where a connection is cut, another one goes on."""
     hub = _hub()
     failures = 0
@@ -242,7 +239,7 @@ def _download(plan: Plan, file: RemoteFile, partial: Path, progress: Callable[[i
         time.sleep(failures)
 
 
-def _stream(plan: Plan, file: RemoteFile, partial: Path, have: int, progress: Callable[[int], object]) -> None:
+def _stream(plan: Fetch, file: RemoteFile, partial: Path, have: int, progress: Callable[[int], object]) -> None:
     """Append to what is there until the server stops."""
     hub = _hub()
     url = hub.hf_hub_url(plan.variant.repository, file.path, revision=plan.commit, endpoint=hub.constants.ENDPOINT)

@@ -13,9 +13,6 @@ The modulation is packed, as in those files: it has a quarter of FLUX.1's weight
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,28 +21,17 @@ from torch import nn
 from miniflux.checkpoints.files import TensorSource
 from miniflux.checkpoints.formats import FORMATS, Format
 from miniflux.checkpoints.formats.base import WEIGHT, Kind
+from miniflux.checkpoints.formats.encodings import FLOATS, Encoding, kinds_of, writable
 from miniflux.checkpoints.formats.ggml import Ggml
 from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.formats.scaled import PLAIN
-from miniflux.checkpoints.layouts import Origin, hidden_size, origins, to_theirs
-from miniflux.checkpoints.moving import Run, kinds_of, obstacle, runs_of, shared_out
+from miniflux.checkpoints.layouts import Counterpart, counterparts, hidden_size, to_theirs
 from miniflux.checkpoints.networks import BY_KIND
+from miniflux.conversion.packed_rows import Stretch, obstacle, runs_of, shared_out
 from miniflux.errors import InputError
 
-FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-ALIASES = {
-    "fp8": "fp8_scaled",
-    "fp32": "float32",
-    "f32": "float32",
-    "fp16": "float16",
-    "f16": "float16",
-    "bf16": "bfloat16",
-}
 # What llama.cpp's quantiser takes for matrices whose rows are no multiple of 256 (`llama-quant.cpp`).
 FALLBACK = {"Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0", **dict.fromkeys(("IQ4_XS", "Q3_K", "Q2_K"), "IQ4_NL")}
-
-Encoding = Format | torch.dtype
-"""How a tensor is stored: packed, or as numbers of a dtype."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +54,7 @@ class Target:
     encoding: Encoding
     parts: dict[str, Kind]
     was: torch.dtype | None
-    runs: tuple[Run, ...] = ()
+    runs: tuple[Stretch, ...] = ()
 
     @property
     def layer(self) -> str:
@@ -109,44 +95,10 @@ class Targets:
     layout: str
     shapes: dict[str, tuple[int, ...]]
     tensors: list[Target]
-    before: dict[str, Origin]
-    after: dict[str, Origin]
+    before: dict[str, Counterpart]
+    after: dict[str, Counterpart]
     gguf: bool = False
     kept: dict[str, str] = field(default_factory=dict)
-
-
-def writable() -> list[str]:
-    """Names of all formats that `convert` writes."""
-    return [*FLOATS, *FORMATS]
-
-
-def find_format(name: str) -> Encoding:
-    """A format by its name: upper or lower case, `fp8 scaled` or `fp8_scaled`, `fp8` and `bf16` for short; or as people
-    and files call it, `bitsandbytes nf4`, `GGUF MOSTLY_Q4_K_S`.
-
-    Raises:
-        InputError: there is none of this name that can be written; the message lists those there are.
-    """
-    plain = _plain(name)
-    plain = ALIASES.get(plain, plain)
-    found = next((known for known in writable() if known.lower() == plain), None) or accepted(name)
-    if found is None:
-        raise InputError(f"unknown format {name!r}; written are {', '.join([*writable(), *ALIASES])}")
-    return FLOATS.get(found) or FORMATS[found]
-
-
-def accepted(called: str) -> str | None:
-    """The name under which `find_format` knows what a file is called after; None if it is not written."""
-    plain = _plain(called)
-    names = {_plain(form.label): form.name for form in FORMATS.values()}
-    names |= {name.lower(): name for name in writable()}
-    names |= {"float8_e4m3fn": "fp8_e4m3", "float8_e5m2": "fp8_e5m2", **ALIASES}
-    inner = re.sub(r"^gguf_(mostly_|all_)?|(?<=_k)_[sml]$", "", plain)  # llama.cpp: Q4_K in its mixtures small to large
-    return names.get(plain) or names.get(inner)
-
-
-def _plain(name: str) -> str:
-    return "_".join(name.lower().replace("-", " ").replace("_", " ").split())
 
 
 def holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
@@ -169,7 +121,7 @@ def targets(
     Raises:
         InputError: there is no encoding, and a packed weight cannot stay as it is.
     """
-    before, after = (origins(network, layout) for layout in layouts)
+    before, after = (counterparts(network, layout) for layout in layouts)
     shapes = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
     made = Targets(network, source, layouts[1], shapes, [], before, after, gguf)
     linears = {f"{name}.{WEIGHT}" for name, module in network.named_modules() if isinstance(module, nn.Linear)}
@@ -193,7 +145,7 @@ def targets(
     return made
 
 
-def _kept(source: TensorSource, key: str, ours: str, runs: list[Run], gguf: bool) -> Target:
+def _kept(source: TensorSource, key: str, ours: str, runs: list[Stretch], gguf: bool) -> Target:
     """A tensor of a weight of which at least some rows are packed: it stays as it is."""
     form, shape = runs[0].stored.format, (sum(run.rows for run in runs), runs[0].stored.shape[1])
     if all(run.stored.format is PLAIN for run in runs):
@@ -216,7 +168,7 @@ def _not_kept(source: TensorSource, key: str, reason: str, gguf: bool) -> InputE
     )
 
 
-def _dtype_of(source: TensorSource, origin: Origin) -> torch.dtype | None:
+def _dtype_of(source: TensorSource, origin: Counterpart) -> torch.dtype | None:
     contents = contents_of(source)
     scaled = [how for key in origin.keys if (how := contents.of(key)) is not None and not how.is_cast]
     dtypes = {source.entries[key].dtype for key in origin.keys}
@@ -244,8 +196,3 @@ def _parts(key: str, shape: tuple[int, ...], encoding: Encoding) -> dict[str, Ki
         return {key: (encoding, shape)}
     layer = key.removesuffix("." + WEIGHT)
     return {f"{layer}.{part}": kind for part, kind in kinds_of(encoding, shape).items()}
-
-
-def size_of(parts: Sequence[Kind]) -> int:
-    """Bytes of tensors."""
-    return sum(math.prod(shape) * dtype.itemsize for dtype, shape in parts)

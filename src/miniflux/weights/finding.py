@@ -13,10 +13,10 @@ from functools import cache
 from pathlib import Path
 
 from miniflux.checkpoints.folders import SAFETENSORS, models, named
-from miniflux.checkpoints.hubcache import hub_cache, snapshot
 from miniflux.checkpoints.networks import BY_PART, NETWORKS, PIPELINE
 from miniflux.errors import CheckpointError, InputError, WeightsNotFoundError
 from miniflux.variants import VARIANTS, Variant
+from miniflux.weights.hubcache import hub_cache, snapshot
 
 log = logging.getLogger(__name__)
 

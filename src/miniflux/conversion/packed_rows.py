@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import accumulate
 
 import torch
@@ -18,15 +17,15 @@ from torch import Tensor
 
 from miniflux.checkpoints.files import TensorSource
 from miniflux.checkpoints.formats import Format
-from miniflux.checkpoints.formats.base import WEIGHT, Kind, Stored
-from miniflux.checkpoints.formats.ggml import BLOCKS, Ggml
+from miniflux.checkpoints.formats.base import WEIGHT, Stored
+from miniflux.checkpoints.formats.encodings import kinds_of
 from miniflux.checkpoints.formats.reading import contents_of, parts_of
 from miniflux.checkpoints.formats.scaled import PLAIN
-from miniflux.checkpoints.layouts import Origin
+from miniflux.checkpoints.layouts import Counterpart
 
 
 @dataclass(frozen=True)
-class Run:
+class Stretch:
     """Some rows of a packed weight.
 
     Attributes:
@@ -45,54 +44,44 @@ class Run:
         return self.stop - self.start
 
 
-def runs_of(source: TensorSource, origin: Origin) -> list[Run] | None:
+def runs_of(source: TensorSource, origin: Counterpart) -> list[Stretch] | None:
     """The rows of one of the network's weights, in its order; None if none of them is packed by more than a cast."""
-    contents, runs = contents_of(source), list[Run]()
+    contents, runs = contents_of(source), list[Stretch]()
     for key in origin.keys:
         stored, entry = contents.of(key), source.entries[key]
         if stored is None or stored.is_cast:
             stored = Stored(PLAIN, entry.shape, {WEIGHT: (entry.dtype, entry.shape)})
-        runs.append(Run(key.removesuffix("." + WEIGHT), stored, 0, stored.shape[0] if stored.shape else 0))
+        runs.append(Stretch(key.removesuffix("." + WEIGHT), stored, 0, stored.shape[0] if stored.shape else 0))
     if all(run.stored.format is PLAIN for run in runs):
         return None
     return _swapped(runs) if origin.how == "swap halves" else runs
 
 
-def shared_out(runs: Sequence[Run], origin: Origin, heights: Sequence[int]) -> list[list[Run]]:
+def shared_out(runs: Sequence[Stretch], origin: Counterpart, heights: Sequence[int]) -> list[list[Stretch]]:
     """These rows as the tensors of another layout, which have so many rows each."""
-    made: list[list[Run]] = []
+    made: list[list[Stretch]] = []
     for stop, height in zip(accumulate(heights), heights, strict=True):
         made.append(_between(runs, stop - height, stop))
     return [_swapped(some) for some in made] if origin.how == "swap halves" else made
 
 
-def _between(runs: Sequence[Run], start: int, stop: int) -> list[Run]:
-    found: list[Run] = []
+def _between(runs: Sequence[Stretch], start: int, stop: int) -> list[Stretch]:
+    found: list[Stretch] = []
     first = 0
     for run in runs:
         low, high = max(start - first, 0), min(stop - first, run.rows)
         if low < high:
-            found.append(Run(run.layer, run.stored, run.start + low, run.start + high))
+            found.append(Stretch(run.layer, run.stored, run.start + low, run.start + high))
         first += run.rows
     return found
 
 
-def _swapped(runs: Sequence[Run]) -> list[Run]:
+def _swapped(runs: Sequence[Stretch]) -> list[Stretch]:
     total = sum(run.rows for run in runs)
     return _between(runs, total // 2, total) + _between(runs, 0, total // 2)
 
 
-@cache
-def kinds_of(form: Format, shape: tuple[int, ...]) -> dict[str, Kind]:
-    """dtype and shape of the parts of a packed weight as `pack` makes them, whatever its numbers."""
-    if isinstance(form, Ggml):
-        block = BLOCKS[form.name]
-        return {WEIGHT: (torch.uint8, (shape[0], shape[1] // block.numbers * block.bytes))}
-    parts = form.pack(torch.empty(shape, dtype=torch.bfloat16, device="meta"))
-    return {name: (part.dtype, tuple(part.shape)) for name, part in parts.items()}
-
-
-def obstacle(source: TensorSource, runs: Sequence[Run]) -> str:
+def obstacle(source: TensorSource, runs: Sequence[Stretch]) -> str:
     """Why these rows cannot be one packed weight; empty if they can."""
     form, width = runs[0].stored.format, runs[0].stored.shape[1]
     if any(run.stored.format is not form for run in runs):
@@ -114,7 +103,7 @@ def obstacle(source: TensorSource, runs: Sequence[Run]) -> str:
     return ""
 
 
-def moved(source: TensorSource, runs: Sequence[Run]) -> dict[str, Tensor]:
+def moved(source: TensorSource, runs: Sequence[Stretch]) -> dict[str, Tensor]:
     """The parts of the weight that these rows make, if there is no obstacle."""
     form, shape = runs[0].stored.format, (sum(run.rows for run in runs), runs[0].stored.shape[1])
     made = form.constants(shape)
@@ -128,12 +117,12 @@ def moved(source: TensorSource, runs: Sequence[Run]) -> dict[str, Tensor]:
     return made
 
 
-def _cut(part: Tensor, run: Run) -> Tensor:
+def _cut(part: Tensor, run: Stretch) -> Tensor:
     height = run.stored.shape[0]
     return part[run.start * len(part) // height : run.stop * len(part) // height]
 
 
-def _part(source: TensorSource, run: Run, name: str) -> Tensor:
+def _part(source: TensorSource, run: Stretch, name: str) -> Tensor:
     """A part of the whole weight, flat, as `pack` makes it."""
     return run.stored.format.plain(run.stored, parts_of(source, run.layer, run.stored))[name].reshape(-1)
 

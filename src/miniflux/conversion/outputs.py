@@ -15,7 +15,9 @@ from miniflux.checkpoints.formats import Format
 from miniflux.checkpoints.formats.ggml import Ggml
 from miniflux.checkpoints.layouts import ALL_IN_ONE, DIFFUSERS
 from miniflux.checkpoints.networks import BY_KIND, PIPELINE
-from miniflux.checkpoints.pipelines import (
+from miniflux.checkpoints.writing import size_of
+from miniflux.conversion.inputs import Input, Inputs
+from miniflux.conversion.pipelines import (
     INDEX,
     SCHEDULER_FILE,
     TOKENIZERS,
@@ -23,9 +25,8 @@ from miniflux.checkpoints.pipelines import (
     scheduler,
     tokenizers_of,
 )
-from miniflux.checkpoints.sources import Input, Inputs
-from miniflux.checkpoints.targets import Target, Targets, size_of
-from miniflux.checkpoints.tokenizerfiles import Content
+from miniflux.conversion.tensors import Target, Targets
+from miniflux.conversion.tokenizer_files import Content
 from miniflux.errors import InputError
 from miniflux.models.flux1 import Flux1
 from miniflux.variants import variant_of

@@ -12,24 +12,23 @@ from typing import Any
 import torch
 from torch import nn
 
+from miniflux.checkpoints.configs import flux1_config
 from miniflux.checkpoints.files import Entry, Selection, TensorSource, open_tensors
-from miniflux.checkpoints.folders import Model, unread, walk
-from miniflux.checkpoints.formats.reading import contents_of, foreign_packing, format_of, formats_in
-from miniflux.checkpoints.jsonfiles import json_file, json_of
-from miniflux.checkpoints.layouts import layout_of, own_shapes, their_names
+from miniflux.checkpoints.folders import unread
+from miniflux.checkpoints.formats.encodings import accepted
+from miniflux.checkpoints.formats.reading import contents_of, format_of, formats_in
 from miniflux.checkpoints.loading import bare, compare, is_finite
 from miniflux.checkpoints.networks import BY_KIND, NETWORKS, PIPELINE
-from miniflux.checkpoints.networks.flux1 import FLUX1, TELLING
-from miniflux.checkpoints.networks.known import Found, found_by_name
-from miniflux.checkpoints.opened import known_in, network_of, parts_of
+from miniflux.checkpoints.networks.known import Found
+from miniflux.checkpoints.opened import FOLDERS, known_in, models_in, network_of, parts_of
 from miniflux.checkpoints.report import LoadReport
-from miniflux.checkpoints.targets import accepted
-from miniflux.errors import CheckpointError, ConfigError, LoraError
+from miniflux.errors import CheckpointError, LoraError
+from miniflux.lora.files import is_lora, read
+from miniflux.lora.models import fitting_models
 from miniflux.models.flux1 import Flux1, Flux1Config
 from miniflux.variants import OTHER_TRANSFORMERS, VARIANTS
 
 Entries = Mapping[str, Entry]
-FOLDERS = tuple(network.folder for network in PIPELINE)  # of a diffusers pipeline
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 LORA = "LoRA"
 
@@ -118,24 +117,6 @@ def inspect(path: str | Path, *, data: bool = False) -> Inspection:
     return Inspection(parts)
 
 
-def models_in(path: Path) -> list[Model]:
-    """The models in a folder and its sub-folders: single files first, then those of a pipeline in its order; none if it
-    is no folder.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    if not path.is_dir():
-        return []
-    order = {name: number for number, name in enumerate(["", *FOLDERS])}
-
-    def rank(model: Model) -> tuple[int, str]:
-        above = model.path.relative_to(path).parts[:-1]
-        return order.get(above[0] if above else "", len(order)), str(model.path)
-
-    return sorted(walk(path), key=rank)
-
-
 def _parts(source: TensorSource, data: bool) -> list[Part]:
     """The networks in a source: those that cannot be loaded, those that can, and else what there is."""
     parts: list[Part] = []
@@ -202,18 +183,8 @@ def _bad_data(source: TensorSource) -> list[str]:
     return problems
 
 
-def is_lora(source: TensorSource) -> bool:
-    """Whether a file has tensors that only LoRA files have."""
-    from miniflux.lora.dialects import SIGNS, split
-
-    return any((part := split(key)) and part[1] in SIGNS for key in source.entries)
-
-
 def _lora(source: TensorSource) -> tuple[str, str, str, list[str]] | None:
     """Of a LoRA file: its dialect, and which models have its widths. None if it is none."""
-    from miniflux.lora.files import read  # they import this room themselves
-    from miniflux.lora.models import fitting_models
-
     if not is_lora(source):
         return None
     shapes = {key: torch.empty(e.shape, dtype=e.dtype, device="meta") for key, e in source.entries.items()}
@@ -302,80 +273,3 @@ def describe(source: TensorSource) -> str:
         f"{config.depth_single_blocks} blocks, {guidance} guidance input"
     )
     return " or ".join(names) if names else f"a FLUX.1 of another size ({sizes})"
-
-
-# Rotary axes cannot be read from tensors: by head size, those of the released models; others are in the file's header.
-AXES = {sum(v.transformer.axes_dim): tuple(v.transformer.axes_dim) for v in VARIANTS.values()}
-
-
-def flux1_config(
-    entries: Entries, metadata: Mapping[str, str], axes_dim: tuple[int, ...] | None = None, *, to_run: bool = True
-) -> Flux1Config:
-    """The config of a FLUX.1 transformer, from the shapes in its file (either layout).
-
-    Args:
-        entries: of the file; packed weights by the shapes that they unpack to (`Contents.entries`).
-        metadata: of the file's header; `axes_dim` there (a JSON list) settles what shapes cannot tell.
-        axes_dim: rotary axes, if the caller knows them.
-        to_run: False where only names and shapes matter: unknown rotary axes are then one axis.
-
-    Raises:
-        CheckpointError: the file holds no FLUX.1 transformer, or its rotary axes are unknown.
-    """
-    others = found_by_name(entries)
-    if others:
-        raise CheckpointError(f"no FLUX.1 transformer, but {others[0].name}")
-    if not any(sign in entries for sign in FLUX1.signs):
-        raise CheckpointError(f"no FLUX.1 transformer: neither {' nor '.join(FLUX1.signs)} is there")
-    shapes = own_shapes(FLUX1, {key: tuple(entry.shape) for key, entry in entries.items()})
-    layout = layout_of(FLUX1, entries)
-    names = {name: their_names(FLUX1, layout, key)[0] for name, key in TELLING.items()}
-    absent = [names[name] for name, key in TELLING.items() if key not in shapes]
-    if absent:
-        why = foreign_packing(entries) or f"{', '.join(absent)} missing"
-        raise CheckpointError(f"an incomplete FLUX.1 transformer: {why}")
-    shape = {name: shapes[key] for name, key in TELLING.items()}
-    odd = [f"{names[name]} {list(s)}" for name, s in shape.items() if len(s) != (1 if name == "head" else 2) or 0 in s]
-    if odd:
-        raise CheckpointError(f"no FLUX.1 transformer: the shape of {', '.join(odd)}")
-    head = shape["head"][0]
-    axes = axes_dim or _axes_in(metadata) or AXES.get(head) or (None if to_run else (head,))
-    if axes is None:
-        raise CheckpointError(
-            f"a FLUX.1 transformer with heads of {head} channels: its rotary axes are not in the file; known are those "
-            f"of heads of {', '.join(map(str, sorted(AXES)))}"
-        )
-    try:
-        assert FLUX1.sizes is not None
-        return Flux1Config(**FLUX1.sizes(shapes, None), axes_dim=axes)
-    except ConfigError as error:
-        raise CheckpointError(f"no FLUX.1 transformer: {error}") from error
-
-
-def _axes_in(metadata: Mapping[str, str]) -> tuple[int, ...] | None:
-    """Rotary axes from a file's header, if they are there."""
-    if "axes_dim" not in metadata:
-        return None
-    axes = json_of(metadata["axes_dim"].encode(), "axes_dim in the header")
-    return _checked_axes(axes, "axes_dim in the header")
-
-
-def axes_beside(folder: Path) -> tuple[int, ...] | None:
-    """Rotary axes as the `config.json` of a transformer's folder in diffusers' layout tells them, if it is there.
-
-    Raises:
-        CheckpointError: it tells something else.
-    """
-    if not (folder / "config.json").is_file():
-        return None
-    about = json_file(folder / "config.json")
-    if not isinstance(about, dict):
-        raise CheckpointError(f"{folder / 'config.json'}: expected a JSON object")
-    axes = about.get("axes_dims_rope")
-    return None if axes is None else _checked_axes(axes, f"{folder / 'config.json'}: axes_dims_rope")
-
-
-def _checked_axes(axes: Any, what: str) -> tuple[int, ...]:
-    if not isinstance(axes, list) or not axes or any(type(dim) is not int for dim in axes):
-        raise CheckpointError(f"{what} must be a JSON list of numbers, got {axes!r:.80}")
-    return tuple(axes)

@@ -9,25 +9,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from miniflux.checkpoints.configs import config_beside
+from miniflux.checkpoints.configs import axes_beside, config_beside, flux1_config
 from miniflux.checkpoints.files import TensorSource, open_tensors
 from miniflux.checkpoints.folders import Model, unread
 from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.formats.scaled import METADATA
-from miniflux.checkpoints.inspection import axes_beside, flux1_config, is_lora, models_in
-from miniflux.checkpoints.layouts import origins
-from miniflux.checkpoints.loading import bare, fetch, plan_for
+from miniflux.checkpoints.gguf import GGUF_OWN
+from miniflux.checkpoints.layouts import counterparts
+from miniflux.checkpoints.loading import bare, fetch, filling_for
 from miniflux.checkpoints.networks import BY_KIND, NETWORKS, PIPELINE
-from miniflux.checkpoints.opened import Opened, known_in, network_of, parts_of
+from miniflux.checkpoints.opened import Opened, known_in, models_in, network_of, parts_of
 from miniflux.checkpoints.sizes import config_in, in_header
 from miniflux.errors import CheckpointError
+from miniflux.lora.files import is_lora
 from miniflux.models.flux1 import Flux1
 from miniflux.models.tiny_autoencoder import TinyDecoder
 from miniflux.variants import VARIANTS
 
 # Of a source's header: what is told anew, or no more true.
 NOT_CARRIED = ("format", METADATA)
-GGUF_OWN = ("GGUF.", "general.", "comfy.gguf.")
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def _equal(a: Input, b: Input) -> bool:
         k: tuple(t.shape) for k, t in b.network.state_dict().items()
     }:
         return False
-    tables = origins(a.network, a.layout), origins(b.network, b.layout)
+    tables = counterparts(a.network, a.layout), counterparts(b.network, b.layout)
     for key, tensor in a.network.state_dict().items():
         pair = [fetch(one.source, table[key], tuple(tensor.shape)) for one, table in zip((a, b), tables, strict=True)]
         narrow = min((one.dtype for one in pair), key=lambda dtype: (dtype.itemsize, str(dtype)))
@@ -188,7 +188,7 @@ def _input(kind: type[nn.Module], source: TensorSource, path: Path, model: Model
     if not untold:
         metadata |= own_header
     in_folder = place != path and not together
-    return Input(network, source, plan_for(network, source).layout, in_folder, together, metadata, beside, untold)
+    return Input(network, source, filling_for(network, source).layout, in_folder, together, metadata, beside, untold)
 
 
 def _config(kind: type[nn.Module], source: TensorSource, folder: Path | None) -> tuple[Any, str]:

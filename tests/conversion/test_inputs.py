@@ -15,13 +15,13 @@ from torch import nn
 
 import miniflux
 from miniflux.checkpoints import convert, inspect, save
-from miniflux.checkpoints.finding import BUNDLED
 from miniflux.errors import CheckpointError, InputError
 from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.clip import ClipTextEncoder
 from miniflux.models.flux1 import Flux1
 from miniflux.models.t5 import T5Encoder
 from miniflux.models.tiny_autoencoder import TinyDecoder
+from miniflux.weights.finding import BUNDLED
 from tests.tiny import AUTOENCODER, CLIP, FLUX1, T5, TINY, randomise
 
 WIDE = replace(FLUX1, in_channels=64, out_channels=64, context_in_dim=T5.d_model, vec_in_dim=CLIP.hidden_size)
@@ -118,7 +118,7 @@ TARGETS = [("made", "diffusers"), ("made", "original"), ("made", None), ("made.s
 def numbers(path: Path) -> dict[str, dict[str, torch.Tensor]]:
     """Every network of a result, in our own names."""
     from miniflux.checkpoints import load_into
-    from miniflux.checkpoints.sources import inputs
+    from miniflux.conversion.inputs import inputs
 
     found = {}
     for part in inputs(path).networks:

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from miniflux.checkpoints import load_into, save, to_layout
-from miniflux.checkpoints.finding import BUNDLED
 from miniflux.errors import CheckpointError, InputError, LoraError, MinifluxError, OutputError
 from miniflux.lora import attach, detach, extract, inspect, merge, merge_files, unmerge
 from miniflux.models.flux1 import Flux1, Flux1Config
+from miniflux.weights.finding import BUNDLED
 from tests.lora.conftest import out
 from tests.lora.made import lora
 from tests.lora.test_attach import FILES, control, control_base, wider
@@ -207,7 +207,7 @@ def test_big_matrices_are_decomposed_by_random_projection(
     network: Flux1, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Exact for a difference that is of that rank; twice the same bytes, and the global generator is left alone."""
-    monkeypatch.setattr("miniflux.lora.rewriting.EXACT_SVD", 8)
+    monkeypatch.setattr("miniflux.lora.tools.EXACT_SVD", 8)
     base, tuned = tuned_files(network, lora(network, QKV, LINEAR2, rank=4), tmp_path)
     before = torch.random.get_rng_state()
     found = extract(base, tuned, tmp_path / "a.safetensors", rank=4)

@@ -16,7 +16,7 @@ from miniflux.checkpoints.layouts import hidden_size, stacked_rows
 from miniflux.checkpoints.quantized import QuantizedLinear, tensor_of
 from miniflux.errors import LoraError
 from miniflux.lora.adapters import adapters_of, original_weight, originals_of
-from miniflux.lora.dialects import NORM_PARAMETER, Network, split
+from miniflux.lora.dialects import NORM_PARAMETER, PartName, split
 from miniflux.lora.files import Group, LoraFile, halves_swapped, shape_of, squeezed
 from miniflux.lora.layer import Change, Dense, Hadamard, Kronecker, LowRank, Magnitude, changes_of
 from miniflux.lora.models import fitting_models
@@ -26,29 +26,29 @@ WIDENED = "img_in"  # the layer that control LoRAs give more inputs
 
 
 @dataclass
-class Plan:
+class Fitting:
     """A file, compared with the networks it is for: everything checked, nothing changed yet."""
 
     file: LoraFile
-    changes: dict[Network, list[tuple[str, Change]]]
-    replaced: dict[Network, dict[tuple[str, str], Tensor]]
+    changes: dict[PartName, list[tuple[str, Change]]]
+    replaced: dict[PartName, dict[tuple[str, str], Tensor]]
     groups: list[tuple[Group, Change | None]]
     unmatched: list[str]
 
-    def receipt(self, name: str, found: Mapping[Network, nn.Module]) -> Receipt:
+    def receipt(self, name: str, found: Mapping[PartName, nn.Module]) -> Receipt:
         modules = [_module_receipt(group, change, found) for group, change in self.groups]
         unknown = {part[0] if (part := split(key)) else key for key in self.file.unmatched}
         expected = len(self.file.groups) + len(unknown)
         return Receipt(name, self.file.source, self.file.dialect, len(modules), expected, self.unmatched, modules)
 
 
-def planned(found: Mapping[Network, nn.Module], file: LoraFile, strict: bool) -> Plan:
+def fitted(found: Mapping[PartName, nn.Module], file: LoraFile, strict: bool) -> Fitting:
     """Compare a file with networks.
 
     Raises:
         LoraError: see `attach`.
     """
-    plan = Plan(file, {}, {}, [], list(file.unmatched))
+    plan = Fitting(file, {}, {}, [], list(file.unmatched))
     problems: list[str] = []
     for group in file.groups:
         network = found.get(group.place.network)
@@ -81,7 +81,7 @@ def _is_nothing(change: Change | None) -> bool:
     return norm == 0 and (change.bias is None or not bool(change.bias.any()))
 
 
-def _fit(plan: Plan, network: nn.Module, group: Group) -> str | None:
+def _fit(plan: Fitting, network: nn.Module, group: Group) -> str | None:
     """Make the change of one group and note it in the plan; or say why it does not fit."""
     place = group.place
     try:
@@ -146,7 +146,7 @@ def _fit(plan: Plan, network: nn.Module, group: Group) -> str | None:
     return None
 
 
-def _fit_parameter(plan: Plan, network: nn.Module, module: nn.Module, group: Group) -> str | None:
+def _fit_parameter(plan: Fitting, network: nn.Module, module: nn.Module, group: Group) -> str | None:
     """A norm's scale that is replaced, or shifted by a difference."""
     old = tensor_of(module, NORM_PARAMETER)
     if old is None or group.form not in ("replace", "diff"):
@@ -210,7 +210,7 @@ def _blocks(network: nn.Module, target: str) -> str:
     return ""
 
 
-def _module_receipt(group: Group, change: Change | None, found: Mapping[Network, nn.Module]) -> ModuleReceipt:
+def _module_receipt(group: Group, change: Change | None, found: Mapping[PartName, nn.Module]) -> ModuleReceipt:
     network = found[group.place.network]
     module = network.get_submodule(group.place.target)
     kind = group.form if change is None else change.kind

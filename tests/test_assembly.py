@@ -16,7 +16,6 @@ from torch import nn
 
 import miniflux
 from miniflux.checkpoints import loading, save
-from miniflux.checkpoints.finding import BUNDLED
 from miniflux.errors import CheckpointError, InputError, MinifluxError, WeightsNotFoundError
 from miniflux.memory import compute
 from miniflux.models.autoencoder import Autoencoder
@@ -24,6 +23,7 @@ from miniflux.models.clip import ClipTextEncoder
 from miniflux.models.flux1 import Flux1
 from miniflux.models.t5 import T5Encoder
 from miniflux.variants import VARIANTS
+from miniflux.weights.finding import BUNDLED
 from tests.checkpoints.raw import sparse
 from tests.tiny import AUTOENCODER, CLIP, FLUX1, T5, randomise
 

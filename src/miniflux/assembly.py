@@ -14,35 +14,35 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import nn
 
-from miniflux.checkpoints.configs import config_beside, json_object
+from miniflux.checkpoints.configs import axes_beside, config_beside, flux1_config, json_object
 from miniflux.checkpoints.files import TensorSource
-from miniflux.checkpoints.finding import Files, find
 from miniflux.checkpoints.folders import models
 from miniflux.checkpoints.formats.reading import contents_of
-from miniflux.checkpoints.inspection import axes_beside, describe, fits, flux1_config
-from miniflux.checkpoints.layouts import origins
+from miniflux.checkpoints.layouts import counterparts
 from miniflux.checkpoints.loading import bare, compare, load_into, take_packed_layers
 from miniflux.checkpoints.networks import BY_KIND, PIPELINE
 from miniflux.checkpoints.opened import Opened, layout_in, network_of, parts_of
-from miniflux.checkpoints.origin import Origin, stamped
-from miniflux.checkpoints.pipelines import SCHEDULER
+from miniflux.conversion.pipelines import SCHEDULER
 from miniflux.errors import CheckpointError, InputError
+from miniflux.inspection import describe, fits
 from miniflux.memory.compute import choose_device, choose_dtype
-from miniflux.memory.ledger import Part, Run, resident_size
+from miniflux.memory.ledger import Placed, Run, resident_size
 from miniflux.memory.modes import Memory, check_mode, choose
 from miniflux.memory.modulation import Ahead
-from miniflux.memory.streaming import Streamed, offload, planned, stream
+from miniflux.memory.streaming import Streamed, offload, partitioned, stream
 from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.flux1 import Flux1
 from miniflux.models.tiny_autoencoder import TinyDecoder
 from miniflux.sampling.latents import PATCH
 from miniflux.text import Text, load_clip_tokenizer, load_t5_tokenizer
 from miniflux.variants import ALIASES, VARIANTS, Variant, variant, variant_of
+from miniflux.weights.finding import Files, find
+from miniflux.weights.origin import Origin, stamped
 
 log = logging.getLogger(__name__)
 
 
-class Parts(NamedTuple):
+class Assembled(NamedTuple):
     """What a pipeline is made of."""
 
     variant: Variant
@@ -62,7 +62,7 @@ def assemble(
     dtype: str | torch.dtype | None,
     memory: str,
     modulation_ahead: bool,
-) -> Parts:
+) -> Assembled:
     """The parts of a pipeline, loaded and on their device; arguments and errors as of `miniflux.load`."""
     check_mode(memory)
     place = choose_device(device)
@@ -124,7 +124,7 @@ def assemble(
         Ahead(transformer) if transformer is not None and modulation_ahead else None,
     )
     networks: dict[str, Any] = {name: part.plan.network for name, part in placed.items()}
-    assembled = Parts(
+    assembled = Assembled(
         chosen,
         networks["transformer"],
         networks["autoencoder"],
@@ -250,7 +250,7 @@ def _built(
     source: TensorSource,
     dtype: torch.dtype,
     chosen: Variant | None = None,
-) -> tuple[Part, TensorSource]:
+) -> tuple[Placed, TensorSource]:
     """One network on the meta device, in which its file fits. `chosen` is named when its transformer turns out to be
     another one."""
     network = bare(kind, config)
@@ -261,15 +261,15 @@ def _built(
             raise CheckpointError(f"{source}: expected {expected}, found {describe(source)}\n{report}")
         raise CheckpointError(str(report))
     take_packed_layers(network, source)
-    plan, table = planned(network, source, dtype), origins(network, layout_in(source, network))
+    plan, table = partitioned(network, source, dtype), counterparts(network, layout_in(source, network))
     # A module alone in its chain, such as a table of tokens, is read before there is memory for the others.
     blocks = [unit for chain in plan.chains if len(chain) > 1 for unit in chain]
     read = [source.entries[name] for unit in blocks for piece in unit.pieces for name in table[piece.key].keys]
     largest = max((entry.size for entry in read if entry.dtype != dtype), default=0)
-    return Part(plan, "resident", sum(entry.size for entry in source.entries.values()), largest), source
+    return Placed(plan, "resident", sum(entry.size for entry in source.entries.values()), largest), source
 
 
-def _filled(part: Part, source: TensorSource, device: torch.device) -> Streamed | None:
+def _filled(part: Placed, source: TensorSource, device: torch.device) -> Streamed | None:
     """Give a network its weights, or see to it that they come and go."""
     network = part.plan.network.eval()
     network.requires_grad_(False)

@@ -8,118 +8,20 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
-from miniflux.checkpoints.files import header
-from miniflux.checkpoints.formats.base import Kind
-from miniflux.checkpoints.targets import size_of
-from miniflux.errors import MissingExtraError, OutputError
+from miniflux.checkpoints.writing import Frame, size_of
+from miniflux.errors import OutputError
 
 JOURNAL = "journal.jsonl"
-ALIGNMENT = 32  # bytes, of tensors in GGUF files (its default)
 BLOCK = 1 << 20  # bytes that are read at once for a checksum
-GGUF_FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-
-
-@dataclass(frozen=True)
-class Frame:
-    """A file that is to be written: what comes before the data, and where each tensor lies.
-
-    Attributes:
-        name: of the file, within its folder.
-        head: the first bytes.
-        places: first byte of each tensor.
-        kinds: dtype and shape of each.
-        size: of the whole file, in bytes.
-    """
-
-    name: str
-    head: bytes
-    places: dict[str, int]
-    kinds: dict[str, Kind]
-    size: int
-
-
-def safetensors_frame(name: str, kinds: Mapping[str, Kind], metadata: Mapping[str, str]) -> Frame:
-    """A safetensors file, as `files.write_tensors` writes it."""
-    head, places = header(kinds, metadata)
-    return Frame(name, head, places, dict(kinds), len(head) + size_of(list(kinds.values())))
-
-
-def gguf_frame(
-    name: str, kinds: Mapping[str, Kind], blocks: Mapping[str, str], metadata: Mapping[str, str], about: tuple[str, str]
-) -> Frame:
-    """A GGUF file. The package `gguf` writes its head.
-
-    Args:
-        blocks: types of the packed tensors.
-        about: the architecture, and the name of the file's type (`MOSTLY_Q8_0`).
-
-    Raises:
-        MissingExtraError: the package is not installed.
-    """
-    try:
-        import gguf
-        import numpy as np
-    except ImportError as error:
-        raise MissingExtraError(
-            f"{name}: GGUF files are written with the extra: pip install 'miniflux[gguf]'"
-        ) from error
-    architecture, kind = about
-    writer = gguf.GGUFWriter(None, architecture)
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_file_type(gguf.LlamaFileType[kind])
-    for key, value in metadata.items():
-        writer.add_string(key, value)
-    for key, (dtype, shape) in kinds.items():
-        raw = gguf.GGMLQuantizationType[blocks.get(key) or GGUF_FLOATS[dtype]]
-        layout = np.dtype(np.uint8 if key in blocks else np.float32)  # of bytes, or as they are
-        writer.add_tensor_info(key, shape, layout, size_of([(dtype, shape)]), raw_dtype=raw)
-    head = _gguf_head(writer)
-    places: dict[str, int] = {}
-    end = len(head)
-    for key, described in kinds.items():
-        places[key] = end
-        end += -(-size_of([described]) // ALIGNMENT) * ALIGNMENT
-    return Frame(name, head, places, dict(kinds), end)
-
-
-def write_frame(path: Path, frame: Frame, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Write a file in one go.
-
-    Args:
-        tensors: every one of the frame's, in any order; each is let go of before the next is asked for.
-    """
-    with path.open("wb") as file:
-        file.write(frame.head)
-        file.truncate(frame.size)
-        left = set(frame.kinds)
-        for key, tensor in tensors:
-            assert (tensor.dtype, tuple(tensor.shape)) == frame.kinds[key], f"{key} is not what was announced"
-            file.seek(frame.places[key])
-            file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-            left.remove(key)
-        assert not left, f"{sorted(left)[0]} was announced and not written"
-
-
-def _gguf_head(writer: Any) -> bytes:
-    """What the package writes before the data, up to where they begin. It writes to files of its own alone."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "head"
-        writer.write_header_to_file(path)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        writer.close()
-        head = path.read_bytes()
-    return head + bytes(-len(head) % ALIGNMENT)
 
 
 @dataclass

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from miniflux.checkpoints import hubcache
-from miniflux.checkpoints.finding import BUNDLED, PARTS, find, places
-from miniflux.checkpoints.hubcache import hub_cache, snapshot
 from miniflux.errors import InputError, WeightsNotFoundError
 from miniflux.variants import VARIANTS
+from miniflux.weights import hubcache
+from miniflux.weights.finding import BUNDLED, PARTS, find, places
+from miniflux.weights.hubcache import hub_cache, snapshot
 
 DEV, SCHNELL, NANO = VARIANTS["flux1-dev"], VARIANTS["flux1-schnell"], VARIANTS["nano-dev"]
 VARIABLES = ("MINIFLUX_WEIGHTS", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME")

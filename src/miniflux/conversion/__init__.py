@@ -1,0 +1,1 @@
+"""Files into files: other layouts, other formats, whole pipelines."""
