@@ -16,6 +16,7 @@ from torch import Tensor
 
 from miniflux.checks import check_number, finite, plain, several, shown, whole
 from miniflux.errors import InputError
+from miniflux.families import FAMILIES
 from miniflux.lora.adapters import adapters_of
 from miniflux.models.autoencoder import AutoencoderConfig
 from miniflux.models.flux1 import Flux1
@@ -26,7 +27,7 @@ from miniflux.sampling import schedule as make_schedule
 from miniflux.sampling.caches import Cache
 from miniflux.sampling.guidance import Cfg, Scale, named_guide
 from miniflux.sampling.latents import MAX_SEED, PATCH
-from miniflux.sampling.schedules import SPACINGS, dynamic_shift, flux1_mu, static_shift, unshifted
+from miniflux.sampling.schedules import SPACINGS, static_shift, unshifted
 from miniflux.text.decoding import repaired
 from miniflux.variants import Variant
 
@@ -174,7 +175,7 @@ def levels_for(
         if shift is not None:
             raise InputError(f"shift {shown(shift)} cannot be applied to noise levels of your own")
         return levels
-    own = dynamic_shift(flux1_mu(tokens)) if variant.shift else unshifted
+    own = FAMILIES[variant.family].shift(tokens) if variant.shift else unshifted
     curve = own if shift is None else static_shift(shift)
     steps = variant.steps if steps is None else steps
     if shift is None and steps > 1 and curve(1 - 1 / steps) == 1:  # 0.99... rounds to it

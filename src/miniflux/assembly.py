@@ -24,6 +24,7 @@ from miniflux.checkpoints.networks import BY_KIND, PIPELINE
 from miniflux.checkpoints.opened import Opened, layout_in, network_of, parts_of
 from miniflux.conversion.pipelines import SCHEDULER
 from miniflux.errors import CheckpointError, InputError
+from miniflux.families import FAMILIES
 from miniflux.inspection import describe, fits
 from miniflux.memory.compute import choose_device, choose_dtype
 from miniflux.memory.ledger import Placed, Run, resident_size
@@ -33,7 +34,6 @@ from miniflux.memory.streaming import Streamed, offload, partitioned, stream
 from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.flux1 import Flux1
 from miniflux.models.tiny_autoencoder import TinyDecoder
-from miniflux.sampling.latents import PATCH
 from miniflux.text import Text, load_clip_tokenizer, load_t5_tokenizer
 from miniflux.variants import ALIASES, VARIANTS, Variant, variant, variant_of
 from miniflux.weights.finding import Files, find
@@ -163,7 +163,12 @@ def _check_widths(chosen: Variant, files: Files) -> None:
     """Refuse parts of different models, and transformers that take more than the noisy picture (Fill, Canny ...)."""
     takes = chosen.transformer
     for what, wanted, path, given in (
-        ("image tokens", takes.in_channels, files.autoencoder, PATCH**2 * chosen.autoencoder.z_channels),
+        (
+            "image tokens",
+            takes.in_channels,
+            files.autoencoder,
+            FAMILIES[chosen.family].patch ** 2 * chosen.autoencoder.z_channels,
+        ),
         ("text tokens", takes.context_in_dim, files.t5, chosen.t5.d_model),
         ("text summaries", takes.vec_in_dim, files.clip, chosen.clip.hidden_size),
     ):

@@ -30,6 +30,7 @@ from miniflux.arguments import (
 )
 from miniflux.assembly import assemble
 from miniflux.cache import Drawn, ResultCache, not_keyed, picture_key, result_cache
+from miniflux.conditions import Added, Condition, Scene, joined
 from miniflux.errors import InputError, MinifluxError
 from miniflux.loaded import Baseline, claimed, summary
 from miniflux.lora.adapters import described, files_of
@@ -50,12 +51,8 @@ from miniflux.sampling import (
     Wrap,
     add_noise,
     denoise,
-    image_ids,
-    initial_noise,
-    pack,
     previews,
     step_noise,
-    text_ids,
     unpack,
     varied_noise,
 )
@@ -143,6 +140,7 @@ class Pipeline:
         variation: tuple[int, float] | None = None,
         image: Source | None = None,
         strength: float = 1.0,
+        conditions: Sequence[Condition] = (),
         cache: Cache | str | None = None,
         check_cache: bool = False,
         progress: Progress | None = None,
@@ -182,6 +180,7 @@ class Pipeline:
                 pixels (3, H, W) in [-1, 1]; or latents (1, C, h, w) as in `Result.latents`.
             strength: how much of it to change, above 0 up to 1; 1 keeps nothing. Of the steps of a whole picture, this
                 last share is made.
+            conditions: what else steers the pictures, see `miniflux.conditions`.
             cache: a step cache or its name, see `sampling.cache`; `settings` then says what it spared.
             check_cache: draw every picture without the cache as well, and say in `settings` how far the two are apart.
             progress: called after every step with (steps done, steps in all).
@@ -226,6 +225,7 @@ class Pipeline:
             variation=variation,
             image=image_for(image, self.autoencoder.config),
             strength=strength,
+            conditions=conditions,
             cache=cache,
             check_cache=check_cache,
             resume=resume,
@@ -336,15 +336,16 @@ class Pipeline:
         others = (None, None) if plan.guide is None else self._words([plan.negative or "", ""], plan)
         if self.memory is not None:
             self.memory.free_text()
-        assert not isinstance(plan.image, str)
-        return _Begun(texts, others[0], others[1], None if plan.image is None else self._encode(plan.image))
+        scene = Scene(plan.family, plan.width, plan.height, self._encode)
+        return _Begun(texts, others[0], others[1], joined([condition.added(scene) for condition in plan.conditions]))
 
     def _draw(self, plan: Plan, begun: _Begun, i: int, watcher: Watcher) -> Drawn:
         """Picture i."""
         words, seed = (begun.texts[i // plan.images], begun.negative, begun.empty), plan.seed + i
         noise = self._noise(plan, i)
-        begin = noise if begun.source is None else add_noise(begun.source, 0.0, plan.levels[0], noise)
-        moment, bill = self._denoise(plan, words, begin, seed, watcher)
+        start = begun.added.start
+        begin = noise if start is None else add_noise(start, 0.0, plan.levels[0], noise)
+        moment, bill = self._denoise(plan, begun.added, words, begin, seed, watcher)
         tokens = moment.picture if moment.step < moment.steps else moment.x
         image = to_image(self._decode(tokens, plan))
         about: dict[str, Any] = {}
@@ -355,7 +356,7 @@ class Pipeline:
         if plan.cache is not None:
             about["cache"] = {**plan.cache_described(), "evaluated": bill.evaluated, "skipped": bill.skipped}
         if plan.check_cache:
-            exact, _ = self._denoise(replace(plan, cache=None), words, begin, seed, Watcher(0, 1))
+            exact, _ = self._denoise(replace(plan, cache=None), begun.added, words, begin, seed, Watcher(0, 1))
             about["cache"] |= {
                 "latent_l2": float((moment.x - exact.x).norm() / exact.x.norm()),
                 "psnr": psnr(image, to_image(self._decode(exact.x, plan))),
@@ -365,6 +366,7 @@ class Pipeline:
     def _denoise(
         self,
         plan: Plan,
+        added: Added,
         words: tuple[Words, Words | None, Words | None],
         begin: Tensor,
         seed: int,
@@ -373,8 +375,11 @@ class Pipeline:
         """The last moment of one picture's run, and what it cost."""
         bill, (text, negative, empty) = Bill(), words
         arguments: dict[str, Any] = {
-            "img": pack(begin).to(self.device, self.dtype),
-            "img_ids": image_ids(1, plan.rows, plan.columns).to(self.device),
+            "img": plan.family.pack(begin).to(self.device, self.dtype),
+            "img_ids": plan.family.image_ids(1, plan.rows, plan.columns).to(self.device),
+            "img_cond": None if added.channels is None else added.channels.to(self.device, self.dtype),
+            "img_cond_seq": None if added.tokens is None else added.tokens.to(self.device, self.dtype),
+            "img_cond_seq_ids": None if added.ids is None else added.ids.to(self.device),
             "txt": text,
             "timesteps": plan.levels,
             "guidance": plan.guidance,
@@ -395,8 +400,9 @@ class Pipeline:
                 cache=plan.cache,
                 bill=bill,
                 run=plan.run or run_block,
-                wraps=plan.wraps,
+                wraps=(*added.wraps, *plan.wraps),
                 attend=plan.attend or attention,
+                velocity=plan.family.velocity,
             )
         assert watch.moment is not None
         return watch.moment, bill
@@ -423,7 +429,7 @@ class Pipeline:
         return tuple(
             Words(
                 text.txt[i : i + 1].to(self.dtype),
-                text_ids(1, text.txt.shape[1]).to(self.device),
+                plan.family.text_ids(1, text.txt.shape[1]).to(self.device),
                 text.vec[i : i + 1].to(self.dtype),
                 None if text.mask is None else text.mask[i : i + 1],
             )
@@ -434,11 +440,11 @@ class Pipeline:
         height, width, channels = *plan.sides, self.autoencoder.config.z_channels
         variation = plan.varied(i)
         if variation is None:
-            return initial_noise(height, width, plan.seed + i, channels)
+            return plan.family.noise(height, width, plan.seed + i, channels)
         return varied_noise(height, width, plan.seed + i, variation, channels)
 
     def _unpacked(self, tokens: Tensor, plan: Plan) -> Tensor:
-        return unpack(tokens, *plan.sides).float()
+        return plan.family.unpack(tokens, *plan.sides).float()
 
     def _decode(self, tokens: Tensor, plan: Plan) -> Tensor:
         pixels = self.autoencoder.decode(self._unpacked(tokens, plan).to(self.autoencoder.decoder.conv_in.weight.dtype))
@@ -458,12 +464,12 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class _Begun:
-    """What the pictures of a call share: the words of each prompt, the other texts, the latents to change."""
+    """What the pictures of a call share: the words of each prompt, the other texts, what conditions add."""
 
     texts: list[Words]
     negative: Words | None
     empty: Words | None
-    source: Tensor | None
+    added: Added
 
 
 def load(

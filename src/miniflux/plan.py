@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
-from PIL import Image
 from torch import Tensor
 
 from miniflux.arguments import (
@@ -31,10 +30,12 @@ from miniflux.arguments import (
     variation_for,
 )
 from miniflux.checks import plain, several, shown, whole
+from miniflux.conditions import Condition, Img2Img
+from miniflux.conditions.condition import Picture
 from miniflux.errors import InputError
+from miniflux.families import FAMILIES, Family
 from miniflux.memory.ledger import Run
 from miniflux.models.flux1 import Attend, RunBlock
-from miniflux.pictures import digest_of
 from miniflux.sampling import (
     CACHES,
     GUIDES,
@@ -43,13 +44,12 @@ from miniflux.sampling import (
     Solver,
     Wrap,
     custom_schedule,
-    from_strength,
     with_restarts,
 )
 from miniflux.sampling import solver as find_solver
 from miniflux.sampling.caches import Cache
 from miniflux.sampling.guidance import Cfg, Nag, Scale, scale_at
-from miniflux.sampling.latents import PATCH, PIXELS_PER_TOKEN
+from miniflux.sampling.latents import PIXELS_PER_TOKEN
 from miniflux.text import Padding
 from miniflux.variants import Variant
 
@@ -64,7 +64,8 @@ class Plan:
         seed: of the first picture; picture i has seed + i.
         variation: (other seed of the first picture, how far to go towards its noise).
         width, height: in pixels; rows, columns: in tokens.
-        image: what is changed, as `arguments.image_for` gives it, or its SHA-256 where only that is known.
+        family: what its kind of models is like.
+        conditions: what steers the pictures beside their words.
         spacing: the name of the schedule, or noise levels of the caller's own.
         steps_asked: what was asked for, or what the variant was made for.
         levels: the noise levels that are gone through.
@@ -82,8 +83,8 @@ class Plan:
     t5_length: int
     padding: Padding
     negative: str | None
-    image: Image.Image | Tensor | str | None
-    strength: float
+    family: Family
+    conditions: tuple[Condition, ...]
     spacing: str | list[float]
     steps_asked: int | None
     shift: float | None
@@ -121,8 +122,9 @@ class Plan:
         guide: Cfg | str | None = None,
         negative: str | None = None,
         variation: tuple[int, float] | None = None,
-        image: Image.Image | Tensor | str | None = None,
+        image: Picture | str | None = None,
         strength: float = 1.0,
+        conditions: Sequence[Condition] = (),
         cache: Cache | str | None = None,
         check_cache: bool = False,
         resume: Moment | None = None,
@@ -136,6 +138,7 @@ class Plan:
         Args:
             variant: the model, with the configs of its networks as they are.
             image: as `arguments.image_for` gives it, or its SHA-256; the others are those of `Pipeline.generate`.
+            conditions: beside `image`, which is one.
 
         Raises:
             InputError: see `Pipeline.generate`.
@@ -146,7 +149,8 @@ class Plan:
         seed, variation = seed_for(seed, total), variation_for(variation, total)
         known = None if isinstance(image, str) else image
         width, height = size_for(variant, variant.autoencoder, width, height, known)
-        rows, columns = (side // (variant.autoencoder.downscale * PATCH) for side in (height, width))
+        family = FAMILIES[variant.family]
+        rows, columns = (side // (variant.autoencoder.downscale * family.patch) for side in (height, width))
         steps = None if steps is None else whole("steps", steps, 1, MAX_STEPS)
         t5_length = variant.t5_length if t5_length is None else whole("t5_length", t5_length, 1, MAX_TEXT)
         strength, shift = plain(strength), plain(shift)
@@ -164,7 +168,10 @@ class Plan:
         named = isinstance(schedule, str)
         spacing = spacing_for(variant, method, schedule) if named else list(custom_schedule(schedule))
         levels = levels_for(variant, spacing, steps, rows * columns, shift, method)
-        levels = levels if image is None else from_strength(levels, strength)
+        steered: tuple[Condition, ...] = (*(() if image is None else (Img2Img(image, strength),)), *conditions)
+        for condition in steered:
+            condition.check(family, variant.transformer)
+            levels = condition.levels(levels)
         if restart is not None:
             restart = several("restart", restart, "low, high, times")
             levels = with_restarts(levels, *restart)
@@ -180,8 +187,8 @@ class Plan:
             t5_length=t5_length,
             padding=padding,
             negative=negative,
-            image=image,
-            strength=strength,
+            family=family,
+            conditions=steered,
             spacing=spacing,
             steps_asked=variant.steps if steps is None and named else steps,
             shift=shift,
@@ -237,8 +244,14 @@ class Plan:
 
     def needs(self) -> Run:
         """What the memory that a picture takes depends on."""
-        texts = 2 if isinstance(self.guide, Nag) else 1
-        return Run(width=self.width, height=self.height, text_tokens=self.t5_length, calls=self.calls, batch=texts)
+        return Run(
+            width=self.width,
+            height=self.height,
+            text_tokens=self.t5_length,
+            more_tokens=sum(condition.tokens(self.rows, self.columns) for condition in self.conditions),
+            calls=self.calls,
+            batch=2 if isinstance(self.guide, Nag) else 1,
+        )
 
     def described(self) -> dict[str, Any]:
         """As plain JSON: functions as their values at the noise levels."""
@@ -270,8 +283,9 @@ class Plan:
             "shift": self.shift,
             "restart": None if self.restart is None else list(self.restart),
             "negative": self.negative,
-            "image": self.image if self.image is None or isinstance(self.image, str) else digest_of(self.image),
-            "strength": self.strength,
+            "image": None,
+            "strength": 1.0,  # unless a condition says another
+            **{name: value for condition in self.conditions for name, value in condition.described().items()},
         }
 
     def varied(self, i: int) -> tuple[int, float] | None:

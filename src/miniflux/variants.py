@@ -195,6 +195,7 @@ class Variant:
         tiny, tiny_file: the tiny decoder for its latents, if there is one, and the file that holds it.
         mag_ratios: what `sampling.caches.MagCache` wants to know; empty if it was not measured.
         downloads: what `miniflux fetch` takes from the repository; empty for the bundled models.
+        family: the name of its record in `miniflux.families`.
     """
 
     name: str
@@ -218,6 +219,7 @@ class Variant:
     tiny_file: str = ""
     mag_ratios: tuple[float, ...] = ()
     downloads: tuple[Download, ...] = ()
+    family: str = "flux1"
 
 
 _DEV = Variant(

@@ -107,8 +107,8 @@ def filling_for(module: nn.Module, source: TensorSource, layout: str | None = No
 
 def take_packed_layers(module: nn.Module, source: TensorSource, layout: str | None = None) -> str:
     """Put packed layers, still on the meta device, in the place of all linears whose weights a file keeps packed.
-    `counterparts(module, layout)` then names the file's tensors for every key of the state dict, packed parts included, and
-    `fetch` reads each of them.
+    `counterparts(module, layout)` then names the file's tensors for every key of the state dict, packed parts included,
+    and `fetch` reads each of them.
 
     Args:
         layout: name of the file's key layout; None to recognise it.

@@ -98,12 +98,14 @@ class Placed:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What is asked of a run: sizes in tokens and pixels, rows that go through the network, texts at once."""
+    """What is asked of a run: sizes in tokens and pixels, tokens of conditions beside them, rows that go through the
+    network, texts at once."""
 
     width: int
     height: int
     text_tokens: int
     calls: int
+    more_tokens: int = 0
     batch: int = 1
     ahead: bool = True
 
@@ -191,7 +193,8 @@ def activations(
     image_tokens = -(-run.width // unit) * -(-run.height // unit)
     return {
         "t5": T5.activations(t5, run.text_tokens, itemsize),
-        "transformer": run.batch * FLUX1.activations(transformer, image_tokens + run.text_tokens, itemsize),
+        "transformer": run.batch
+        * FLUX1.activations(transformer, image_tokens + run.more_tokens + run.text_tokens, itemsize),
         "autoencoder": AUTOENCODER.activations(autoencoder, image_tokens * unit**2, floats),
     }
 

@@ -15,7 +15,7 @@ from miniflux.memory.free import free_ram, free_vram
 from miniflux.memory.ledger import Ledger, Placed, Run, peak_size, predict
 from miniflux.memory.modulation import Ahead
 from miniflux.memory.streaming import Streamed
-from miniflux.sampling.denoising import Call
+from miniflux.sampling.forwards import Told
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ class Memory:
             network.free()
 
     @contextmanager
-    def denoising(self, calls: Callable[[], list[Call]]) -> Generator[None]:
+    def denoising(self, calls: Callable[[], list[Told]]) -> Generator[None]:
         """Around the run of one picture: modulations ahead of it, and memory for blocks let go behind it.
 
         Args:

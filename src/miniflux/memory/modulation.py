@@ -20,7 +20,7 @@ from torch import Tensor
 from miniflux.checkpoints.networks.flux1 import MODULATION
 from miniflux.memory.streaming import Streamed
 from miniflux.models.flux1 import Flux1
-from miniflux.sampling.denoising import Call
+from miniflux.sampling.forwards import Told, flux1_conditioning
 
 log = logging.getLogger(__name__)
 
@@ -56,10 +56,10 @@ class Ahead:
         return sum(t.numel() * t.element_size() for rows in self._table.values() for t in list(rows.values()))
 
     @contextmanager
-    def prepared(self, calls: Sequence[Call]) -> Generator[None]:
+    def prepared(self, calls: Sequence[Told]) -> Generator[None]:
         """In here the modulations of these calls of the network are known. Rows that no run needs are dropped at the
         next run's beginning, so that the next picture of a prompt finds its own."""
-        vecs = (self.network.conditioning(call.timesteps, call.y, call.guidance, call.dtype) for call in calls)
+        vecs = (flux1_conditioning(self.network, call) for call in calls)
         inputs = {_key(x): x for x in map(F.silu, vecs)}
         try:
             with self._lock:

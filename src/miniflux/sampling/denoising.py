@@ -17,29 +17,13 @@ from miniflux.errors import InputError
 from miniflux.models.flux1 import Attend, Flux1, RunBlock, run_block
 from miniflux.models.layers import attention
 from miniflux.sampling.caches import Bill, Branch, Cache
+from miniflux.sampling.forwards import Told, Velocity, Words, flux1_velocity
 from miniflux.sampling.guidance import Cfg, Nag, Scale, SkipLayer, scale_at
 from miniflux.sampling.running import advance, start
 from miniflux.sampling.schedules import Schedule, custom_schedule
 from miniflux.sampling.solvers import Solver, State, StepNoise, data, solver
 
 RESTART_KEY = 2**32  # steps of this number on are those of `StepNoise` for restarts
-
-
-@dataclass(frozen=True)
-class Words:
-    """What the network reads beside the picture.
-
-    Attributes:
-        txt: T5's tokens (B, T, context_in_dim).
-        txt_ids: their positions (B, T, 3).
-        vec: CLIP's summary (B, vec_in_dim).
-        mask: which tokens count (B, T); None for all.
-    """
-
-    txt: Tensor
-    txt_ids: Tensor
-    vec: Tensor
-    mask: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +84,7 @@ def denoise(
     run: RunBlock = run_block,
     wraps: Sequence[Wrap] = (),
     attend: Attend = attention,
+    velocity: Velocity = flux1_velocity,
 ) -> Tensor:
     """Integrate the flow from the first to the last of `timesteps`.
 
@@ -131,6 +116,7 @@ def denoise(
         run: called in place of every block that is computed, see `Flux1.forward`.
         wraps: around it, for those who want to look on or add.
         attend: called in place of `attention`, likewise.
+        velocity: calls the network, see `sampling.forwards`.
 
     Returns:
         (B, L, C), of float32 at least: rounding the sum of many small steps to bfloat16 would cost visible detail.
@@ -168,6 +154,7 @@ def denoise(
         bill,
         wrapped(run, [*wraps, *([] if bill is None else [partial(_counting, bill)])]),
         attend,
+        velocity,
     )
     x, state, memory = img.float(), start(schedule), None
     if resume is not None:
@@ -198,57 +185,26 @@ def denoise(
     return x
 
 
-@dataclass(frozen=True)
-class Call:
-    """What the conditioning vector of one call of the network is made of: the arguments of `Flux1.conditioning`."""
-
-    timesteps: Tensor
-    y: Tensor
-    guidance: Tensor | None
-    dtype: torch.dtype
-
-
 ALONG_TOKENS = ("img", "img_ids", "img_cond", "img_cond_seq", "img_cond_seq_ids")
 
 
-def model_calls(model: Flux1, **arguments: Any) -> list[Call]:
-    """Every call that `denoise` with these arguments, by name, is going to make.
+def model_calls(model: Flux1, **arguments: Any) -> list[Told]:
+    """What the network is told in every call that `denoise` with these arguments, by name, is going to make.
 
     Solvers and guides are pure and choose noise levels without looking at the latents: so the run is rehearsed with one
     token of everything and a network that answers nothing but zeros.
     """
-    rehearsal = _Rehearsal(model)
+    calls: list[Told] = []
+
+    def noted(model: Flux1, told: Told, **_: Any) -> Tensor:
+        calls.append(told)
+        return told.img.new_zeros(*told.img.shape[:2], model.config.out_channels)
+
     for name in ALONG_TOKENS:
         if arguments.get(name) is not None:
             arguments[name] = arguments[name][:, :1]
-    denoise(cast(Flux1, rehearsal), **arguments, rng=lambda step, x: torch.zeros_like(x))
-    return rehearsal.calls
-
-
-class _Rehearsal:
-    """Stands for the network: notes what it is told, and answers with zeros."""
-
-    def __init__(self, model: Flux1) -> None:
-        self.model, self.calls = model, list[Call]()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
-
-    def __call__(
-        self,
-        img: Tensor,
-        img_ids: Tensor,
-        txt: Tensor,
-        txt_ids: Tensor,
-        timesteps: Tensor,
-        y: Tensor,
-        guidance: Tensor | None = None,
-        txt_mask: Tensor | None = None,
-        **_: Any,
-    ) -> Tensor:
-        """Named as the inputs of `Flux1.forward`."""
-        self.calls.append(Call(timesteps, y, guidance, img.dtype))
-        return img.new_zeros(*img.shape[:2], self.model.config.out_channels)
+    denoise(model, **arguments, velocity=noted, rng=lambda step, x: torch.zeros_like(x))
+    return calls
 
 
 def add_noise(x: Tensor, sigma: float, sigma_next: float, noise: Tensor) -> Tensor:
@@ -328,6 +284,7 @@ class _Network:
     bill: Bill | None
     run: RunBlock
     attend: Attend
+    velocity: Velocity
     call: int = -1
     branches: dict[tuple[str, ...], Branch] = field(default_factory=dict[tuple[str, ...], Branch])
 
@@ -371,30 +328,22 @@ class _Network:
             tokens = torch.cat((tokens, self.img_cond), dim=-1)
         if self.img_cond_seq is not None:
             tokens = torch.cat((tokens, self.img_cond_seq), dim=1)
-        texts, rows = [self.words[name] for name in names], len(names) * len(x)
-        masks = [_all_seen(text.txt) if text.mask is None else text.mask for text in texts]
+        rows = len(names) * len(x)
         strength = None if self.guidance is None else scale_at(self.guidance, sigma)
-        v = self.model(
+        told = Told(
             _joined([tokens] * len(names)),
             _joined([self.ids] * len(names)),
-            _joined([text.txt for text in texts]),
-            _joined([text.txt_ids for text in texts]),
+            Words.joined([self.words[name] for name in names]),
             torch.full((rows,), sigma, device=x.device, dtype=self.dtype),
-            _joined([text.vec for text in texts]),
             None if strength is None else torch.full((rows,), strength, device=x.device, dtype=self.dtype),
-            None if all(text.mask is None for text in texts) else _joined(masks),
-            **more,
         )
+        v = self.velocity(self.model, told, **more)
         return v[:, : x.shape[1]].float()
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
     """One batch; a single part is itself."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _all_seen(txt: Tensor) -> Tensor:
-    return torch.ones(txt.shape[:2], dtype=torch.bool, device=txt.device)
 
 
 def wrapped(run: RunBlock, wraps: Sequence[Wrap]) -> RunBlock:

@@ -1,0 +1,6 @@
+"""What else than words steers a picture: one small file each, and the protocol that they follow."""
+
+from miniflux.conditions.condition import Added, Condition, Scene, joined
+from miniflux.conditions.img2img import Img2Img
+
+__all__ = ["Added", "Condition", "Img2Img", "Scene", "joined"]

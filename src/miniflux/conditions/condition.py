@@ -1,0 +1,97 @@
+"""The protocol of conditions, what they may add to a run, and how several are joined."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from miniflux.errors import InputError
+from miniflux.families import Family
+from miniflux.models.flux1 import Flux1Config
+from miniflux.sampling import Schedule, Wrap
+
+Picture = Image.Image | Tensor
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a condition is asked for: a picture of this size, with whose networks.
+
+    Attributes:
+        width, height: in pixels.
+        encode: a picture, or latents, to latents (1, C, h, w), float32 on the CPU.
+    """
+
+    family: Family
+    width: int
+    height: int
+    encode: Callable[[Picture], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Added:
+    """What a condition adds to a run; nothing, unless it is said.
+
+    Attributes:
+        start: latents (1, C, h, w) that the noise is added to, instead of noise alone.
+        channels: tokens (1, L, C') beside those of the picture, at every step.
+        tokens, ids: tokens (1, L', C) behind them, and their positions.
+        wraps: around the network's blocks.
+    """
+
+    start: Tensor | None = None
+    channels: Tensor | None = None
+    tokens: Tensor | None = None
+    ids: Tensor | None = None
+    wraps: tuple[Wrap, ...] = ()
+
+
+class Condition(Protocol):
+    """What steers a picture beside its words."""
+
+    def check(self, family: Family, config: Flux1Config) -> None:
+        """Raises InputError if a network with this config cannot be steered so."""
+        ...
+
+    def levels(self, levels: Schedule) -> Schedule:
+        """The noise levels that are gone through, of those of a whole picture."""
+        ...
+
+    def described(self) -> dict[str, Any]:
+        """For settings, the cache's key and replay: plain JSON that tells it from every other."""
+        ...
+
+    def tokens(self, rows: int, columns: int) -> int:
+        """How many tokens it adds to a picture of so many rows and columns: memory depends on it."""
+        ...
+
+    def added(self, scene: Scene) -> Added:
+        """What it adds; called once for all pictures of a call."""
+        ...
+
+
+def joined(added: Sequence[Added]) -> Added:
+    """What several conditions add, together: tokens one behind the other, wraps one around the other.
+
+    Raises:
+        InputError: two of them want the same place: a start, or channels.
+    """
+    whole = Added()
+    for one in added:
+        for name in ("start", "channels"):
+            if getattr(whole, name) is not None and getattr(one, name) is not None:
+                raise InputError(f"two conditions give {name} to one picture: leave one of them out")
+        taken = {f.name: value for f in fields(one) if (value := getattr(one, f.name)) is not None}
+        if one.tokens is not None and whole.tokens is not None:
+            assert one.ids is not None and whole.ids is not None
+            taken |= {
+                "tokens": torch.cat((whole.tokens, one.tokens), dim=1),
+                "ids": torch.cat((whole.ids, one.ids), dim=1),
+            }
+        whole = replace(whole, **{**taken, "wraps": (*whole.wraps, *one.wraps)})
+    return whole

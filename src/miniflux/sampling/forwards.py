@@ -1,0 +1,77 @@
+"""How a network is called: the only functions that know the signature of a forward, one pair for each kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from miniflux.models.flux1 import Flux1
+
+
+@dataclass(frozen=True)
+class Words:
+    """What the network reads beside the picture.
+
+    Attributes:
+        txt: T5's tokens (B, T, context_in_dim).
+        txt_ids: their positions (B, T, 3).
+        vec: CLIP's summary (B, vec_in_dim).
+        mask: which tokens count (B, T); None for all.
+    """
+
+    txt: Tensor
+    txt_ids: Tensor
+    vec: Tensor
+    mask: Tensor | None = None
+
+    @classmethod
+    def joined(cls, texts: Sequence[Words]) -> Words:
+        """Texts of one length as one batch; a single one is itself."""
+        if len(texts) == 1:
+            return texts[0]
+        masks = [torch.ones(text.txt.shape[:2], dtype=torch.bool, device=text.txt.device) for text in texts]
+        masks = [all_seen if text.mask is None else text.mask for text, all_seen in zip(texts, masks, strict=True)]
+        return cls(
+            torch.cat([text.txt for text in texts]),
+            torch.cat([text.txt_ids for text in texts]),
+            torch.cat([text.vec for text in texts]),
+            None if all(text.mask is None for text in texts) else torch.cat(masks),
+        )
+
+
+@dataclass(frozen=True)
+class Told:
+    """All that a network is told in one call.
+
+    Attributes:
+        img: image tokens (B, L, C), and what is beside them.
+        img_ids: their positions (B, L, A).
+        words: of each picture.
+        timesteps: the noise level (B,).
+        guidance: strength for models with that input (B,).
+    """
+
+    img: Tensor
+    img_ids: Tensor
+    words: Words
+    timesteps: Tensor
+    guidance: Tensor | None
+
+
+Velocity = Callable[..., Tensor]
+"""(network, `Told`, run=, attend=) -> velocity (B, L, C)."""
+
+
+def flux1_velocity(model: Flux1, told: Told, **hooks: Any) -> Tensor:
+    words = told.words
+    inputs = (told.img, told.img_ids, words.txt, words.txt_ids, told.timesteps, words.vec, told.guidance, words.mask)
+    return model(*inputs, **hooks)
+
+
+def flux1_conditioning(model: Flux1, told: Told) -> Tensor:
+    """The vector that all modulations see (B, hidden)."""
+    return model.conditioning(told.timesteps, told.words.vec, told.guidance, told.img.dtype)
