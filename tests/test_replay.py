@@ -191,7 +191,7 @@ def test_another_lora_file_is_refused_by_name(pipes: Pipes, picture: Path) -> No
     assert again(picture, pipes).same
     tensors = {key: 2 * tensor for key, tensor in miniflux.checkpoints.files.open_tensors(REALISM).items()}
     file.unlink()
-    miniflux.checkpoints.files.write_tensors(file, tensors, {})
+    miniflux.checkpoints.writing.write_tensors(file, tensors, {})
     with pytest.raises(ReplayError, match="style.safetensors is not the one that the picture was made with"):
         again(picture, pipes)
     made = again(picture, pipes, force=True)
@@ -230,7 +230,7 @@ def test_a_lora_that_is_named_for_the_one_in_the_file(pipes: Pipes, picture: Pat
     assert again(picture, pipes, loras=[renamed]).same
     other = tmp_path / "other.safetensors"
     tensors = {key: 2 * tensor for key, tensor in miniflux.checkpoints.files.open_tensors(REALISM).items()}
-    miniflux.checkpoints.files.write_tensors(other, tensors, {})
+    miniflux.checkpoints.writing.write_tensors(other, tensors, {})
     with pytest.raises(ReplayError, match="other.safetensors is not the one that the picture was made with"):
         again(picture, pipes, loras=[other])
     assert not again(picture, pipes, loras=[other], force=True).same
@@ -250,7 +250,7 @@ def test_a_model_that_moved_is_found_beside_the_picture(tmp_path: Path) -> None:
     tensors = dict(miniflux.checkpoints.files.open_tensors(BUNDLED / "flux1-nano-dev.safetensors").items())
     tensors["final_layer.linear.bias"] = tensors["final_layer.linear.bias"] + 0.25
     tuned = old / "tuned.safetensors"
-    miniflux.checkpoints.files.write_tensors(tuned, tensors, {})
+    miniflux.checkpoints.writing.write_tensors(tuned, tensors, {})
     others = {
         "autoencoder": BUNDLED / "ae.safetensors",
         "clip": BUNDLED / "text_encoder",
@@ -289,7 +289,7 @@ def test_weights_of_a_known_model_beside_the_picture(tmp_path: Path) -> None:
     """Drawn with another autoencoder from `--weights`; made again with the one that lies beside it."""
     tensors = dict(miniflux.checkpoints.files.open_tensors(BUNDLED / "ae.safetensors").items())
     tensors["decoder.conv_out.bias"] = tensors["decoder.conv_out.bias"] + 0.25
-    miniflux.checkpoints.files.write_tensors(tmp_path / "ae.safetensors", tensors, {})
+    miniflux.checkpoints.writing.write_tensors(tmp_path / "ae.safetensors", tensors, {})
     result = miniflux.load("nano", weights=tmp_path).generate("a star", width=32, height=32, steps=2)
     assert replay(result.save(tmp_path / "x.png")).same
     elsewhere = tmp_path / "elsewhere"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from miniflux.checkpoints import saving
+from miniflux import disk
 from miniflux.errors import InputError, OutputError
 from miniflux.service import Axis, Grid, History, new_session
 from miniflux.settings import Request, read_picture
@@ -258,6 +258,6 @@ def test_folder_that_is_there_and_cannot_be_written_to_is_refused(
     def refuse(**_: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(saving.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(disk.tempfile, "TemporaryFile", refuse)
     with pytest.raises(OutputError, match="no folder for a history: Read-only file system"):
         History(tmp_path)

@@ -104,7 +104,7 @@ def test_a_broken_lora_changes_nothing_else(shared: Models, tmp_path: Path) -> N
     text = tmp_path / "text.safetensors"
     text.write_text("hello")
     other = tmp_path / "other.safetensors"
-    miniflux.checkpoints.files.write_tensors(
+    miniflux.checkpoints.writing.write_tensors(
         other, {f"double_blocks.0.img_attn.proj.lora_{x}.weight": torch.ones(4, 4) for x in "AB"}, {}
     )
     for file in (cut, text, other, tmp_path / "none.safetensors"):
@@ -125,7 +125,7 @@ def test_a_lora_file_that_was_exchanged(shared: Models, tmp_path: Path) -> None:
     first = shared.draw(ask(1, LoraUse(str(file), 1.0, digest)), quiet).latents
     tensors = {key: 2 * tensor for key, tensor in miniflux.checkpoints.files.open_tensors(REALISM).items()}
     file.unlink()
-    miniflux.checkpoints.files.write_tensors(file, tensors, {})
+    miniflux.checkpoints.writing.write_tensors(file, tensors, {})
     assert not torch.equal(shared.draw(ask(1, LoraUse(str(file), 1.0)), quiet).latents, first)
     with pytest.raises(LoraError, match="its SHA-256 differs"):
         shared.draw(ask(1, LoraUse(str(file), 1.0, digest)), quiet)

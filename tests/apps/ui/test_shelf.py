@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from miniflux import disk
 from miniflux.apps.cli import main
 from miniflux.apps.ui import fitting, form
 from miniflux.apps.ui.routes import state_of
 from miniflux.apps.ui.site import opened
-from miniflux.checkpoints import saving
 from miniflux.errors import MinifluxError, OutputError
 from miniflux.service import Models
 from miniflux.settings import read_picture
@@ -138,7 +138,7 @@ def test_cache_that_cannot_be_written_to_is_refused(tmp_path: Path, monkeypatch:
     def refuse(**_: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(saving.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(disk.tempfile, "TemporaryFile", refuse)
     with (
         pytest.raises(OutputError, match="no folder for a cache: Read-only file system"),
         opened(tmp_path / "site", cache=str(tmp_path)),
