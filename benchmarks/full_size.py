@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from miniflux.checkpoints.files import stream_tensors
+from miniflux.checkpoints.writing import safetensors_frame, write_frame
 from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.clip import ClipTextEncoder
 from miniflux.models.flux1 import Flux1
@@ -54,7 +54,8 @@ def write(folder: Path) -> dict[str, Path]:
             network: nn.Module = kind(config)  # pyright: ignore
         kinds = {key: (dtype, tuple(tensor.shape)) for key, tensor in network.state_dict().items()}
         begin, beside = time.perf_counter(), path.with_suffix(".partial")
-        stream_tensors(beside, kinds, lambda key, kinds=kinds, pool=pool: made(key, *kinds[key], pool), {})
+        frame = safetensors_frame(beside.name, kinds, {})
+        write_frame(beside, frame, ((key, made(key, *kinds[key], pool)) for key in frame.places))
         beside.rename(path)
         print(f"wrote {path}: {path.stat().st_size / 1e9:.2f} GB in {time.perf_counter() - begin:.0f} s", flush=True)
     return files

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from miniflux.checkpoints import load_into, open_tensors, save
-from miniflux.checkpoints.files import stream_tensors
+from miniflux.checkpoints.writing import safetensors_frame, write_frame
 from miniflux.models.flux1 import Flux1, Flux1Config
 
 CONFIG = Flux1Config(
@@ -117,7 +117,8 @@ def large(folder: Path) -> None:
     def made(key: str) -> Tensor:
         return torch.empty(kinds[key][1]).normal_(std=0.02).half()
 
-    stream_tensors(original, kinds, made, {})
+    frame = safetensors_frame(original.name, kinds, {})
+    write_frame(original, frame, ((key, made(key)) for key in frame.places))
     load_into(network, original)
     save(network, theirs, layout="diffusers")
     about = {
