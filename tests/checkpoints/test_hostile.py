@@ -75,10 +75,10 @@ def test_pickles_are_named_and_never_loaded(tmp_path: Path) -> None:
     """In every place where a checkpoint may be given, under every name."""
     trace, path = tmp_path / "trace", tmp_path / "a.safetensors"
     pickled = {protocol: pickle.dumps(Loaded(trace), protocol) for protocol in range(6)}
-    for protocol, content in pickled.items():
+    for content in pickled.values():
         path.write_bytes(content)
         said = refused(lambda: open_tensors(path))
-        assert "not a safetensors file" in said and ("looks like a pickle" in said) == (protocol >= 2)
+        assert "not a safetensors file" in said and "looks like a pickle" in said
     for zipped in (True, False):
         torch.save(Loaded(trace), path, _use_new_zipfile_serialization=zipped)
         for call in (open_tensors, inspect, read, lambda file: locate(file, [], {})):

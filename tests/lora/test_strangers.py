@@ -20,8 +20,8 @@ from torch import Tensor
 
 import miniflux
 from miniflux.apps.cli import main
-from miniflux.errors import InputError, LoraError
-from miniflux.lora import attach, convert, inspect, read
+from miniflux.errors import InputError, LoraError, MinifluxError
+from miniflux.lora import attach, convert, inspect, merge_files, read
 from miniflux.lora.attaching import BUNDLED_LORAS
 from miniflux.lora.models import stand_ins
 from miniflux.weights.finding import BUNDLED
@@ -61,6 +61,16 @@ BYTES: dict[str, tuple[bytes, str]] = {
     "n.onnx": (b"\x08\x07\x12\x07pytorch\x1a\x051.2.0" + bytes(99), "a model in ONNX"),
     "o.npy": (b"\x93NUMPY\x01\x00v\x00{'descr': '<f4'}", "an array of numpy"),
     "p.tar": (b"weights".ljust(257, b"\0") + b"ustar" + bytes(300), "an archive (tar)"),
+    "q.safetensors": (picture("JPEG2000"), "a picture (JPEG2000)"),
+    "r.safetensors": (picture("DDS"), "a picture (DDS)"),
+    "s.pkl": (pickle.dumps({"state_dict": list(range(99))}, 0), "a pickle, which can run code and is never loaded"),
+    "t.pkl": (pickle.dumps({"state_dict": list(range(99))}, 1), "a pickle, which can run code and is never loaded"),
+    "u.onnx": (b"\x08\x03\x12\x0cmytoolchains:\x10" + bytes(99), "a model in ONNX"),
+    "v.zip": (b"PK\x05\x06" + bytes(18), "a zip archive without files"),
+    "w.mp3": (b"ID3\x04" + bytes(99), "a recording of sound"),
+    "x.tflite": (b"\x1c\0\0\0TFL3" + bytes(99), "a model in TensorFlow Lite"),
+    "y.safetensors": (bytes(4096), "nothing but zeros"),
+    "z.safetensors": (picture("TGA") + bytes(200_000), "a picture (TGA)"),  # begins with the length of what follows
     "k.safetensors": (b"Entry not found, sorry\n", "a text file"),
 }
 
@@ -78,6 +88,24 @@ def test_files_of_other_kinds(name: str, tmp_path: Path, capsys: pytest.CaptureF
     assert main(["lora", "convert", str(path), "--to", "kohya", "-o", str(tmp_path / "out.safetensors")]) == 2
     shown = capsys.readouterr().err.splitlines()
     assert len(shown) == 2 and all(kind in line for line in shown)
+    assert not path.name.endswith(".gguf") or "must end in .gguf" not in shown[0]
+
+
+@pytest.mark.parametrize("name", [name for name in BYTES if name != "g.gguf"])
+def test_files_of_other_kinds_given_as_a_model(name: str, tmp_path: Path) -> None:
+    """By every way that a model is named, and whatever the name of the file ends in."""
+    data, kind = BYTES[name]
+    for ending in ("safetensors", "gguf"):
+        path = tmp_path / f"a.{ending}"
+        path.write_bytes(data)
+        for call in (
+            miniflux.load,
+            miniflux.checkpoints.inspect,
+            lambda path: merge_files(path, [], tmp_path / "b.safetensors"),
+        ):
+            with pytest.raises(MinifluxError) as caught:
+                call(path)
+            assert str(caught.value).startswith(f"{path}: not a ") and f"it looks like {kind}" in str(caught.value)
 
 
 def nothing(*keys: str) -> dict[str, Tensor]:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import io
+import re
+import warnings
+
+from PIL import Image
+
+from miniflux.strictjson import MAX_HEADER
+
 HEAD = 512  # bytes that are looked at
 PICKLE = "a pickle, which can run code and is never loaded"
-GZIP = "a gzip archive"
-# Two bytes may also be the length of a header: these count only where such a header would be too long.
-SHORT: tuple[tuple[bytes, str], ...] = (
-    *((bytes((0x80, version)), PICKLE) for version in (2, 3, 4, 5)),
-    (b"\x1f\x8b", GZIP),
-    (b"BM", "a picture (BMP)"),
-    (b"P5", "a picture (PGM)"),
-    (b"P6", "a picture (PPM)"),
-    (b"MZ", "a program for Windows"),
-)
+SOUND = "a recording of sound"
+# Of each kind the first bytes; pictures that are not here are told by Pillow.
 BEGINNINGS: tuple[tuple[bytes, str], ...] = (
     (b"\x89PNG\r\n\x1a\n", "a picture (PNG)"),
     (b"\xff\xd8\xff", "a picture (JPEG)"),
     (b"GIF8", "a picture (GIF)"),
+    (b"BM", "a picture (BMP)"),
     (b"II*\x00", "a picture (TIFF)"),
     (b"MM\x00*", "a picture (TIFF)"),
     (b"8BPS", "a picture (Photoshop)"),
@@ -25,8 +26,11 @@ BEGINNINGS: tuple[tuple[bytes, str], ...] = (
     (b"\xff\x0a", "a picture (JPEG XL)"),
     (b"\x00\x00\x01\x00", "a picture (icon)"),
     (b"%PDF", "a PDF document"),
-    (b"GGUF", "a GGUF file; its name must end in .gguf"),
+    (b"%!PS", "a PostScript document"),
+    (b"GGUF", "a GGUF file"),
     (b"PK\x03\x04", "a zip archive"),
+    (b"PK\x05\x06", "a zip archive without files"),
+    (b"\x1f\x8b", "a gzip archive"),
     (b"7z\xbc\xaf\x27\x1c", "an archive (7-Zip)"),
     (b"Rar!", "an archive (RAR)"),
     (b"BZh", "an archive (bzip2)"),
@@ -36,9 +40,26 @@ BEGINNINGS: tuple[tuple[bytes, str], ...] = (
     (b"\x93NUMPY", "an array of numpy"),
     (b"SQLite format 3\x00", "a database (SQLite)"),
     (b"\x7fELF", "a program for Linux"),
+    (b"MZ", "a program for Windows"),
+    (b"\x1aE\xdf\xa3", "a film"),
+    *((begin, SOUND) for begin in (b"ID3", b"OggS", b"fLaC")),
     (b"version https://git-lfs", "a Git LFS pointer; the file itself was not downloaded"),
     (b"\x00\x05\x16\x07", "what macOS keeps beside a file on a foreign disk (named ._*), not the file itself"),
 )
+# And what stands a little later: the place, the bytes.
+INSIDE: tuple[tuple[int, bytes, str], ...] = (
+    (8, b"WEBP", "a picture (WebP)"),
+    (8, b"WAVE", SOUND),
+    (8, b"AVI ", "a film"),
+    *((4, b"ftyp" + brand, "a picture (AVIF or HEIC)") for brand in (b"avif", b"heic", b"heix", b"mif1")),
+    (4, b"ftyp", "a film"),
+    (4, b"TFL3", "a model in TensorFlow Lite"),
+    (257, b"ustar", "an archive (tar)"),
+)
+# Newer pickles say their protocol; older ones begin with a dictionary, a list, or the name of a class.
+PICKLES = re.compile(rb"\x80[\x02-\x05]|\([dl]p|[}\]]q\x00|c[\w.]+\n\w+\n")
+# Protocol buffers say their fields one by one: the version of the format, then who wrote it, or what follows.
+ONNX = re.compile(rb"\x08[\x01-\x20](\x12.[ -~]{2}|[\x1a:B])", re.DOTALL)
 PAGE = "a web page, perhaps the answer to a failed download"
 TEXTS: tuple[tuple[bytes, str], ...] = (
     (b"<!doctype html", PAGE),
@@ -47,33 +68,35 @@ TEXTS: tuple[tuple[bytes, str], ...] = (
 )
 
 
-def kind_of_file(head: bytes, *, header: bool = False) -> str | None:
-    """What a file is that begins so; None if that is not known.
+def kind_of_file(head: bytes) -> str | None:
+    """What a file is that begins so; None if that is not known, or it begins as safetensors files do.
 
     Args:
         head: its first bytes, `HEAD` of them if it has as many.
-        header: whether the first eight bytes may be the length of a safetensors header that is cut off.
     """
-    kind = next((kind for start, kind in BEGINNINGS if head.startswith(start)), None)
-    if kind is None and not header:
-        kind = next((kind for start, kind in SHORT if head.startswith(start)), None)
+    if int.from_bytes(head[:8], "little") <= MAX_HEADER and head[8:].lstrip().startswith(b"{"):
+        return None  # whatever its length looks like
+    kind = PICKLE if PICKLES.match(head) else None
+    kind = kind or next((kind for begin, kind in BEGINNINGS if head.startswith(begin)), None)
+    kind = kind or next((kind for place, sign, kind in INSIDE if head.startswith(sign, place)), None)
     if kind == "a zip archive" and b"/data.pkl" in head:  # the newer way of torch.save
         kind = f"a zip archive as torch.save writes it: with {PICKLE}"
-    if head[:4] == b"RIFF":
-        kind = "a picture (WebP)" if head[8:12] == b"WEBP" else "a sound or a film (RIFF)"
-    if head[4:8] == b"ftyp":
-        kind = "a picture (AVIF or HEIC)" if head[8:12] in (b"avif", b"heic", b"heix", b"mif1") else "a film"
-    if head[257:262] == b"ustar":
-        kind = "an archive (tar)"
-    # Protocol buffers say their fields one by one: the version of the format, then who wrote it.
-    if head[:1] == b"\x08" and head[2:3] in (b"\x12", b"\x1a") and not header:
-        kind = "a model in ONNX"
-    # TGA has no mark at its beginning: no colour map, true colours or greys, no table, 8 to 32 bits.
-    if head[1:8] == bytes((0, *head[2:3], 0, 0, 0, 0, 0)) and head[2:3] in (b"\x02", b"\x03", b"\x0a", b"\x0b"):
-        kind = "a picture (TGA)" if head[16:17] in (b"\x08", b"\x10", b"\x18", b"\x20") else kind
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    kind = kind or next((kind for start, kind in TEXTS if text.startswith(start)), None)
+    kind = kind or next((kind for begin, kind in TEXTS if text.startswith(begin)), None)
+    kind = kind or ("a model in ONNX" if ONNX.match(head) else None) or _picture(head)
+    if kind is None and len(head) == HEAD and not any(head):
+        kind = "nothing but zeros, perhaps a download that was never filled"
     return kind or ("a text file" if len(head) > 8 and _is_text(head) else None)
+
+
+def _picture(head: bytes) -> str | None:
+    """Which of Pillow's kinds of pictures a file begins as, such as TGA, which has no mark of its own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is missing behind the head
+        try:
+            return f"a picture ({Image.open(io.BytesIO(head)).format})"
+        except Exception:  # Pillow raises whatever its parsers run into
+            return None
 
 
 def _is_text(head: bytes) -> bool:

@@ -72,12 +72,13 @@ class TensorFile:
         try:
             with open_regular(path) as file:
                 self.size = os.fstat(file.fileno()).st_size
-                prefix = file.read(8)
-                if len(prefix) < 8:
+                head = file.read(HEAD)
+                if len(head) < 8:
                     raise CheckpointError(f"{path}: {self.size} bytes are too few for a safetensors file")
-                (length,) = struct.unpack("<Q", prefix)
-                if length > self.size - 8 or length > MAX_HEADER:
-                    raise CheckpointError(f"{path}: {self._stranger(prefix + file.read(HEAD - 8), length)}")
+                (length,) = struct.unpack("<Q", head[:8])
+                if length > self.size - 8 or length > MAX_HEADER or (head[8:9] != b"{" and kind_of_file(head)):
+                    raise CheckpointError(f"{path}: {self._stranger(head, length)}")
+                file.seek(8)
                 text = file.read(length)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
@@ -96,10 +97,11 @@ class TensorFile:
         self._bytes: Tensor | None = None
 
     def _stranger(self, begin: bytes, length: int) -> str:
-        """What is wrong with a file whose first bytes are no length of a header that is read."""
-        kind = kind_of_file(begin, header=length <= MAX_HEADER)
+        """What is wrong with a file whose first bytes are no length of a header, or of one that is not read."""
+        kind = kind_of_file(begin)
         if kind is not None:
-            return f"not a safetensors file: it looks like {kind}"
+            hint = "; its name must end in .gguf" if kind == "a GGUF file" else ""
+            return f"not a safetensors file: it looks like {kind}{hint}"
         if length > self.size - 8:
             return f"not a safetensors file, or cut off: its header claims {length} bytes, {self.size - 8} follow"
         return (

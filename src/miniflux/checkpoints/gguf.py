@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from miniflux.checkpoints.beginnings import HEAD, kind_of_file
 from miniflux.checkpoints.files import READERS, Entry, TensorFile
 from miniflux.checkpoints.formats.ggml import BLOCKS
 from miniflux.errors import CheckpointError, MissingExtraError
@@ -52,7 +53,7 @@ class GgufFile(TensorFile):
         self.path = path
         try:
             with open_regular(path) as file:
-                self._check_begin(file.read(24))
+                self._check_begin(file.read(HEAD))
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
         reader, fields = _open(path)
@@ -80,8 +81,10 @@ class GgufFile(TensorFile):
     def _check_begin(self, begin: bytes) -> None:
         """Refuse what the package would read at length, or wrongly."""
         if len(begin) < 24 or not begin.startswith(b"GGUF"):
-            raise CheckpointError(f"{self.path}: not a GGUF file, or cut off: it begins with {begin[:4]!r}")
-        version, tensors, fields = struct.unpack("<IQQ", begin[4:])
+            kind = None if begin.startswith(b"GGUF") else kind_of_file(begin)
+            why = f": it looks like {kind}" if kind else f", or cut off: it begins with {begin[:4]!r}"
+            raise CheckpointError(f"{self.path}: not a GGUF file{why}")
+        version, tensors, fields = struct.unpack("<IQQ", begin[4:24])
         if version & 0xFFFF == 0:
             raise CheckpointError(f"{self.path}: its numbers are big-endian, which are not read")
         for count, what in ((tensors, "tensors"), (fields, "fields")):

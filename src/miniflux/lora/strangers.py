@@ -14,7 +14,7 @@ from miniflux.checkpoints.networks import BY_KIND
 from miniflux.checkpoints.networks.known import NOT_YET
 from miniflux.checkpoints.opened import known_in, network_of, parts_of
 from miniflux.errors import CheckpointError, LoraError
-from miniflux.strictjson import MAX_HEADER
+from miniflux.strictjson import open_regular
 
 # Keys of networks and LoRAs of other families, by a piece that only they have.
 FAMILIES: tuple[tuple[str, str], ...] = (
@@ -47,12 +47,10 @@ def refuse_other_files(path: Path) -> None:
             raise LoraError(f"{path}: this is the folder of a whole model, not a LoRA")
         return
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             head = file.read(HEAD)
     except OSError:
         return  # which whoever opens it says better
-    if int.from_bytes(head[:8], "little") <= MAX_HEADER and head[8:].lstrip().startswith(b"{"):
-        return  # whatever its length looks like
     kind = kind_of_file(head)
     if kind is not None:
         raise LoraError(f"{path}: this is {kind}, not a LoRA")
