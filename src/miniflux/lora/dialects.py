@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
+from miniflux.checkpoints.networks import NETWORKS
 from miniflux.checkpoints.networks.flux1 import FLUX1_DIFFUSERS
-from miniflux.checkpoints.networks.record import Row
+from miniflux.checkpoints.networks.record import LoraSpelling, Row
 from miniflux.errors import LoraError
 
 PartName = Literal["transformer", "clip", "t5"]
-Spelling = Literal["original", "diffusers", "xlabs", "clip", "t5"]
 
 # What the end of a key says about its tensor. Longer endings are tried first.
 SUFFIXES: dict[str, str] = {
@@ -107,7 +107,7 @@ class Dialect:
 
     name: str
     prefix: str
-    spelling: Spelling
+    spelling: LoraSpelling
     flat: bool = False
     tail: str = ""
 
@@ -210,7 +210,7 @@ def _original() -> list[_Rule]:
     return rules
 
 
-RULES: dict[Spelling, list[_Rule]] = {
+RULES: dict[LoraSpelling, list[_Rule]] = {
     "original": _original(),
     "diffusers": _from_rows(FLUX1_DIFFUSERS)
     + [_Rule(theirs, Place("transformer", ours), flux2=True) for ours, theirs in FLUX2_DIFFUSERS],
@@ -228,34 +228,7 @@ RULES: dict[Spelling, list[_Rule]] = {
     ],
 }
 
-DIALECTS: list[Dialect] = [
-    Dialect("diffusers", "transformer.", "diffusers"),
-    Dialect("diffusers without prefix", "", "diffusers"),
-    Dialect("SimpleTuner", "transformer.base_model.model.", "diffusers"),
-    Dialect("PEFT", "base_model.model.", "original"),  # fal, BFL's own trainer
-    Dialect("PEFT with diffusers names", "base_model.model.", "diffusers"),
-    Dialect("BFL", "", "original"),
-    Dialect("ComfyUI", "diffusion_model.", "original"),
-    Dialect("ComfyUI with diffusers names", "diffusion_model.", "diffusers"),
-    Dialect("OneTrainer with original names", "transformer.", "original"),
-    Dialect("XLabs", "", "xlabs"),
-    Dialect("XLabs in ComfyUI", "diffusion_model.", "xlabs"),
-    Dialect("kohya", "lora_unet_", "original", flat=True),
-    Dialect("kohya with diffusers names", "lora_unet_", "diffusers", flat=True, tail="_"),
-    Dialect("kohya with diffusers names", "lora_unet_", "diffusers", flat=True),
-    Dialect("OneTrainer", "lora_transformer_", "diffusers", flat=True),
-    Dialect("LyCORIS", "lycoris_", "diffusers", flat=True),
-    Dialect("LyCORIS with original names", "lycoris_", "original", flat=True),
-    # Text encoders: their keys stand beside those of any dialect above.
-    Dialect("diffusers", "text_encoder.", "clip"),
-    Dialect("diffusers", "text_encoder_2.", "t5"),
-    Dialect("ComfyUI", "text_encoders.clip_l.transformer.", "clip"),
-    Dialect("ComfyUI", "text_encoders.t5xxl.transformer.", "t5"),
-    Dialect("kohya", "lora_te1_", "clip", flat=True),
-    Dialect("kohya", "lora_te_", "clip", flat=True),
-    Dialect("kohya", "lora_te3_", "t5", flat=True),
-    Dialect("OneTrainer", "lora_te2_", "t5", flat=True),
-]
+DIALECTS = [Dialect(*names) for network in NETWORKS for names in network.lora]
 MISPRINTS = {"diffusion_model.sformer_blocks.": "diffusion_model.transformer_blocks."}  # some FLUX.2 exports
 
 
@@ -276,7 +249,7 @@ def _shape_of(name: str) -> str:
 
 
 @cache
-def _index(spelling: Spelling, flat: bool) -> dict[str, list[tuple[re.Pattern[str], _Rule]]]:
+def _index(spelling: LoraSpelling, flat: bool) -> dict[str, list[tuple[re.Pattern[str], _Rule]]]:
     found: dict[str, list[tuple[re.Pattern[str], _Rule]]] = {}
     for rule in RULES[spelling]:
         name = rule.theirs.replace(".", "_") if flat else rule.theirs

@@ -80,6 +80,12 @@ CLIP = Network(
     as_json=_as_json,
     named_there="a ClipTextConfig",
     guessed="the number of its heads",
+    lora=(
+        ("diffusers", "text_encoder.", "clip", False, ""),
+        ("ComfyUI", "text_encoders.clip_l.transformer.", "clip", False, ""),
+        ("kohya", "lora_te1_", "clip", True, ""),
+        ("kohya", "lora_te_", "clip", True, ""),
+    ),
     packed=("text_model.encoder.layers.",),
     chains=(r"text_model\.embeddings\.token_embedding", r"text_model\.encoder\.layers\.\d+"),
 )

@@ -23,6 +23,7 @@ convolution (and the biases are equal). packed: a part of a packed weight, equal
 THIRDS: dict[How, int] = {"first third": 0, "second third": 1, "last third": 2}
 
 Shapes = Mapping[str, tuple[int, ...]]
+LoraSpelling = Literal["original", "diffusers", "xlabs", "clip", "t5"]
 Config = TypeVar("Config")
 
 
@@ -83,6 +84,9 @@ class Network:
         as_json: what diffusers or transformers want to find in there.
         named_there: what that content is of, in a sentence.
         guessed: what of the config neither shapes nor that header tell; empty if nothing is lost.
+        lora: the ways in which LoRA files name its modules, fields of `lora.dialects.Dialect`: what a receipt calls it,
+            what every key begins with, how modules are named after that, whether underscores stand for dots, what
+            follows.
         packed: linears are packed whose names begin so.
         chains: of modules that come and go in this order while it runs, as patterns of their names.
         stays: tensors in there that stay all the same, as a pattern.
@@ -117,6 +121,7 @@ class Network:
     as_json: Callable[[Any], dict[str, Any]] = lambda config: {}
     named_there: str = ""
     guessed: str = ""
+    lora: tuple[tuple[str, str, LoraSpelling, bool, str], ...] = ()
     packed: tuple[str, ...] = ()
     chains: tuple[str, ...] = ()
     stays: re.Pattern[str] | None = None

@@ -105,6 +105,12 @@ T5 = Network(
     of_json=_of_json,
     as_json=_as_json,
     named_there="a T5Config",
+    lora=(
+        ("diffusers", "text_encoder_2.", "t5", False, ""),
+        ("ComfyUI", "text_encoders.t5xxl.transformer.", "t5", False, ""),
+        ("kohya", "lora_te3_", "t5", True, ""),
+        ("OneTrainer", "lora_te2_", "t5", True, ""),
+    ),
     packed=("encoder.block.",),
     chains=(r"shared", r"encoder\.block\.\d+"),
     stays=re.compile(r".*\.relative_attention_bias\.weight"),  # the first block's, used before it runs
