@@ -23,7 +23,7 @@ from miniflux.checkpoints.networks.known import Found
 from miniflux.checkpoints.opened import FOLDERS, known_in, models_in, network_of, parts_of
 from miniflux.checkpoints.report import LoadReport
 from miniflux.errors import CheckpointError, LoraError
-from miniflux.lora.files import is_lora, read
+from miniflux.lora.files import is_lora, read, what_is
 from miniflux.lora.models import fitting_models
 from miniflux.models.flux1 import Flux1, Flux1Config
 from miniflux.variants import OTHER_TRANSFORMERS, VARIANTS
@@ -208,7 +208,7 @@ def _recognise(source: TensorSource) -> tuple[str, str, str, list[str], dict[str
     """Network, variant, layout, problems, and what is not needed."""
     kind = network_of(source)
     if kind is None:
-        network, variant, layout, problems = _lora(source) or ("unknown", "unknown", "unknown", [])
+        network, variant, layout, problems = _lora(source) or ("unknown", what_is(source) or "unknown", "unknown", [])
         return network, variant, layout, problems, {}
     config, names, report = _closest(kind, source)
     problems = [f"{what}: {key}" for what, keys in report.problems.items() for key in keys]
@@ -259,8 +259,7 @@ def describe(source: TensorSource) -> str:
         return others[0].name
     kind = network_of(source)
     if kind is not Flux1:
-        unknown = "a LoRA, which changes a model and is none" if is_lora(source) else "no network known here"
-        return f"the tensors of {kind.__name__}" if kind else unknown
+        return f"the tensors of {kind.__name__}" if kind else what_is(source) or "no network known here"
     try:
         config = flux1_config(contents_of(source).entries, source.metadata)
     except CheckpointError as error:

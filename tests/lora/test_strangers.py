@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import pickle
+import re
 import struct
 import zipfile
 from pathlib import Path
@@ -20,8 +21,10 @@ from torch import Tensor
 
 import miniflux
 from miniflux.apps.cli import main
-from miniflux.errors import InputError, LoraError, MinifluxError
-from miniflux.lora import attach, convert, inspect, merge_files, read
+from miniflux.conversion.converting import convert as convert_file
+from miniflux.errors import CheckpointError, InputError, LoraError, MinifluxError
+from miniflux.inspection import inspect as inspect_file
+from miniflux.lora import attach, convert, extract, inspect, merge_files, read
 from miniflux.lora.attaching import BUNDLED_LORAS
 from miniflux.lora.models import stand_ins
 from miniflux.weights.finding import BUNDLED
@@ -142,6 +145,21 @@ def test_tensors_of_other_kinds(name: str, tmp_path: Path) -> None:
     with pytest.raises(LoraError, match="not a LoRA") as caught:
         read(path)
     assert kind in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["embedding of A1111", "U-Net", "checkpoint of SD", "LoRA of SD", "LoRA"])
+def test_tensors_of_other_kinds_given_as_a_model(name: str, tmp_path: Path) -> None:
+    """In the same words, by everything that takes a model."""
+    tensors, kind = (nano_lora(), "a LoRA, which changes a model") if name == "LoRA" else TENSORS[name]
+    path, kind, new = tmp_path / "a.safetensors", kind.partition(", not")[0], tmp_path / "b.safetensors"
+    save_file(tensors, path)
+    for call in (miniflux.load, lambda path: merge_files(path, [], new), lambda path: extract(path, path, new, 4)):
+        with pytest.raises(CheckpointError) as caught:
+            call(path)
+        assert str(caught.value).startswith(f"{path}: expected a FLUX.1 transformer, found {kind}")
+    with pytest.raises(CheckpointError, match=re.escape(f"{path}: {kind}" if "LoRA" not in name else "a LoRA is conv")):
+        convert_file(path, new)
+    assert "LoRA" in name or inspect_file(path).parts[0].variant.startswith(kind)
 
 
 NETWORKS = {

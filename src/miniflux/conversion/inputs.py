@@ -21,7 +21,7 @@ from miniflux.checkpoints.networks import BY_KIND, NETWORKS, PIPELINE
 from miniflux.checkpoints.opened import Opened, known_in, models_in, network_of, parts_of
 from miniflux.checkpoints.sizes import config_in, in_header
 from miniflux.errors import CheckpointError
-from miniflux.lora.files import is_lora
+from miniflux.lora.files import is_lora, what_is
 from miniflux.models.flux1 import Flux1
 from miniflux.models.tiny_autoencoder import TinyDecoder
 from miniflux.variants import VARIANTS
@@ -99,14 +99,14 @@ def inputs(path: str | Path) -> Inputs:
         if len(models) > 1 and (why := _no_part(source, bool(parts))):
             left_out[str(model.path.relative_to(path))] = why
         elif not parts:
-            raise CheckpointError(f"{source}: {_no_part(source, False) or 'no network known here'}")
+            raise CheckpointError(f"{source}: {_no_part(source, False) or what_is(source) or 'no network known here'}")
         else:
             found += [_input(kind, part, path, model, len(parts) > 1) for kind, part in parts.items()]
     if not models:  # a file, an index, or a folder without any
         whole = open_tensors(path)
         parts = parts_of(whole)
         if not parts:
-            raise CheckpointError(f"{path}: {_no_part(whole, False) or 'no network known here'}")
+            raise CheckpointError(f"{path}: {_no_part(whole, False) or what_is(whole) or 'no network known here'}")
         found = [_input(kind, part, path, None, len(parts) > 1) for kind, part in parts.items()]
     if not found:
         raise CheckpointError(f"{path}: no network known here")

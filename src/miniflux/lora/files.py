@@ -15,7 +15,7 @@ from miniflux.checkpoints.loading import is_finite
 from miniflux.errors import LoraError
 from miniflux.lora.dialects import SIGNS, Place, recognise, split
 from miniflux.lora.stated import Stated, config_beside
-from miniflux.lora.strangers import refuse_other_files, refuse_other_tensors
+from miniflux.lora.strangers import other_kind, refuse_other_files, refuse_other_tensors
 
 Form = Literal["LoRA", "LoHa", "LoKr", "diff", "replace"]
 
@@ -258,3 +258,10 @@ def _half(tensors: Mapping[str, Tensor], n: int) -> tuple[int, int]:
 def is_lora(source: TensorSource) -> bool:
     """Whether a file has tensors that only LoRA files have."""
     return any((part := split(key)) and part[1] in SIGNS for key in source.entries)
+
+
+def what_is(source: TensorSource) -> str | None:
+    """What tensors are, in a few words, whether they are a LoRA, a network or something of another family; None if
+    that is not known."""
+    lora = is_lora(source)
+    return other_kind(source, lora) or ("a LoRA, which changes a model and is none" if lora else None)

@@ -65,11 +65,15 @@ def refuse_other_tensors(source: TensorSource, signs: bool) -> None:
     Raises:
         LoraError: they are those of a network, an embedding, or of another family of models.
     """
-    keys = source.entries
-    kind = next((kind for piece, kind in FAMILIES if any(piece in key for key in keys)), None)
-    kind = kind or (None if signs else _network(source))
+    kind = other_kind(source, signs)
     if kind is not None:
         raise LoraError(f"{source}: this is {kind}, not a LoRA{' for FLUX' if kind.startswith('a LoRA') else ''}")
+
+
+def other_kind(source: TensorSource, signs: bool) -> str | None:
+    """What tensors are that are no LoRA for FLUX; None if they may be one. `signs`: see `refuse_other_tensors`."""
+    kind = next((kind for piece, kind in FAMILIES if any(piece in key for key in source.entries)), None)
+    return kind or (None if signs else _network(source))
 
 
 def _network(source: TensorSource) -> str | None:

@@ -15,7 +15,7 @@ from miniflux.checkpoints.configs import flux1_config
 from miniflux.checkpoints.files import TensorSource
 from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.loading import bare, compare, take_packed_layers
-from miniflux.checkpoints.opened import layout_in, open_part
+from miniflux.checkpoints.opened import known_in, layout_in, network_of, open_part
 from miniflux.checkpoints.saving import checkpoint_path
 from miniflux.checkpoints.writing import write_frame
 from miniflux.disk import write_beside
@@ -25,7 +25,7 @@ from miniflux.lora.attaching import resolved
 from miniflux.lora.bases import bases_of
 from miniflux.lora.dialects import NORM_PARAMETER
 from miniflux.lora.encoding import WRITABLE, Contents, encode, write
-from miniflux.lora.files import LoraFile, read
+from miniflux.lora.files import LoraFile, read, what_is
 from miniflux.lora.fitting import WIDENED, fitted
 from miniflux.lora.layer import Dense, LowRank
 from miniflux.lora.mergedfile import MergedFile, Weights
@@ -47,7 +47,9 @@ def network_of_file(source: TensorSource) -> tuple[Flux1, str]:
     try:
         config = flux1_config(contents_of(source).entries, source.metadata, to_run=False)
     except CheckpointError as error:
-        raise CheckpointError(f"{source}: {error}") from error
+        other = None if known_in(source) or network_of(source) is Flux1 else what_is(source)
+        why = f"expected a FLUX.1 transformer, found {other}" if other else error
+        raise CheckpointError(f"{source}: {why}") from error
     network = bare(Flux1, config)
     report = compare(network, source)
     if report.problems:
