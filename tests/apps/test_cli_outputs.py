@@ -265,6 +265,25 @@ def test_previews_of_a_call_are_not_written_over(tmp_path: Path) -> None:
     Image.open(tmp_path / "a-star-step001.png").load()
 
 
+def test_pictures_and_previews_of_a_call_do_not_take_each_others_names(tmp_path: Path) -> None:
+    """A preview where a picture of the call is, a picture where a preview is, a sheet where a preview is."""
+    steps = [*QUICK, "--steps", "2", "--preview-every", "1", "--force", "--grid", str(tmp_path / "x-b-step001.png")]
+    prompts = ["x a step001", "x a", "x b", "x b step001"]
+    assert run("generate", *prompts, "-o", str(tmp_path / "{prompt}.png"), *steps) == 0
+    pictures, first = ["x-a.png", "x-b.png"], ["x-a-step001.png", "x-b-step001.png"]
+    others = ["x-a-step001-1.png", "x-b-step001-1.png", "x-b-step001-2.png"]
+    assert names(tmp_path) == sorted([*pictures, *first, *others, "x-a-step001-step001.png", "x-b-step001-step001.png"])
+    settings = {name: len(getattr(Image.open(tmp_path / name), "text", {})) for name in (*first, *others)}
+    assert [name for name, texts in settings.items() if texts] == [first[0], *others[1:]]  # previews have none
+
+
+def test_a_brace_in_the_name_of_a_sheet_is_written_twice(tmp_path: Path) -> None:
+    """As in the name of a picture."""
+    where = ["-o", str(tmp_path / "{{a}}.png"), "--grid", str(tmp_path / "{{g}}.png")]
+    assert run("generate", "a star", *where, *QUICK) == 0
+    assert names(tmp_path) == ["{a}.png", "{g}.png"]
+
+
 def by(name: str) -> int:
     return int(re.findall(r"\d+", name)[0])
 

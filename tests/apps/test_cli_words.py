@@ -37,6 +37,9 @@ REALISM = str(BUNDLED / "loras" / "realism.safetensors")
         ("--grid x.bmp", "'.bmp'"),
         ("--grid no/x.png", "does not exist"),
         ("--grid g-{seed}.png", "one sheet holds all pictures"),
+        ("--grid g-{sed}.png", "one sheet holds all pictures"),
+        ("--grid g-}.png", "a brace itself is written twice"),
+        ("--weights=", "argument --weights: the name is empty"),
         ("--grid=", "is empty"),
         ("--output=", "is empty"),
         ("--image=", "the name of a picture is empty"),
@@ -176,3 +179,24 @@ def test_an_interrupted_conversion_goes_on_under_its_numbered_name(
     assert run("convert", AE, "x.safetensors") == 0
     assert "tensors were there from an interrupted run" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x-1.safetensors", "x.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["inspect", ""],
+        ["convert", "", "a.safetensors"],
+        ["convert", AE, ""],
+        ["lora", "inspect", ""],
+        ["lora", "convert", "realism", "--to", "kohya", "-o", ""],
+        ["lora", "merge", "", "--lora", "realism", "-o", "a.safetensors"],
+        ["lora", "extract", AE, AE, "-o", ""],
+        ["replay", ""],
+        ["replay", "a.png", "--weights", ""],
+        ["study", "schedule", "--plot", ""],
+    ],
+)
+def test_an_empty_name_is_not_the_folder_we_are_in(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*words) == 2
+    said = capsys.readouterr().err
+    assert "the name is empty" in said and said.count("\n") == 1

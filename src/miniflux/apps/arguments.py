@@ -21,6 +21,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **{"allow_abbrev": False, **options})
         self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)")  # argparse knows -1 and -1.5
+        self.register("type", "path", path)
         self.register("action", None, _Once)
         self.register("action", "store", _Once)
 
@@ -74,6 +75,13 @@ def seed(given: str) -> int | None:
         return int(given)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a whole number or random, got {given!r}") from None
+
+
+def path(text: str) -> str:
+    """The name of a file or folder: an empty one would be the folder we are in."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty")
+    return text
 
 
 def size(text: str) -> tuple[int, int]:

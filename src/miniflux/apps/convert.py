@@ -30,8 +30,10 @@ def add(commands: Any) -> None:
         "Q2_K to .gguf (miniflux[gguf]). "
         "Of a transformer and of text encoders the linears of the blocks are packed; everything else keeps its dtype.",
     )
-    convert.add_argument("source", metavar="IN", help="a file, a folder with shards, or a model folder")
-    convert.add_argument("target", metavar="OUT", help="ends in .safetensors or .gguf; without ending a folder")
+    convert.add_argument("source", type="path", metavar="IN", help="a file, a folder with shards, or a model folder")
+    convert.add_argument(
+        "target", type="path", metavar="OUT", help="ends in .safetensors or .gguf; without ending a folder"
+    )
     convert.add_argument(
         "--layout", metavar="NAME", help="original, diffusers or all-in-one; default: that of the source"
     )
@@ -41,7 +43,9 @@ def add(commands: Any) -> None:
     convert.add_argument(
         "--picture", action="store_true", help="draw with both and tell how far apart the pictures are (PSNR)"
     )
-    convert.add_argument("--weights", metavar="FOLDER", help="for --picture: where the model's other files are")
+    convert.add_argument(
+        "--weights", type="path", metavar="FOLDER", help="for --picture: where the model's other files are"
+    )
     convert.add_argument("-v", "--verbose", action="store_true", help="list every layer, and say more")
     arguments.add_force(convert)
     convert.set_defaults(run=_convert)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miniflux.apps import arguments, console
-from miniflux.apps.outputs import FIELDS, IN_FOLDER, Outputs, new_file
+from miniflux.apps.outputs import FIELDS, IN_FOLDER, Outputs, sheet_name
 from miniflux.apps.prompts import prompts_of
 from miniflux.errors import InputError, LoraError
 
@@ -47,12 +47,13 @@ def add(commands: Any) -> None:
     generate.add_argument(
         "-o",
         "--output",
+        type="path",
         default="out.png",
         metavar="FILE|FOLDER/",
         help=".png, .jpg or .webp, default %(default)s; several pictures are numbered (out-1.png), or named by fields: "
         f"{' '.join(f'{{{name}}}' for name in FIELDS)}; in a folder {IN_FOLDER}",
     )
-    generate.add_argument("--grid", metavar="FILE", help="write all pictures on one sheet as well")
+    generate.add_argument("--grid", type="path", metavar="FILE", help="write all pictures on one sheet as well")
     arguments.add_force(generate)
     generate.add_argument(
         "--model",
@@ -60,7 +61,7 @@ def add(commands: Any) -> None:
         metavar="NAME|PATH",
         help="nano (bundled, the default), nano-schnell, flux1-dev, flux1-schnell, flux1-krea-dev, or a file or folder",
     )
-    generate.add_argument("--weights", metavar="FOLDER", help="look for the model's files here first")
+    generate.add_argument("--weights", type="path", metavar="FOLDER", help="look for the model's files here first")
     generate.add_argument(
         "--seed",
         type=arguments.seed,
@@ -149,7 +150,7 @@ class _Call:
         outputs: where they go.
         sheet: what was drawn, if it is wanted on a grid.
         blocks: of a step cache, how many were skipped and evaluated.
-        previews: that were written, so that none is written over.
+        grid: where the sheet goes.
     """
 
     prompts: list[str]
@@ -157,9 +158,9 @@ class _Call:
     image: Image.Image | None
     settings: dict[str, Any]
     outputs: Outputs
+    grid: Path | None
     sheet: list[Result] = field(default_factory=list)
     blocks: Counter[str] = field(default_factory=Counter)
-    previews: set[Path] = field(default_factory=set[Path])
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -178,21 +179,21 @@ def _run(options: argparse.Namespace) -> None:
         done = call.outputs.done
         names = f" ({', '.join(map(str, done))})" if done else ""
         stop.kept = f"{len(done)} of {len(call.prompts)} pictures are kept{names}"  # pyright: ignore
-        if call.sheet:
-            _write_sheet(options, call)
-        raise
-    if options.grid is not None:
         _write_sheet(options, call)
+        raise
+    _write_sheet(options, call)
     if options.cache is not None:
         spared, made = call.blocks["skipped"], call.blocks["evaluated"]
         console.say(f"cache {options.cache}: {spared} of {spared + made} blocks spared")
 
 
 def _write_sheet(options: argparse.Namespace, call: _Call) -> None:
-    """All pictures that were drawn on one sheet."""
+    """All pictures that were drawn on one sheet, if that is wanted."""
     from miniflux.result import joined
 
-    with new_file(options.grid, options.force and not call.outputs.wrote(options.grid)) as path:
+    if call.grid is None or not call.sheet:
+        return
+    with call.outputs.beside(call.grid) as path:
         joined(call.sheet).save(path, metadata=not options.no_metadata)
     total = len(call.prompts)
     many = f"all {total}" if len(call.sheet) == total else f"{len(call.sheet)} of {total} pictures"
@@ -219,10 +220,7 @@ def _checked(options: argparse.Namespace) -> _Call:
     whole("seed", seed, 0, MAX_SEED + 1 - len(prompts))
     varied = variation_for(options.variation, len(prompts))
     outputs = Outputs(options.output, len(prompts), options.force, tuple(FORMATS))
-    if options.grid is not None:
-        checked_output(options.grid)
-        if any(f"{{{name}" in Path(options.grid).name for name in FIELDS):
-            raise InputError(f"--grid {options.grid}: one sheet holds all pictures: no field of one names it")
+    grid = None if options.grid is None else checked_output(sheet_name(options.grid))
     if options.weights is not None and not Path(options.weights).is_dir():
         raise InputError(f"--weights {options.weights}: no such folder")
     check_mode(options.memory)
@@ -271,7 +269,7 @@ def _checked(options: argparse.Namespace) -> _Call:
     twice = next((file for i, file in enumerate(files) if file in files[:i]), None)
     if twice is not None:
         raise LoraError(f"--lora {twice}: {Path(str(twice)).stem!r} is attached already; name it once, with one scale")
-    return _Call(prompts, seed, image, {**settings, "schedule": spacing, "cache": options.cache}, outputs)
+    return _Call(prompts, seed, image, {**settings, "schedule": spacing, "cache": options.cache}, outputs, grid)
 
 
 def _draw(options: argparse.Namespace, pipe: Pipeline, call: _Call) -> None:
@@ -311,7 +309,7 @@ def _draw(options: argparse.Namespace, pipe: Pipeline, call: _Call) -> None:
                 shown = f", {prompt!r}" if len(set(call.prompts)) > 1 else ""
                 w, h = result.images[0].size
                 console.say(f"{path}: {w}x{h}, {pipe.variant.name}, seed {call.seed + i}{shown}")
-            if options.grid is not None:
+            if call.grid is not None:
                 call.sheet.append(result)
             if options.cache is not None:
                 call.blocks.update({key: said["cache"][key] for key in ("skipped", "evaluated")})
@@ -330,10 +328,8 @@ def _preview(options: argparse.Namespace, pipe: Pipeline, call: _Call, moment: M
     width, height = size or (pipe.variant.size, pipe.variant.size)
     said = {"model": pipe.variant.name, "width": width, "height": height, "steps": moment.steps}
     stem = call.outputs.stem({**said, "solver": options.solver, **about})
-    given = call.outputs.folder / f"{stem}-step{moment.step:03d}.png"
-    with new_file(given, options.force and given not in call.previews) as path:
+    with call.outputs.beside(call.outputs.folder / f"{stem}-step{moment.step:03d}.png") as path:
         save_picture(pipe.preview(moment, width, height), path, None)
-    call.previews.add(path)
 
 
 def _guide(options: argparse.Namespace) -> Cfg | None:

@@ -27,7 +27,7 @@ def add(commands: Any) -> None:
         epilog="Formats are named as `miniflux convert --format` takes them. If one of several cannot be read, the "
         "others are told all the same, and the exit code is 2.",
     )
-    inspect.add_argument("paths", nargs="+", metavar="FILE|FOLDER|PICTURE")
+    inspect.add_argument("paths", nargs="+", type="path", metavar="FILE|FOLDER|PICTURE")
     inspect.add_argument("--data", action="store_true", help="read every tensor: name those with NaN, and all zero")
     inspect.add_argument("--json", action="store_true", help="the same for programs: one list for all")
     inspect.set_defaults(run=_inspect)

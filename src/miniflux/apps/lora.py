@@ -20,30 +20,32 @@ def add(commands: Any) -> None:
         "inspect", help="say what a LoRA file changes", description="Print the receipt of a LoRA file: every module it "
         "changes, with rank, scale and strength, also beside the weights of the model if they are on this machine.",
     )  # fmt: skip
-    inspect_lora.add_argument("file", metavar="FILE")
+    inspect_lora.add_argument("file", type="path", metavar="FILE")
     inspect_lora.add_argument("--model", metavar="NAME", help="compare with this model; default: the first that fits")
     inspect_lora.set_defaults(run=_inspect)
 
     convert = actions.add_parser("convert", help="write a LoRA in the names of another program")
-    convert.add_argument("file", metavar="FILE")
-    convert.add_argument("-o", "--output", required=True, metavar="FILE", help="ends in .safetensors")
+    convert.add_argument("file", type="path", metavar="FILE")
+    convert.add_argument("-o", "--output", required=True, type="path", metavar="FILE", help="ends in .safetensors")
     convert.add_argument("--to", required=True, metavar="DIALECT", help="diffusers, kohya, comfyui or xlabs")
     convert.add_argument("--model", metavar="NAME", help="what it is for; default: the first that fits")
     convert.set_defaults(run=_convert)
 
     merge = actions.add_parser("merge", help="write a checkpoint with LoRAs merged in")
-    merge.add_argument("base", metavar="BASE", help="a transformer's file, or folder with shards")
+    merge.add_argument("base", type="path", metavar="BASE", help="a transformer's file, or folder with shards")
     merge.add_argument("--lora", action="append", type=arguments.lora, required=True, metavar="PATH[:SCALE]")
     merge.add_argument(
         "--pack", action="store_true", help="packed weights stay packed; most of a LoRA is then rounded off"
     )
-    merge.add_argument("-o", "--output", required=True, metavar="FILE", help="ends in .safetensors, or .gguf as BASE")
+    merge.add_argument(
+        "-o", "--output", required=True, type="path", metavar="FILE", help="ends in .safetensors, or .gguf as BASE"
+    )
     merge.set_defaults(run=_merge)
 
     extract = actions.add_parser("extract", help="the difference of two checkpoints as a LoRA")
-    extract.add_argument("base", metavar="BASE")
-    extract.add_argument("tuned", metavar="TUNED")
-    extract.add_argument("-o", "--output", required=True, metavar="FILE", help="ends in .safetensors")
+    extract.add_argument("base", type="path", metavar="BASE")
+    extract.add_argument("tuned", type="path", metavar="TUNED")
+    extract.add_argument("-o", "--output", required=True, type="path", metavar="FILE", help="ends in .safetensors")
     extract.add_argument("--rank", type=int, default=32, metavar="N", help="default %(default)s")
     extract.add_argument(
         "--to", default="kohya", metavar="DIALECT", help="diffusers, kohya (default), comfyui or xlabs"

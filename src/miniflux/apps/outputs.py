@@ -80,6 +80,7 @@ class Outputs:
             raise InputError("the name of the output is empty")
         self.total, self.force = total, force
         self.done: list[Path] = []
+        self.others: list[Path] = []
         folder = given.endswith(("/", os.sep)) or os.path.isdir(given)
         pattern = os.path.join(given, IN_FOLDER) if folder else given
         self.folder, self.pattern = Path(os.path.dirname(pattern)), os.path.basename(pattern)
@@ -104,9 +105,19 @@ class Outputs:
         stem = Path(self._named(about)).stem
         return stem if self.fields or self.total == 1 else f"{stem}-{about['index']}"
 
-    def wrote(self, path: str | Path) -> bool:
-        """Whether a picture of this call is there."""
-        return os.path.exists(path) and any(done.exists() and os.path.samefile(done, path) for done in self.done)
+    @contextmanager
+    def beside(self, given: Path) -> Generator[Path]:
+        """A path, taken, for what is none of the pictures: a preview, a sheet. Never over what this call has written.
+
+        Raises:
+            InputError, OutputError: as of `new_file`.
+        """
+        mine = os.path.exists(given) and any(
+            path.exists() and os.path.samefile(path, given) for path in (*self.done, *self.others)
+        )
+        with new_file(given, self.force and not mine) as path:
+            yield path
+        self.others.append(path)
 
     @contextmanager
     def place(self, about: Mapping[str, Any]) -> Generator[Path]:
@@ -121,12 +132,26 @@ class Outputs:
             raise OutputError(f"{self.folder}: the folder cannot be made: {error.strerror or error}") from error
         path = self.folder / self._named(about)
         names = numbered(path, self.number)
-        mine = {str(done).casefold() for done in self.done}
+        mine = {str(written).casefold() for written in (*self.done, *self.others)}
         with claimed((name for name in names if str(name).casefold() not in mine), self.force) as taken:
             yield taken
             self.done.append(taken)
             if self.number:
                 self.number = int(taken.stem.rpartition("-")[2]) + 1
+
+
+def sheet_name(given: str) -> Path:
+    """The name of a sheet: one that any of its pictures could have, so without fields.
+
+    Raises:
+        InputError: it holds some.
+    """
+    folder, name = os.path.split(given)
+    if re.search("[{}]", name.replace("{{", "").replace("}}", "")):
+        raise InputError(
+            f"--grid {given}: one sheet holds all pictures: no field of one names it; a brace itself is written twice"
+        )
+    return Path(folder, name.replace("{{", "{").replace("}}", "}"))
 
 
 def _fields(pattern: str) -> list[str]:

@@ -20,14 +20,16 @@ def add(commands: Any) -> None:
         "byte for byte. Refused if a weight or LoRA file is not the one that it was made with. Models and LoRAs that "
         "are not where they were are looked for beside the picture.",
     )
-    command.add_argument("picture", metavar="PICTURE", help="a .png, .jpg or .webp of miniflux")
-    command.add_argument("-o", "--output", metavar="FILE", help="write what was made")
+    command.add_argument("picture", type="path", metavar="PICTURE", help="a .png, .jpg or .webp of miniflux")
+    command.add_argument("-o", "--output", type="path", metavar="FILE", help="write what was made")
     command.add_argument("--force", action="store_true", help="go on where files differ, and show the difference; "
         "write over --output if it is there, else it is numbered")  # fmt: skip
-    command.add_argument("--model", metavar="NAME|PATH", help="load this instead of the model that the file names")
+    command.add_argument(
+        "--model", type="path", metavar="NAME|PATH", help="load this instead of the model that the file names"
+    )
     command.add_argument("--lora", action="append", default=[], metavar="PATH", help="take this for a LoRA that the "
         "file names; may be given several times")  # fmt: skip
-    command.add_argument("--weights", metavar="FOLDER", help="look for the model's files here first")
+    command.add_argument("--weights", type="path", metavar="FOLDER", help="look for the model's files here first")
     command.add_argument("--device", metavar="NAME", help="default: the one it was made on")
     command.add_argument("--image", metavar="FILE", help="the picture that was changed, if it was made from one")
     command.add_argument("--no-metadata", action="store_true", help="leave the settings out of --output")

@@ -24,7 +24,7 @@ def add(commands: Any) -> None:
         "--size", type=arguments.size, default=(1024, 1024), metavar="WxH", help="for the shift of FLUX.1 dev"
     )
     schedules.add_argument("--shift", type=float, metavar="X", help="a static shift instead; 1 for none")
-    schedules.add_argument("--plot", metavar="FILE", help="draw them: .png, .svg or .pdf")
+    schedules.add_argument("--plot", type="path", metavar="FILE", help="draw them: .png, .svg or .pdf")
     schedules.set_defaults(run=_schedule)
     solvers = subjects.add_parser(
         "solvers",
@@ -37,7 +37,9 @@ def add(commands: Any) -> None:
     solvers.add_argument(
         "--calls", type=arguments.numbers, default=[8, 16, 32, 64], metavar="N,N", help="default 8,16,32,64"
     )
-    solvers.add_argument("--plot", metavar="FILE", help="draw it: .png, .svg or .pdf (needs miniflux[study])")
+    solvers.add_argument(
+        "--plot", type="path", metavar="FILE", help="draw it: .png, .svg or .pdf (needs miniflux[study])"
+    )
     solvers.set_defaults(run=_solvers)
     for command in (schedules, solvers):
         arguments.add_verbose(command)

@@ -37,17 +37,20 @@ def add(commands: Any) -> None:
                     "or NAME:PORT, by which a proxy in front is asked; may be given several times")  # fmt: skip
     ui.add_argument("--model", default="nano", metavar="NAME", help="chosen at first: a name, or the path of a file or "
                     "folder; default %(default)s")  # fmt: skip
-    ui.add_argument("--models", metavar="FOLDER", help="list all FLUX.1 models in this folder and in those inside: "
+    ui.add_argument("--models", type="path", metavar="FOLDER",
+                    help="list all FLUX.1 models in this folder and in those inside: "
                     "safetensors, GGUF, fp8, fine-tunes, pipelines")  # fmt: skip
-    ui.add_argument("--weights", metavar="FOLDER", help="look for models here first")
+    ui.add_argument("--weights", type="path", metavar="FOLDER", help="look for models here first")
     ui.add_argument("--device", metavar="NAME", help="cpu, cuda, mps ...; default the best there is")
     ui.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16; default what suits the device")
     ui.add_argument("--queue", type=_count, default=64, metavar="N", help="jobs that may wait; default %(default)s")
     ui.add_argument("--workers", type=_count, default=1, metavar="N", help="pictures drawn at once, as far as memory "
                     "allows; default %(default)s")  # fmt: skip
-    ui.add_argument("--cache", metavar="FOLDER", help="keep drawn pictures here, to answer repeated requests at once; "
+    ui.add_argument("--cache", type="path", metavar="FOLDER",
+                    help="keep drawn pictures here, to answer repeated requests at once; "
                     "default: in memory")  # fmt: skip
-    ui.add_argument("--history", metavar="FOLDER", help="keep the pictures of every browser here; default: a temporary "
+    ui.add_argument("--history", type="path", metavar="FOLDER",
+                    help="keep the pictures of every browser here; default: a temporary "
                     "folder, gone when the page is")  # fmt: skip
     ui.add_argument("-v", "--verbose", action="store_true", help="say more about what is done")
     ui.set_defaults(run=run)
