@@ -256,6 +256,27 @@ def test_a_stopped_call_writes_its_sheet(tmp_path: Path, monkeypatch: pytest.Mon
     assert Image.open(grid).size == (2 * 64, 48)
 
 
+def test_a_stopped_call_whose_sheet_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """That it was stopped, and what is kept, is said all the same."""
+    (tmp_path / "sheets").mkdir()
+    save = Result.save
+
+    def stopping(self: Result, path: str | Path, metadata: bool = True) -> Path:
+        if Path(path).name == "x-2.png":
+            (tmp_path / "sheets").rmdir()
+            raise KeyboardInterrupt
+        return save(self, path, metadata)
+
+    monkeypatch.setattr(Result, "save", stopping)
+    where = ["-o", str(tmp_path / "x.png"), "--grid", str(tmp_path / "sheets" / "grid.png")]
+    assert run("generate", "a star", *where, "--images", "4", *QUICK) == 130
+    said = capsys.readouterr().err
+    assert "stopped: 1 of 4 pictures are kept" in said and "the sheet is not written: " in said
+    assert names(tmp_path) == ["x-1.png"]
+
+
 def test_previews_of_a_call_are_not_written_over(tmp_path: Path) -> None:
     """Two pictures of one name, with `--force`: what was there goes, what this call wrote stays."""
     (tmp_path / "a-star-step001.png").write_text("old")

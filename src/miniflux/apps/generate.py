@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from miniflux.apps import arguments, console
 from miniflux.apps.outputs import FIELDS, IN_FOLDER, Outputs, sheet_name
 from miniflux.apps.prompts import prompts_of
-from miniflux.errors import InputError, LoraError
+from miniflux.errors import InputError, LoraError, MinifluxError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -179,7 +179,10 @@ def _run(options: argparse.Namespace) -> None:
         done = call.outputs.done
         names = f" ({', '.join(map(str, done))})" if done else ""
         stop.kept = f"{len(done)} of {len(call.prompts)} pictures are kept{names}"  # pyright: ignore
-        _write_sheet(options, call)
+        try:
+            _write_sheet(options, call)
+        except (MinifluxError, OSError) as error:  # that the run was stopped, and what is kept, is said all the same
+            stop.kept += f"; the sheet is not written: {error}"  # pyright: ignore
         raise
     _write_sheet(options, call)
     if options.cache is not None:
