@@ -265,6 +265,8 @@ class Plan:
         if self.guide is not None:
             method = next(name for name, kind in GUIDES.items() if kind is type(self.guide))
             guide = {"method": method, **{f.name: told(getattr(self.guide, f.name)) for f in fields(self.guide)}}
+        changed = next((condition for condition in self.conditions if isinstance(condition, Img2Img)), None)
+        others = [{"kind": type(c).__name__, **c.described()} for c in self.conditions if c is not changed]
         return {
             "width": self.width,
             "height": self.height,
@@ -283,9 +285,8 @@ class Plan:
             "shift": self.shift,
             "restart": None if self.restart is None else list(self.restart),
             "negative": self.negative,
-            "image": None,
-            "strength": 1.0,  # unless a condition says another
-            **{name: value for condition in self.conditions for name, value in condition.described().items()},
+            **({"image": None, "strength": 1.0} if changed is None else changed.described()),
+            **({"conditions": others} if others else {}),
         }
 
     def varied(self, i: int) -> tuple[int, float] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +16,13 @@ from miniflux.conditions import Added, Img2Img, Scene, joined
 from miniflux.errors import InputError
 from miniflux.families import FAMILIES, Family
 from miniflux.memory.ledger import predict
-from miniflux.models.flux1 import Flux1Config, RunBlock
+from miniflux.models.flux1 import Flux1Config, RunBlock, run_block
+from miniflux.models.layers import attention
 from miniflux.pipeline import Pipeline
 from miniflux.plan import Plan
+from miniflux.replay import replay
 from miniflux.sampling import Schedule, Wrap, denoise, image_ids, initial_noise, pack
+from miniflux.settings.reading import read_picture
 from tests.tiny import randn
 
 SIZE = {"width": 64, "height": 48, "steps": 2}
@@ -64,7 +68,7 @@ def test_what_is_added_reaches_the_network(pipe: Pipeline) -> None:
     """Tokens, positions and wraps: the same as `denoise` told by hand."""
     beside = Beside(5, [])
     result = pipe.generate("a star", seed=3, guidance=2.0, conditions=[beside], **SIZE)
-    assert result.settings[0]["beside"] == 5 and len(beside.seen) == 2 * 4
+    assert result.settings[0]["conditions"] == [{"kind": "Beside", "beside": 5}] and len(beside.seen) == 2 * 4
     text = pipe.text.encode(["a star"], 32)
     x = denoise(
         pipe.transformer, pack(initial_noise(48, 64, 3)), image_ids(1, 3, 4), text.txt, torch.zeros(1, 32, 3), text.vec,
@@ -88,6 +92,18 @@ def test_image_and_strength_are_a_condition(pipe: Pipeline) -> None:
     given = pipe.generate("a star", conditions=[Img2Img(picture, 0.6)], **SIZE)
     assert torch.equal(ours.latents, given.latents) and ours.settings == given.settings
     assert (ours.settings[0]["strength"], len(ours.settings[0]["image"])) == (0.6, 64)
+
+
+def test_a_steered_picture_can_be_read_and_says_so(tmp_path: Path) -> None:
+    """What replay cannot give again is a doubt, not a loss; all functions of a caller's are told, too."""
+    pipe = miniflux.load("nano-dev")
+    options = {"conditions": [Beside(3, [])], "wraps": [first], "run": run_block, "attend": attention, **SIZE}
+    pipe.generate("a star", **options).save(tmp_path / "x.png")
+    reading = read_picture(tmp_path / "x.png")
+    assert "it was steered by Beside, which is not given again" in reading.records[0].doubts
+    assert len(reading.records[0].doubts) == 4
+    again = replay(tmp_path / "x.png")
+    assert not again.same and "it was steered by Beside, which is not given again" in again.differences
 
 
 def test_memory_counts_tokens_of_conditions(pipe: Pipeline) -> None:

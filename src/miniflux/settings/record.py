@@ -20,7 +20,7 @@ TAKEN = (
 FACTS = (
     *("version", "torch", "model", "model_path", "dtype", "dtype_asked", "device", "threads", "memory"),
     *("loras", "files", "steps", "steps_asked", "sigmas", "guidance", "guide", "cache"),
-    *("cached", "not_cached", "replaced", "resumed", "changed", "wrapped", "sheet"),
+    *("cached", "not_cached", "replaced", "resumed", "changed", "wrapped", "conditions", "sheet"),
 )
 BILL = ("evaluated", "skipped", "latent_l2", "psnr")  # what a step cache did, beside its settings
 
@@ -94,8 +94,11 @@ def record_of(value: object) -> Record:
     loras, doubts = _loras(about, files)
     if about.get("replaced"):
         doubts.append("a callback replaced its latents on the way")
-    for name in strict.items("wrapped", about.get("wrapped") or [], 2):
+    for name in strict.items("wrapped", about.get("wrapped") or [], 3):
         doubts.append(f"a function of the caller's was given as {strict.text('wrapped', name, 100)}")
+    for condition in strict.items("conditions", about.get("conditions") or [], MAX_CHANGES):
+        kind = strict.text("conditions: kind", strict.record("conditions", condition).get("kind"), 100)
+        doubts.append(f"it was steered by {kind}, which is not given again")
     if about.get("resumed"):
         doubts.append(f"it went on from step {strict.integer('resumed', about['resumed'])} of an earlier run")
     if about.get("changed"):
