@@ -10,12 +10,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from miniflux.checkpoints.configs import in_header
 from miniflux.checkpoints.files import TensorSource
 from miniflux.checkpoints.folders import GGUF, SAFETENSORS
 from miniflux.checkpoints.layouts import ALL_IN_ONE, ORIGINAL, counterparts, to_layout
 from miniflux.checkpoints.opened import layout_in, part_of
 from miniflux.checkpoints.quantized import packed_layers
-from miniflux.checkpoints.sizes import in_header
 from miniflux.checkpoints.writing import write_tensors
 from miniflux.disk import write_beside
 from miniflux.errors import CheckpointError, InputError, OutputError
@@ -29,7 +29,7 @@ def save(
     Args:
         path: ends in `.safetensors`.
         layout: `original` (the keys of the published single files) or another one of the network's layouts.
-        metadata: strings for the header, beside what is written anyway: what shapes cannot tell (`sizes.in_header`).
+        metadata: strings for the header, beside what is written anyway: what shapes cannot tell (`configs.in_header`).
 
     Raises:
         OutputError: the path has another ending or cannot be written.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from miniflux.checkpoints.configs import axes_beside, config_beside, flux1_config
+from miniflux.checkpoints.configs import axes_beside, config_beside, config_in, flux1_config, in_header
 from miniflux.checkpoints.files import TensorSource, open_tensors
 from miniflux.checkpoints.folders import Model, unread
 from miniflux.checkpoints.formats.reading import contents_of
@@ -19,7 +19,6 @@ from miniflux.checkpoints.layouts import counterparts
 from miniflux.checkpoints.loading import bare, fetch, filling_for
 from miniflux.checkpoints.networks import BY_KIND, NETWORKS, PIPELINE
 from miniflux.checkpoints.opened import Opened, known_in, models_in, network_of, parts_of
-from miniflux.checkpoints.sizes import config_in, in_header
 from miniflux.errors import CheckpointError
 from miniflux.lora.files import is_lora, what_is
 from miniflux.models.flux1 import Flux1

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from miniflux.checkpoints import layouts_of, to_layout
+from miniflux.checkpoints.configs import config_in, in_header, stated
 from miniflux.checkpoints.layouts import ALL_IN_ONE
 from miniflux.checkpoints.networks import BY_CONFIG
-from miniflux.checkpoints.sizes import config_in, in_header, stated
 from miniflux.errors import CheckpointError
 from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.clip import ClipTextEncoder
