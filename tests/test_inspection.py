@@ -6,17 +6,20 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from miniflux.checkpoints import inspect, layouts_of, open_tensors, save, to_layout
+import miniflux
+from miniflux.checkpoints import convert, inspect, layouts_of, open_tensors, save, to_layout
 from miniflux.checkpoints.configs import flux1_config
 from miniflux.checkpoints.networks import NETWORKS
 from miniflux.errors import CheckpointError
 from miniflux.inspection import describe, fits
+from miniflux.lora import attach, merge_files, read
 from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.clip import ClipTextEncoder
 from miniflux.models.flux1 import Flux1, Flux1Config
@@ -216,3 +219,14 @@ def test_what_is_not_needed_is_listed(tmp_path: Path) -> None:
     (part,) = inspect(tmp_path / "clip.safetensors").parts
     assert part.redundant == {"logit_scale": "only for comparing with images"} and not part.problems
     assert "not needed  logit_scale: only for" in str(part)
+
+
+@pytest.mark.parametrize("call", [miniflux.load, inspect, read, open_tensors,
+                                  lambda path: convert(path, "a.safetensors"),
+                                  lambda path: attach(miniflux.load("nano"), path),
+                                  lambda path: merge_files(path, [], "a.safetensors"),
+                                  lambda path: miniflux.load("nano", weights=path)])  # fmt: skip
+def test_an_empty_name_is_not_the_folder_we_are_in(call: Callable[[str], Any]) -> None:
+    """Python's `Path("")` is `.`."""
+    with pytest.raises(CheckpointError, match="the name of a file or folder is empty"):
+        call("")

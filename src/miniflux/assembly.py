@@ -16,7 +16,7 @@ from torch import nn
 
 from miniflux.checkpoints.configs import axes_beside, config_beside, flux1_config, json_object
 from miniflux.checkpoints.files import TensorSource
-from miniflux.checkpoints.folders import models
+from miniflux.checkpoints.folders import models, path_of
 from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.layouts import counterparts
 from miniflux.checkpoints.loading import bare, compare, load_into, take_packed_layers
@@ -69,7 +69,7 @@ def assemble(
     started, process = time.monotonic(), resident_size()
 
     # 1. Which model, and where its files are.
-    first = [Path(weights)] if isinstance(weights, (str, Path)) else []
+    first = [path_of(weights)] if isinstance(weights, (str, Path)) else []
     if first and not first[0].is_dir():
         raise InputError(f"weights {str(weights)!r} is no folder; single files are given as a dict from part to file")
     given = {part: Path(path) for part, path in weights.items()} if isinstance(weights, Mapping) else {}
@@ -186,7 +186,7 @@ def locate(
     Raises:
         InputError, WeightsNotFoundError, CheckpointError: see `miniflux.load`.
     """
-    text, path, opened = str(name_or_path), Path(name_or_path), opened or Opened()
+    text, path, opened = str(name_or_path), path_of(name_or_path), opened or Opened()
     repositories = {v.repository for v in VARIANTS.values()} - {""}
     if text in VARIANTS or text in ALIASES or text in repositories:
         chosen = variant(text)

@@ -14,7 +14,7 @@ from torch import nn
 
 from miniflux.checkpoints.configs import flux1_config
 from miniflux.checkpoints.files import Entry, Selection, TensorSource, open_tensors
-from miniflux.checkpoints.folders import unread
+from miniflux.checkpoints.folders import path_of, unread
 from miniflux.checkpoints.formats.encodings import accepted
 from miniflux.checkpoints.formats.reading import contents_of, format_of, formats_in
 from miniflux.checkpoints.loading import bare, compare, is_finite
@@ -104,7 +104,7 @@ def inspect(path: str | Path, *, data: bool = False) -> Inspection:
     Raises:
         CheckpointError: nothing readable is there.
     """
-    path = Path(path)
+    path = path_of(path)
     found = models_in(path)
     sources = [TensorSource(model.complete()) for model in found] if found else [open_tensors(path)]
     folders = [name for name in FOLDERS if (path / name).is_dir()]

@@ -189,13 +189,24 @@ def shard_paths(index: Path) -> list[Path]:
     return indexed(index).complete()
 
 
+def path_of(given: str | Path) -> Path:
+    """The path that somebody gives; an empty text would be the folder we are in, which nobody means by it.
+
+    Raises:
+        CheckpointError: it is empty.
+    """
+    if not str(given):
+        raise CheckpointError("the name of a file or folder is empty")
+    return Path(given)
+
+
 def tensor_paths(path: str | Path) -> list[Path]:
     """The files of tensors behind a file, an index, or a folder with one model in it.
 
     Raises:
         CheckpointError: there are none, or a folder holds several models.
     """
-    path = Path(path)
+    path = path_of(path)
     if INDEX.fullmatch(path.name):
         return shard_paths(path)
     if not os.path.isdir(path):

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from miniflux.checkpoints.files import Selection, TensorSource, open_tensors
-from miniflux.checkpoints.folders import Model, walk
+from miniflux.checkpoints.folders import Model, path_of, walk
 from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.layouts import detect
 from miniflux.checkpoints.networks import NETWORKS, PIPELINE
@@ -202,7 +202,7 @@ class Opened:
 
 def open_part(path: str | Path, kind: type[nn.Module]) -> TensorSource:
     """The tensors of one network in a file, an index of shards, or a folder; see `Opened.part`."""
-    return Opened().part(Path(path), kind)
+    return Opened().part(path_of(path), kind)
 
 
 FOLDERS = tuple(network.folder for network in PIPELINE)  # of a diffusers pipeline

@@ -11,7 +11,7 @@ from torch import nn
 
 from miniflux.checkpoints.configs import axes_beside, config_beside, config_in, flux1_config, in_header
 from miniflux.checkpoints.files import TensorSource, open_tensors
-from miniflux.checkpoints.folders import Model, unread
+from miniflux.checkpoints.folders import Model, path_of, unread
 from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.formats.scaled import METADATA
 from miniflux.checkpoints.gguf import GGUF_OWN
@@ -81,7 +81,7 @@ def inputs(path: str | Path) -> Inputs:
         CheckpointError: nothing readable is there, no network that is known here, a network twice that differs, or a
             file that must hold one and cannot be read.
     """
-    path = Path(path)
+    path = path_of(path)
     models = models_in(path)
     if path.is_dir() and (lost := unread(path)):
         named = ", ".join(f"{file.relative_to(path)} ({why})" for file, why in lost.items())

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from miniflux.checkpoints.folders import SAFETENSORS, files_in
+from miniflux.checkpoints.folders import SAFETENSORS, files_in, path_of
 from miniflux.checkpoints.quantized import QuantizedLinear, device_of, lender_of
 from miniflux.checks import check_number
 from miniflux.errors import LoraError
@@ -51,7 +51,7 @@ def resolved(path_or_tensors: str | Path | Mapping[str, Tensor]) -> Path | Mappi
     """
     if isinstance(path_or_tensors, Mapping):
         return path_or_tensors
-    path = Path(path_or_tensors)
+    path = path_of(path_or_tensors)
     bundled = BUNDLED_LORAS / f"{path_or_tensors}.safetensors"
     if not path.exists() and bundled.is_file():
         return bundled

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from miniflux.checkpoints.files import TensorSource, open_tensors
+from miniflux.checkpoints.folders import path_of
 from miniflux.checkpoints.loading import is_finite
 from miniflux.errors import LoraError
 from miniflux.lora.dialects import SIGNS, Place, recognise, split
@@ -87,7 +88,7 @@ def read(path_or_tensors: str | Path | Mapping[str, Tensor]) -> LoraFile:
         if isinstance(source, TensorSource):
             metadata, name = source.metadata, str(source)
     else:
-        path = Path(path_or_tensors)
+        path = path_of(path_or_tensors)
         refuse_other_files(path)
         source = open_tensors(path)
         metadata, name = source.metadata, str(path)
