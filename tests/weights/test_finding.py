@@ -391,3 +391,14 @@ def test_a_variable_in_the_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("MINIFLUX_WEIGHTS", "$DISK/weights")
     root = singles(tmp_path / "weights")
     assert find(DEV).transformer == root / "flux1-dev.safetensors"
+
+
+def test_the_old_place_hands_on_what_is_asked_for() -> None:
+    """Programs import from where these modules were."""
+    from miniflux.checkpoints.finding import BUNDLED as bundled
+    from miniflux.checkpoints.hub import complete_parts
+    from miniflux.weights import finding, hub
+
+    assert bundled is finding.BUNDLED and complete_parts is hub.complete_parts
+    with pytest.raises(ImportError, match="nothing"):
+        from miniflux.checkpoints.finding import nothing  # noqa: F401
