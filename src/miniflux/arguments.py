@@ -250,6 +250,46 @@ def image_for(image: Source | None, config: AutoencoderConfig) -> Image.Image | 
     return image.detach()
 
 
+Mask = str | os.PathLike[str] | Image.Image | Tensor
+"""Where a picture is changed: a grey picture or its path, white (or a tensor (H, W) of 1) for what is drawn anew."""
+
+
+def mask_for(mask: Mask | None, image: Image.Image | Tensor | None, downscale: int = 1) -> Tensor | None:
+    """A mask (H, W) from 0 to 1, of the size of the picture.
+
+    Args:
+        image: as `image_for` gives it.
+        downscale: pixels of a side of the picture for one of latents.
+
+    Raises:
+        InputError: it is none of what `Mask` says, of another size, empty, or there is no picture.
+    """
+    if mask is None:
+        return None
+    if image is None:
+        raise InputError("a mask says where a picture is changed, and no image is given")
+    if isinstance(mask, Tensor):
+        if mask.ndim != 2 or not mask.is_floating_point() or not bool(((mask >= 0) & (mask <= 1)).all()):
+            raise InputError(f"a mask must be (H, W) of numbers from 0 to 1, got {tuple(mask.shape)} of {mask.dtype}")
+        given = mask.detach().float().cpu()
+    else:
+        seen = open_picture(mask)
+        if seen.mode == "RGBA":
+            raise InputError("a mask is grey, white for what is drawn anew; this one is transparent in places")
+        white = 65535 if seen.mode == "I;16" else 255
+        grey = seen if seen.mode == "I;16" else seen.convert("L")
+        given = torch.from_numpy(np.asarray(grey).astype(np.float32)) / white
+    if isinstance(image, Tensor):
+        height, width = (side * (downscale if image.ndim == 4 else 1) for side in image.shape[-2:])
+    else:
+        width, height = image.size
+    if tuple(given.shape) != (height, width):
+        raise InputError(f"the mask is {given.shape[1]}x{given.shape[0]}, the image {width}x{height}: make them equal")
+    if not bool(given.any()):
+        raise InputError("the mask is black everywhere: nothing would be drawn")
+    return given
+
+
 def size_for(
     variant: Variant,
     config: AutoencoderConfig,

@@ -20,12 +20,14 @@ from torch import Tensor
 from miniflux.arguments import (
     AUTO,
     Callback,
+    Mask,
     Progress,
     Source,
     Watch,
     check_called,
     check_reads_pictures_only,
     image_for,
+    mask_for,
     warn_of_result,
 )
 from miniflux.assembly import assemble
@@ -139,6 +141,7 @@ class Pipeline:
         negative: str | None = None,
         variation: tuple[int, float] | None = None,
         image: Source | None = None,
+        mask: Mask | None = None,
         strength: float = 1.0,
         conditions: Sequence[Condition] = (),
         cache: Cache | str | None = None,
@@ -178,6 +181,8 @@ class Pipeline:
             variation: (another seed, how far to go towards its noise, 0 to 1); picture i goes towards that seed + i.
             image: a picture to change, of the size to be drawn: a path, a Pillow picture, an array (H, W, 3) of uint8,
                 pixels (3, H, W) in [-1, 1]; or latents (1, C, h, w) as in `Result.latents`.
+            mask: where to change it: grey, white for what is drawn anew, black for what stays bit for bit; grey pixels
+                are drawn anew in so large a share of the steps. A path, a Pillow picture, a tensor (H, W) from 0 to 1.
             strength: how much of it to change, above 0 up to 1; 1 keeps nothing. Of the steps of a whole picture, this
                 last share is made.
             conditions: what else steers the pictures, see `miniflux.conditions`.
@@ -223,7 +228,8 @@ class Pipeline:
             guide=guide,
             negative=negative,
             variation=variation,
-            image=image_for(image, self.autoencoder.config),
+            image=(picture := image_for(image, self.autoencoder.config)),
+            mask=mask_for(mask, picture, self.autoencoder.config.downscale),
             strength=strength,
             conditions=conditions,
             cache=cache,
@@ -336,7 +342,7 @@ class Pipeline:
         others = (None, None) if plan.guide is None else self._words([plan.negative or "", ""], plan)
         if self.memory is not None:
             self.memory.free_text()
-        scene = Scene(plan.family, plan.width, plan.height, self._encode)
+        scene = Scene(plan.family, plan.width, plan.height, plan.levels, self._encode)
         return _Begun(texts, others[0], others[1], joined([condition.added(scene) for condition in plan.conditions]))
 
     def _draw(self, plan: Plan, begun: _Begun, i: int, watcher: Watcher) -> Drawn:
@@ -345,9 +351,9 @@ class Pipeline:
         noise = self._noise(plan, i)
         start = begun.added.start
         begin = noise if start is None else add_noise(start, 0.0, plan.levels[0], noise)
-        moment, bill = self._denoise(plan, begun.added, words, begin, seed, watcher)
+        moment, bill = self._denoise(plan, begun.added, words, begin, noise, seed, watcher)
         tokens = moment.picture if moment.step < moment.steps else moment.x
-        image = to_image(self._decode(tokens, plan))
+        image = to_image(self._decode(tokens, plan, begun.added))
         about: dict[str, Any] = {}
         if watcher.replaced:
             about["replaced"] = True
@@ -356,10 +362,10 @@ class Pipeline:
         if plan.cache is not None:
             about["cache"] = {**plan.cache_described(), "evaluated": bill.evaluated, "skipped": bill.skipped}
         if plan.check_cache:
-            exact, _ = self._denoise(replace(plan, cache=None), begun.added, words, begin, seed, Watcher(0, 1))
+            exact, _ = self._denoise(replace(plan, cache=None), begun.added, words, begin, noise, seed, Watcher(0, 1))
             about["cache"] |= {
                 "latent_l2": float((moment.x - exact.x).norm() / exact.x.norm()),
-                "psnr": psnr(image, to_image(self._decode(exact.x, plan))),
+                "psnr": psnr(image, to_image(self._decode(exact.x, plan, begun.added))),
             }
         return Drawn(image, self._unpacked(moment.x, plan).cpu(), about, moment)
 
@@ -369,6 +375,7 @@ class Pipeline:
         added: Added,
         words: tuple[Words, Words | None, Words | None],
         begin: Tensor,
+        noise: Tensor,
         seed: int,
         watch: Watcher,
     ) -> tuple[Moment, Bill]:
@@ -390,12 +397,20 @@ class Pipeline:
             "resume": plan.resume,
             "stop": plan.stop,
         }
+
+        def kept(moment: Moment) -> Tensor:
+            assert added.keep is not None
+            latents = added.keep(plan.family.unpack(moment.x, *plan.sides), noise, moment.sigma)
+            moment = replace(moment, x=plan.family.pack(latents))
+            replaced = watch(moment)
+            return moment.x if replaced is None else replaced
+
         calls = partial(model_calls, self.transformer, **arguments)
         with nullcontext() if self.memory is None else self.memory.denoising(calls):
             denoise(
                 self.transformer,
                 **arguments,
-                callback=watch,
+                callback=watch if added.keep is None else kept,
                 rng=step_noise([seed]),
                 cache=plan.cache,
                 bill=bill,
@@ -446,12 +461,12 @@ class Pipeline:
     def _unpacked(self, tokens: Tensor, plan: Plan) -> Tensor:
         return plan.family.unpack(tokens, *plan.sides).float()
 
-    def _decode(self, tokens: Tensor, plan: Plan) -> Tensor:
+    def _decode(self, tokens: Tensor, plan: Plan, added: Added) -> Tensor:
         pixels = self.autoencoder.decode(self._unpacked(tokens, plan).to(self.autoencoder.decoder.conv_in.weight.dtype))
         if not bool(torch.isfinite(pixels).all()):
             dtype = str(self.dtype).removeprefix("torch.")
             raise MinifluxError(f"the picture is not finite: the numbers overflowed in {dtype}; try dtype float32")
-        return pixels[0]
+        return pixels[0] if added.paste is None else added.paste(pixels[0])
 
     def _encode(self, image: Image.Image | Tensor) -> Tensor:
         """Latents (1, C, h, w) of a picture, float32 on the CPU; latents are themselves."""

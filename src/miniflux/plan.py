@@ -30,7 +30,7 @@ from miniflux.arguments import (
     variation_for,
 )
 from miniflux.checks import plain, several, shown, whole
-from miniflux.conditions import Condition, Img2Img
+from miniflux.conditions import Condition, Img2Img, Inpaint
 from miniflux.conditions.condition import Picture
 from miniflux.errors import InputError
 from miniflux.families import FAMILIES, Family
@@ -123,6 +123,7 @@ class Plan:
         negative: str | None = None,
         variation: tuple[int, float] | None = None,
         image: Picture | str | None = None,
+        mask: Tensor | str | None = None,
         strength: float = 1.0,
         conditions: Sequence[Condition] = (),
         cache: Cache | str | None = None,
@@ -138,6 +139,7 @@ class Plan:
         Args:
             variant: the model, with the configs of its networks as they are.
             image: as `arguments.image_for` gives it, or its SHA-256; the others are those of `Pipeline.generate`.
+            mask: as `arguments.mask_for` gives it, or its SHA-256.
             conditions: beside `image`, which is one.
 
         Raises:
@@ -168,7 +170,12 @@ class Plan:
         named = isinstance(schedule, str)
         spacing = spacing_for(variant, method, schedule) if named else list(custom_schedule(schedule))
         levels = levels_for(variant, spacing, steps, rows * columns, shift, method)
-        steered: tuple[Condition, ...] = (*(() if image is None else (Img2Img(image, strength),)), *conditions)
+        if image is None and mask is not None:
+            raise InputError("a mask says where a picture is changed, and no image is given")
+        steered: tuple[Condition, ...] = tuple(conditions)
+        if image is not None:
+            changed = Img2Img(image, strength) if mask is None else Inpaint(image, strength, mask)
+            steered = (changed, *steered)
         for condition in steered:
             condition.check(family, variant.transformer)
             levels = condition.levels(levels)

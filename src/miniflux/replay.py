@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from miniflux import lora
+from miniflux.arguments import mask_for
 from miniflux.checkpoints.folders import models
 from miniflux.errors import (
     CheckpointError,
@@ -68,6 +70,7 @@ def replay(
     weights: str | Path | None = None,
     device: str | None = None,
     image: str | Path | Image.Image | None = None,
+    mask: str | Path | Image.Image | None = None,
     model: str | Path | None = None,
     loras: Sequence[str | Path] = (),
     progress: Callable[[int, int], None] | None = None,
@@ -80,7 +83,7 @@ def replay(
         force: go on where a file, a setting or the size differs.
         weights: look for the model's files here first.
         device: None for the one it was made on, if there is such a one.
-        image: the picture that was changed or its file, if it was made from one.
+        image, mask: the picture that was changed and where, or their files, if it was made from one.
         model: what to load instead of the model that the file names. Models and LoRAs that are not where they were are
             looked for beside the picture.
         loras: files to take for LoRAs that the file names: those of their hash or name, or in order if as many.
@@ -105,6 +108,8 @@ def replay(
         differences.append("the file does not name the weights it was made with")
     image = None if image is None else open_picture(image)
     _check_image(first.request, image)
+    where = mask_for(mask, image)
+    _check_mask(first.request, where)
 
     pipes = {} if pipes is None else pipes
     results: list[Result] = []
@@ -126,7 +131,7 @@ def replay(
             if progress is not None:
                 progress(done + step, total)
 
-        results.append(_drawn(pipe, record, uses, image, told))
+        results.append(_drawn(pipe, record, uses, image, where, told))
         done += max(1, len(record.sigmas) - 1)
         differences += _unlike(record, results[-1])
     result = joined(results)
@@ -178,6 +183,16 @@ def _check_image(request: Request, image: Image.Image | None) -> None:
         )
     elif digest_of(image) != request.image:
         raise ReplayError("the picture to change is not the one it was made from: its pixels differ (--image)")
+
+
+def _check_mask(request: Request, mask: Tensor | None) -> None:
+    if request.mask is None:
+        if mask is not None:
+            raise InputError("a mask was given, and this picture was made without one")
+    elif mask is None:
+        raise ReplayError("a part of another picture was changed, and its file does not hold which: give --mask FILE")
+    elif digest_of(mask) != request.mask:
+        raise ReplayError("the mask is not the one it was made with (--mask)")
 
 
 def _fitting(
@@ -304,10 +319,11 @@ def _drawn(
     record: Record,
     uses: Sequence[LoraUse],
     image: Image.Image | None,
+    mask: Tensor | None,
     progress: Callable[[int, int], None],
 ) -> Result:
     names = [f"{i}" for i in range(len(uses))]
-    given: dict[str, Any] = {} if image is None else {"image": image, "strength": record.request.strength}
+    given: dict[str, Any] = {} if image is None else {"image": image, "mask": mask, "strength": record.request.strength}
     attached: list[str] = []
     try:
         for name, use in zip(names, uses, strict=True):

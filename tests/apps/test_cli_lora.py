@@ -135,7 +135,7 @@ def test_merge_at_scale_0_says_that_nothing_changes(
     out = tmp_path / "out.safetensors"
     assert run("lora", "merge", str(BASE), "--lora", f"{style}:0", "-o", str(out)) == 0
     said = capsys.readouterr().out
-    assert ": 0 changes merged, " in said and f"; {style} at scale 0 changes nothing" in said
+    assert ": 0 changes merged, " in said and f"; {style} at scale 0 adds nothing" in said
 
 
 def test_merge_into_packed_layers(style: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

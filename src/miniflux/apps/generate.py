@@ -18,6 +18,7 @@ from miniflux.errors import InputError, LoraError, MinifluxError
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
 
     from miniflux.pipeline import Pipeline, Result
     from miniflux.sampling import Moment
@@ -127,6 +128,12 @@ def _sampling_options(generate: argparse.ArgumentParser) -> None:
         "--cache", metavar="NAME", help="skip blocks that hardly change: first-block, tea, mag, taylor"
     )
     sampling.add_argument("--image", metavar="FILE", help="a picture to change instead of noise to begin with")
+    sampling.add_argument(
+        "--mask",
+        type=arguments.path,
+        metavar="FILE",
+        help="where to change it: white is drawn anew, black stays, bit for bit",
+    )
     sampling.add_argument("--strength", type=float, metavar="X", help="how much of it to change, above 0 to 1")
     sampling.add_argument(
         "--variation",
@@ -156,6 +163,7 @@ class _Call:
     prompts: list[str]
     seed: int
     image: Image.Image | None
+    mask: Tensor | None
     settings: dict[str, Any]
     outputs: Outputs
     grid: Path | None
@@ -205,7 +213,7 @@ def _write_sheet(options: argparse.Namespace, call: _Call) -> None:
 
 def _checked(options: argparse.Namespace) -> _Call:
     """Everything that can be refused without weights is, before they are loaded: which may take minutes."""
-    from miniflux.arguments import MAX_IMAGES, cache_for, size_for, variation_for
+    from miniflux.arguments import MAX_IMAGES, cache_for, mask_for, size_for, variation_for
     from miniflux.checks import whole
     from miniflux.lora import read
     from miniflux.lora.attaching import resolved
@@ -235,6 +243,7 @@ def _checked(options: argparse.Namespace) -> _Call:
     if options.image is None and options.strength is not None:
         raise InputError(f"--strength {options.strength} says how much of a picture to change: no image is given")
     image = None if options.image is None else open_picture(options.image)
+    mask = mask_for(options.mask, image)
     width, height = options.size or (None, None)
     settings: dict[str, Any] = {
         "steps": options.steps,
@@ -263,6 +272,7 @@ def _checked(options: argparse.Namespace) -> _Call:
             schedule=spacing if isinstance(spacing, str) else tuple(spacing),
             variation=varied,
             image=None if image is None else digest_of(image),
+            mask=None if mask is None else digest_of(mask),
             dtype=options.dtype,
             **settings,
         )
@@ -272,7 +282,7 @@ def _checked(options: argparse.Namespace) -> _Call:
     twice = next((file for i, file in enumerate(files) if file in files[:i]), None)
     if twice is not None:
         raise LoraError(f"--lora {twice}: {Path(str(twice)).stem!r} is attached already; name it once, with one scale")
-    return _Call(prompts, seed, image, {**settings, "schedule": spacing, "cache": options.cache}, outputs, grid)
+    return _Call(prompts, seed, image, mask, {**settings, "schedule": spacing, "cache": options.cache}, outputs, grid)
 
 
 def _draw(options: argparse.Namespace, pipe: Pipeline, call: _Call) -> None:
@@ -301,6 +311,7 @@ def _draw(options: argparse.Namespace, pipe: Pipeline, call: _Call) -> None:
                 seed=call.seed + i,
                 variation=None if varied is None else (varied[0] + i, varied[1]),
                 image=call.image,
+                mask=call.mask,
                 progress=progress,
                 watch=preview if options.preview_every else None,
                 **call.settings,

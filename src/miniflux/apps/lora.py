@@ -80,7 +80,7 @@ def _merge(options: argparse.Namespace) -> None:
         receipts = merge_files(options.base, options.lora, path, pack=options.pack)
     none = [file for file, scale in options.lora if scale == 0]
     applied = sum(receipt.applied for receipt, (_, scale) in zip(receipts, options.lora, strict=True) if scale != 0)
-    said = f"; {', '.join(none)} at scale 0 changes nothing" if none else ""
+    said = f"; {', '.join(none)} at scale 0 adds nothing" if none else ""
     console.say(f"{path}: {applied} changes merged, {os.path.getsize(path):,} bytes{said}")
 
 

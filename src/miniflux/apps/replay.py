@@ -32,6 +32,7 @@ def add(commands: Any) -> None:
     command.add_argument("--weights", type="path", metavar="FOLDER", help="look for the model's files here first")
     command.add_argument("--device", metavar="NAME", help="default: the one it was made on")
     command.add_argument("--image", metavar="FILE", help="the picture that was changed, if it was made from one")
+    command.add_argument("--mask", metavar="FILE", help="where it was changed, if a mask said so")
     command.add_argument("--no-metadata", action="store_true", help="leave the settings out of --output")
     command.add_argument("-v", "--verbose", action="store_true", help="say more about what is done")
     command.set_defaults(run=_run)
@@ -66,6 +67,7 @@ def _run(options: argparse.Namespace) -> None:
             weights=options.weights,
             device=options.device,
             image=image,
+            mask=options.mask,
             model=options.model,
             loras=options.lora,
             progress=progress,

@@ -2,5 +2,6 @@
 
 from miniflux.conditions.condition import Added, Condition, Scene, joined
 from miniflux.conditions.img2img import Img2Img
+from miniflux.conditions.inpaint import Inpaint
 
-__all__ = ["Added", "Condition", "Img2Img", "Scene", "joined"]
+__all__ = ["Added", "Condition", "Img2Img", "Inpaint", "Scene", "joined"]

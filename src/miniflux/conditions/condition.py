@@ -24,12 +24,14 @@ class Scene:
 
     Attributes:
         width, height: in pixels.
+        levels: the noise levels that are gone through.
         encode: a picture, or latents, to latents (1, C, h, w), float32 on the CPU.
     """
 
     family: Family
     width: int
     height: int
+    levels: Schedule
     encode: Callable[[Picture], Tensor]
 
 
@@ -42,6 +44,8 @@ class Added:
         channels: tokens (1, L, C') beside those of the picture, at every step.
         tokens, ids: tokens (1, L', C) behind them, and their positions.
         wraps: around the network's blocks.
+        keep: (latents (1, C, h, w), the picture's noise, noise level) -> latents, after every step.
+        paste: pixels (3, H, W) -> pixels, after decoding.
     """
 
     start: Tensor | None = None
@@ -49,6 +53,8 @@ class Added:
     tokens: Tensor | None = None
     ids: Tensor | None = None
     wraps: tuple[Wrap, ...] = ()
+    keep: Callable[[Tensor, Tensor, float], Tensor] | None = None
+    paste: Callable[[Tensor], Tensor] | None = None
 
 
 class Condition(Protocol):
@@ -79,11 +85,11 @@ def joined(added: Sequence[Added]) -> Added:
     """What several conditions add, together: tokens one behind the other, wraps one around the other.
 
     Raises:
-        InputError: two of them want the same place: a start, or channels.
+        InputError: two of them want the same place: a start, channels, a mask.
     """
     whole = Added()
     for one in added:
-        for name in ("start", "channels"):
+        for name in ("start", "channels", "keep", "paste"):
             if getattr(whole, name) is not None and getattr(one, name) is not None:
                 raise InputError(f"two conditions give {name} to one picture: leave one of them out")
         taken = {f.name: value for f in fields(one) if (value := getattr(one, f.name)) is not None}

@@ -14,7 +14,7 @@ MAX_FILES = 4096
 MAX_CHANGES = 16  # that are named
 TAKEN = (
     *("prompt", "negative", "seed", "variation", "width", "height", "t5_length", "padding"),
-    *("solver", "schedule", "shift", "restart", "image", "strength", "stop"),
+    *("solver", "schedule", "shift", "restart", "image", "mask", "strength", "stop"),
 )
 """Settings that are fields of `Request`, under the same name and with the same meaning."""
 FACTS = (

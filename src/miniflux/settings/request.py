@@ -90,7 +90,7 @@ class Request:
         model: what `miniflux.load` takes: a variant's name, or a path.
         loras: in the order in which they are attached.
         images: how many; picture i is drawn from seed + i.
-        image: SHA-256 of the picture (or latents) that is changed, which itself is given to whoever draws.
+        image, mask: SHA-256 of the picture (or latents) that is changed and of where, which are given to whoever draws.
         dtype: as of `miniflux.load`; None to choose for the device.
 
     Raises:
@@ -118,6 +118,7 @@ class Request:
     t5_length: int | None = None
     padding: Padding = "released"
     image: str | None = None
+    mask: str | None = None
     strength: float = 1.0
     stop: int | None = None
     dtype: str | None = None
@@ -172,7 +173,7 @@ class Request:
         Raises:
             InputError: as `Pipeline.generate`.
         """
-        plan = Plan.of(chosen, **self.arguments(), image=self.image, strength=self.strength)
+        plan = Plan.of(chosen, **self.arguments(), image=self.image, mask=self.mask, strength=self.strength)
         if self.stop is not None:
             whole("stop", self.stop, 1, plan.levels.steps)
         return plan
@@ -196,8 +197,8 @@ class Request:
         return replace(self, images=1, seed=self.seed + i, variation=varied)
 
     def arguments(self) -> dict[str, Any]:
-        """What to call `Pipeline.generate` with; `image` itself is to be added by whoever has it."""
-        elsewhere = ("model", "loras", "dtype", "image", "strength")
+        """What to call `Pipeline.generate` with; `image` and `mask` are to be added by whoever has them."""
+        elsewhere = ("model", "loras", "dtype", "image", "mask", "strength")
         found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in elsewhere}
         found["schedule"] = self._spacing
         return found
@@ -382,6 +383,7 @@ READ: dict[str, Callable[[str, Any], Any]] = {
     "t5_length": strict.integer,
     "padding": strict.text,
     "image": strict.text,
+    "mask": strict.text,
     "strength": strict.number,
     "stop": strict.integer,
     "dtype": strict.text,
