@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "conversion": {"checkpoints", "weights", "lora", "models", "text", "variants", "strictjson"},
     "assembly": {*CORE, "checkpoints", "weights", "memory", "inspection", "conversion"},
     # A call, and what is said and kept of it
-    "arguments": CORE | {"lora", "pictures"},
+    "arguments": CORE | {"conditions", "lora", "pictures"},
     "plan": CORE | {"arguments", "conditions", "memory", "pictures"},
     "settings": CORE | {"arguments", "plan", "pictures"},
     "result": {"settings", "weights", "sampling", "checks", "disk"},

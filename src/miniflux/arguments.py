@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from miniflux.checks import check_number, finite, plain, several, shown, whole
+from miniflux.conditions import Condition, Control
 from miniflux.errors import InputError
 from miniflux.families import FAMILIES
 from miniflux.lora.adapters import adapters_of
@@ -135,15 +136,18 @@ def check_called(**functions: object) -> None:
             raise InputError(f"{name} must be a function, got {shown(function)}")
 
 
-def check_reads_pictures_only(transformer: Flux1) -> None:
-    """Raises InputError if an attached LoRA has made the network read more than the noisy picture."""
-    for name, adapter in adapters_of(transformer).items():
-        if adapter.config is not None:
-            more = transformer.config.in_channels - adapter.config.in_channels
-            raise InputError(
-                f"LoRA {name!r} is a control LoRA: with it the network reads {more} channels of a control picture "
-                "beside the noisy one, which `generate` cannot give; detach it"
-            )
+def check_channels(transformer: Flux1, conditions: Sequence[Condition]) -> None:
+    """Raises InputError if the network reads more than the noisy picture, and no condition gives that."""
+    more = transformer.config.in_channels - transformer.config.out_channels
+    if not more or any(isinstance(condition, Control) for condition in conditions):
+        return
+    widened = (name for name, adapter in adapters_of(transformer).items() if adapter.config is not None)
+    name = next(widened, None)
+    who = "this model reads" if name is None else f"LoRA {name!r} is a control LoRA: with it the network reads"
+    raise InputError(
+        f"{who} {more} channels of a control picture beside the noisy one: give "
+        "conditions=[conditions.Control(picture)]" + ("" if name is None else ", or detach it")
+    )
 
 
 AUTO = "auto"

@@ -160,7 +160,7 @@ def _tiny(chosen: Variant, path: Path | None, device: torch.device, opened: Open
 
 
 def _check_widths(chosen: Variant, files: Files) -> None:
-    """Refuse parts of different models, and transformers that take more than the noisy picture (Fill, Canny ...)."""
+    """Refuse parts of different models, and transformers that take more than the noisy and a control picture (Fill)."""
     takes = chosen.transformer
     for what, wanted, path, given in (
         (
@@ -172,7 +172,9 @@ def _check_widths(chosen: Variant, files: Files) -> None:
         ("text tokens", takes.context_in_dim, files.t5, chosen.t5.d_model),
         ("text summaries", takes.vec_in_dim, files.clip, chosen.clip.hidden_size),
     ):
-        if given != wanted:
+        if given != wanted and not (
+            what == "image tokens" and wanted == 2 * given
+        ):  # Canny and Depth read two pictures
             raise CheckpointError(
                 f"{files.transformer} and {path} do not belong together: {what} of {wanted} and of {given} channels"
             )

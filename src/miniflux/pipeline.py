@@ -25,7 +25,7 @@ from miniflux.arguments import (
     Source,
     Watch,
     check_called,
-    check_reads_pictures_only,
+    check_channels,
     image_for,
     mask_for,
     warn_of_result,
@@ -209,7 +209,7 @@ class Pipeline:
         """
         # 1. Resolve the call, so that everything is checked before anything is computed.
         check_called(progress=progress, callback=callback, watch=watch)
-        check_reads_pictures_only(self.transformer)
+        check_channels(self.transformer, conditions)
         plan = Plan.of(
             self._as_it_is(),
             prompt,

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import miniflux
+from miniflux.conditions import Control
 from miniflux.errors import InputError, LoraError
 from miniflux.lora import attach, attached, detach, merge, read, set_scale, set_schedule
 from miniflux.models.flux1 import Flux1
@@ -565,14 +566,23 @@ def test_pictures_say_what_was_attached(pipe: Pipeline) -> None:
     assert torch.equal(pipe.generate(PROMPT, **QUICK).latents, plain.latents)
 
 
-def test_a_control_lora_on_a_pipeline_is_refused_when_drawing() -> None:
-    """It makes the network read channels that nobody gives yet; without it the pipeline draws as before."""
+def control_lora(config: Any, seed: int = 0) -> dict[str, Tensor]:
+    """One that widens the input of a network by a picture's channels."""
+    return {
+        "img_in.lora_A.weight": randn(2, 2 * config.in_channels, seed=seed) / 8,
+        "img_in.lora_B.weight": randn(config.hidden_size, 2, seed=seed + 1) / 8,
+    }
+
+
+def test_a_control_lora_wants_a_control_picture() -> None:
+    """It makes the network read channels that somebody must give; without it the pipeline draws as before."""
     pipe = miniflux.tiny()
-    plain = pipe.generate("x", steps=1).latents
-    config = pipe.transformer.config
-    tensors = {"img_in.lora_A.weight": torch.ones(2, 2 * config.in_channels), "img_in.lora_B.weight": torch.ones(64, 2)}
-    attach(pipe, tensors, name="edges")
+    plain, config = pipe.generate("x", steps=1).latents, pipe.transformer.config
+    attach(pipe, control_lora(config), name="edges")
     with pytest.raises(InputError, match=f"LoRA 'edges' is a control LoRA: .* reads {config.in_channels} channels"):
         pipe.generate("x", steps=1)
+    assert not torch.equal(pipe.generate("x", steps=1, conditions=[Control(torch.zeros(3, 64, 64))]).latents, plain)
     detach(pipe, "edges")
     assert torch.equal(pipe.generate("x", steps=1).latents, plain)
+    with pytest.raises(InputError, match="gives 64 channels, and this network reads 0 beside"):
+        pipe.generate("x", steps=1, conditions=[Control(torch.zeros(3, 64, 64))])

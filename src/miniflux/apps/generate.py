@@ -134,6 +134,12 @@ def _sampling_options(generate: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="where to change it: white is drawn anew, black stays, bit for bit",
     )
+    sampling.add_argument(
+        "--control",
+        type=arguments.path,
+        metavar="FILE",
+        help="edges or a depth map to follow: for Canny and Depth models, and their LoRAs",
+    )
     sampling.add_argument("--strength", type=float, metavar="X", help="how much of it to change, above 0 to 1")
     sampling.add_argument(
         "--variation",
@@ -215,6 +221,7 @@ def _checked(options: argparse.Namespace) -> _Call:
     """Everything that can be refused without weights is, before they are loaded: which may take minutes."""
     from miniflux.arguments import MAX_IMAGES, cache_for, mask_for, size_for, variation_for
     from miniflux.checks import whole
+    from miniflux.conditions import Control
     from miniflux.lora import read
     from miniflux.lora.attaching import resolved
     from miniflux.memory.compute import DTYPES, choose_device
@@ -282,7 +289,9 @@ def _checked(options: argparse.Namespace) -> _Call:
     twice = next((file for i, file in enumerate(files) if file in files[:i]), None)
     if twice is not None:
         raise LoraError(f"--lora {twice}: {Path(str(twice)).stem!r} is attached already; name it once, with one scale")
-    return _Call(prompts, seed, image, mask, {**settings, "schedule": spacing, "cache": options.cache}, outputs, grid)
+    settings |= {"schedule": spacing, "cache": options.cache}
+    settings["conditions"] = [] if options.control is None else [Control(options.control)]
+    return _Call(prompts, seed, image, mask, settings, outputs, grid)
 
 
 def _draw(options: argparse.Namespace, pipe: Pipeline, call: _Call) -> None:
