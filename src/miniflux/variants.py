@@ -339,6 +339,11 @@ OTHER_TRANSFORMERS: dict[str, Flux1Config] = {
 }
 
 
+# The sizes that FLUX.1 Kontext learned (`PREFERED_KONTEXT_RESOLUTIONS` in `flux/util.py`), width and height.
+_KONTEXT_SIDES = (672, 688, 720, 752, 800, 832, 880, 944, 1024, 1104, 1184, 1248, 1328, 1392, 1456, 1504, 1568)
+KONTEXT_SIZES = tuple(zip(_KONTEXT_SIDES, reversed(_KONTEXT_SIDES), strict=True))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Flux2Sizes:
     """What tells the FLUX.2 models apart, so that their files and LoRAs are named (`flux2/model.py` of the release)."""

@@ -140,6 +140,14 @@ def _sampling_options(generate: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="edges or a depth map to follow: for Canny and Depth models, and their LoRAs",
     )
+    sampling.add_argument(
+        "--reference",
+        type=arguments.path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a picture to look at, for Kontext models; may be given several times",
+    )
     sampling.add_argument("--strength", type=float, metavar="X", help="how much of it to change, above 0 to 1")
     sampling.add_argument(
         "--variation",
@@ -221,7 +229,7 @@ def _checked(options: argparse.Namespace) -> _Call:
     """Everything that can be refused without weights is, before they are loaded: which may take minutes."""
     from miniflux.arguments import MAX_IMAGES, cache_for, mask_for, size_for, variation_for
     from miniflux.checks import whole
-    from miniflux.conditions import Control
+    from miniflux.conditions import Control, Reference
     from miniflux.lora import read
     from miniflux.lora.attaching import resolved
     from miniflux.memory.compute import DTYPES, choose_device
@@ -290,7 +298,8 @@ def _checked(options: argparse.Namespace) -> _Call:
     if twice is not None:
         raise LoraError(f"--lora {twice}: {Path(str(twice)).stem!r} is attached already; name it once, with one scale")
     settings |= {"schedule": spacing, "cache": options.cache}
-    settings["conditions"] = [] if options.control is None else [Control(options.control)]
+    settings["conditions"] = [Reference(path, index=i + 1) for i, path in enumerate(options.reference)]
+    settings["conditions"] += [] if options.control is None else [Control(options.control)]
     return _Call(prompts, seed, image, mask, settings, outputs, grid)
 
 

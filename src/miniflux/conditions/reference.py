@@ -1,0 +1,85 @@
+"""Pictures to look at: tokens behind those that are drawn, told apart by the first of their positions, as FLUX.1 Kontext
+has them.
+
+The release (`prepare_kontext` in `flux/sampling.py`) brings a picture to the nearest of seventeen sizes that the model
+learned (`kontext_size`), without regard to its shape; here it keeps its own size, to whole tokens, unless one is given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from miniflux.checks import whole
+from miniflux.conditions.condition import Added, Picture, Scene
+from miniflux.errors import InputError
+from miniflux.families import Family
+from miniflux.models.flux1 import Flux1Config
+from miniflux.pictures import digest_of, from_image, on_white, open_picture
+from miniflux.sampling import Schedule
+from miniflux.sampling.latents import PIXELS_PER_TOKEN
+from miniflux.variants import KONTEXT_SIZES
+
+MAX_INDEX = 1000
+
+
+def kontext_size(width: int, height: int) -> tuple[int, int]:
+    """Width and height, of those that Kontext learned, whose shape is nearest; of two, the narrower."""
+    return min(KONTEXT_SIZES, key=lambda size: (abs(width / height - size[0] / size[1]), size))
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """A picture that the network sees beside the one it draws.
+
+    Attributes:
+        picture: a path or a Pillow picture; or pixels (3, H, W) in [-1, 1].
+        size: (width, height) to bring it to, see `kontext_size`; None for its own. Rounded to whole tokens of 16.
+        index: tells several apart; 0 is the picture that is drawn.
+    """
+
+    picture: Picture | str
+    size: tuple[int, int] | None = None
+    index: int = 1
+
+    def __post_init__(self) -> None:
+        whole("the index of a reference", self.index, 1, MAX_INDEX)
+        picture = self.picture
+        if not isinstance(picture, Tensor):
+            picture = on_white(open_picture(picture))
+            given = picture.size if self.size is None else self.size
+            width, height = (max(1, round(side / PIXELS_PER_TOKEN)) * PIXELS_PER_TOKEN for side in given)
+            size = width, height
+            picture = picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
+        elif picture.ndim != 3 or picture.shape[0] != 3 or any(side % PIXELS_PER_TOKEN for side in picture.shape[1:]):
+            raise InputError(
+                f"reference pixels must be (3, H, W) of sides that are multiples of {PIXELS_PER_TOKEN}, got "
+                f"{tuple(picture.shape)}"
+            )
+        object.__setattr__(self, "picture", picture)
+
+    def check(self, family: Family, config: Flux1Config) -> None:
+        """Every network has room in its sequence; one that was not trained to look there draws what it likes."""
+
+    def levels(self, levels: Schedule) -> Schedule:
+        return levels
+
+    def described(self) -> dict[str, Any]:
+        assert not isinstance(self.picture, str)
+        return {"picture": digest_of(self.picture), "index": self.index}
+
+    def tokens(self, rows: int, columns: int) -> int:
+        pixels = self.picture.shape[1:] if isinstance(self.picture, Tensor) else getattr(self.picture, "size", (0, 0))
+        return (pixels[0] // PIXELS_PER_TOKEN) * (pixels[1] // PIXELS_PER_TOKEN)
+
+    def added(self, scene: Scene) -> Added:
+        assert not isinstance(self.picture, str)
+        pixels = self.picture if isinstance(self.picture, Tensor) else from_image(self.picture)
+        tokens = scene.family.pack(scene.encode(pixels))
+        rows, columns = (side // PIXELS_PER_TOKEN for side in pixels.shape[1:])
+        ids = scene.family.image_ids(1, rows, columns)
+        ids[..., 0] = self.index
+        return Added(tokens=tokens, ids=ids)
