@@ -1,5 +1,4 @@
-"""Pictures to look at: tokens behind those that are drawn, told apart by the first of their positions, as FLUX.1 Kontext
-has them.
+"""Pictures to look at, as FLUX.1 Kontext has them: tokens behind those that are drawn, told apart by their positions.
 
 The release (`prepare_kontext` in `flux/sampling.py`) brings a picture to the nearest of seventeen sizes that the model
 learned (`kontext_size`), without regard to its shape; here it keeps its own size, to whole tokens, unless one is given.
