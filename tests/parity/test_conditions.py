@@ -1,0 +1,96 @@
+"""Inpainting, control pictures and references against the pipelines of diffusers: the same latents from the same noise.
+
+Theirs draw a sample of the autoencoder's posterior where ours, as the release, take its mean: so theirs get the mean.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers.models.autoencoders import vae as their_vae
+from PIL import Image
+
+import miniflux
+from miniflux.conditions import Control, Reference
+from miniflux.sampling import initial_noise, pack
+from tests.parity.peers import autoencoder_pair, clip_pair, diffusers, flux1_pair, t5_pair
+from tests.parity.test_pipeline import CLIP_SIZES, HEIGHT, LENGTH, LEVELS, PROMPT, SHIFT, SIZES, STEPS, T5_SIZES, WIDTH
+from tests.parity.test_pipeline import tokenizers as tokenizers
+
+PHOTO = Image.effect_noise((WIDTH, HEIGHT), 90).convert("RGB")
+GUIDANCE = 2.5
+
+
+@pytest.fixture(autouse=True)
+def mean_of_the_posterior(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(their_vae.DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mean)
+
+
+def models(channels: int, folder: Path) -> tuple[dict[str, Any], miniflux.Pipeline]:
+    """Random networks of diffusers, with a transformer that reads so many channels, and ours from their files."""
+    plain = diffusers.FluxPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, **SHIFT),
+        vae=autoencoder_pair(LEVELS)[0],
+        text_encoder=clip_pair(CLIP_SIZES)[0],
+        text_encoder_2=t5_pair(T5_SIZES)[0],
+        **tokenizers(),
+        transformer=flux1_pair(replace(SIZES, guidance_embed=True, in_channels=channels))[0],
+    )
+    plain.save_pretrained(folder)
+    parts = {
+        name: part for name, part in plain.components.items() if name not in ("image_encoder", "feature_extractor")
+    }
+    return parts, miniflux.load(folder, device="cpu")
+
+
+def theirs(pipe: Any, **options: Any) -> torch.Tensor:
+    """The latents after their last step, from our noise."""
+    pipe.set_progress_bar_config(disable=True)
+    steps: list[torch.Tensor] = []
+    size = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": STEPS, "max_sequence_length": LENGTH}
+    noise = {"latents": pack(initial_noise(HEIGHT, WIDTH, 3))}
+    seen = lambda _pipe, _i, _t, kept: steps.append(kept["latents"]) or {}  # noqa: E731
+    told = {**size, **noise, "guidance_scale": GUIDANCE, "output_type": "latent", "callback_on_step_end": seen}
+    pipe(prompt=PROMPT, **{**told, **options})
+    return steps[-1]
+
+
+def ours(pipe: miniflux.Pipeline, **options: Any) -> torch.Tensor:
+    size = {"width": WIDTH, "height": HEIGHT, "steps": STEPS, "t5_length": LENGTH, "guidance": GUIDANCE}
+    return pack(pipe.generate(PROMPT, seed=3, **size, **options).latents)
+
+
+def assert_same(a: torch.Tensor, b: torch.Tensor) -> None:
+    assert float((a - b).abs().max()) <= 1e-4 * float(b.abs().max())
+
+
+def test_inpainting(tmp_path: Path) -> None:
+    """A hard mask along whole places of the latent; theirs leaves the last step to the network, ours puts back."""
+    parts, pipe = models(64, tmp_path)
+    mask = np.zeros((HEIGHT, WIDTH), np.uint8)
+    mask[16:, 32:] = 255
+    expected = theirs(
+        diffusers.FluxInpaintPipeline(**parts),
+        image=PHOTO,
+        mask_image=Image.fromarray(mask),
+        strength=1.0,
+        latents=initial_noise(HEIGHT, WIDTH, 3),
+    )
+    assert_same(ours(pipe, image=PHOTO, mask=Image.fromarray(mask)), expected)
+
+
+def test_control_pictures(tmp_path: Path) -> None:
+    parts, pipe = models(128, tmp_path)
+    expected = theirs(diffusers.FluxControlPipeline(**parts), control_image=PHOTO)
+    assert_same(ours(pipe, conditions=[Control(PHOTO)]), expected)
+
+
+def test_references(tmp_path: Path) -> None:
+    parts, pipe = models(64, tmp_path)
+    expected = theirs(diffusers.FluxKontextPipeline(**parts), image=PHOTO, _auto_resize=False, max_area=WIDTH * HEIGHT)
+    assert_same(ours(pipe, conditions=[Reference(PHOTO)]), expected)
