@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from miniflux.checks import check_number, finite, plain, several, shown, whole
-from miniflux.conditions import Condition, Control
+from miniflux.conditions import Condition, Control, Fill
 from miniflux.errors import InputError
 from miniflux.families import FAMILIES
 from miniflux.lora.adapters import adapters_of
@@ -139,10 +139,12 @@ def check_called(**functions: object) -> None:
 def check_channels(transformer: Flux1, conditions: Sequence[Condition]) -> None:
     """Raises InputError if the network reads more than the noisy picture, and no condition gives that."""
     more = transformer.config.in_channels - transformer.config.out_channels
-    if not more or any(isinstance(condition, Control) for condition in conditions):
+    if not more or any(isinstance(condition, Control | Fill) for condition in conditions):
         return
     widened = (name for name, adapter in adapters_of(transformer).items() if adapter.config is not None)
     name = next(widened, None)
+    if name is None and more != transformer.config.out_channels:
+        raise InputError("this is a Fill model: it completes pictures, and wants image= and mask=")
     who = "this model reads" if name is None else f"LoRA {name!r} is a control LoRA: with it the network reads"
     raise InputError(
         f"{who} {more} channels of a control picture beside the noisy one: give "

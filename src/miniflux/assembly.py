@@ -22,6 +22,7 @@ from miniflux.checkpoints.layouts import counterparts
 from miniflux.checkpoints.loading import bare, compare, load_into, take_packed_layers
 from miniflux.checkpoints.networks import BY_KIND, PIPELINE
 from miniflux.checkpoints.opened import Opened, layout_in, network_of, parts_of
+from miniflux.conditions import fill_channels
 from miniflux.conversion.pipelines import SCHEDULER
 from miniflux.errors import CheckpointError, InputError
 from miniflux.families import FAMILIES
@@ -160,21 +161,17 @@ def _tiny(chosen: Variant, path: Path | None, device: torch.device, opened: Open
 
 
 def _check_widths(chosen: Variant, files: Files) -> None:
-    """Refuse parts of different models, and transformers that take more than the noisy and a control picture (Fill)."""
-    takes = chosen.transformer
+    """Refuse parts of different models. Canny and Depth read a second picture beside the noise, Fill a mask, too."""
+    takes, family = chosen.transformer, FAMILIES[chosen.family]
+    channels = family.patch**2 * chosen.autoencoder.z_channels
+    beside = (0, channels, fill_channels(family, takes, chosen.autoencoder.downscale))
+    read = takes.in_channels if takes.in_channels - channels not in beside else channels
     for what, wanted, path, given in (
-        (
-            "image tokens",
-            takes.in_channels,
-            files.autoencoder,
-            FAMILIES[chosen.family].patch ** 2 * chosen.autoencoder.z_channels,
-        ),
+        ("image tokens", read, files.autoencoder, channels),
         ("text tokens", takes.context_in_dim, files.t5, chosen.t5.d_model),
         ("text summaries", takes.vec_in_dim, files.clip, chosen.clip.hidden_size),
     ):
-        if given != wanted and not (
-            what == "image tokens" and wanted == 2 * given
-        ):  # Canny and Depth read two pictures
+        if given != wanted:
             raise CheckpointError(
                 f"{files.transformer} and {path} do not belong together: {what} of {wanted} and of {given} channels"
             )

@@ -209,7 +209,6 @@ class Pipeline:
         """
         # 1. Resolve the call, so that everything is checked before anything is computed.
         check_called(progress=progress, callback=callback, watch=watch)
-        check_channels(self.transformer, conditions)
         plan = Plan.of(
             self._as_it_is(),
             prompt,
@@ -240,6 +239,7 @@ class Pipeline:
             wraps=wraps,
             attend=attend,
         )
+        check_channels(self.transformer, plan.conditions)
         warn_of_result(self.variant, plan.width, plan.height, plan.levels)
 
         # 2. What will be said of the pictures: also the key under which those drawn before are kept.

@@ -30,7 +30,7 @@ from miniflux.arguments import (
     variation_for,
 )
 from miniflux.checks import plain, several, shown, whole
-from miniflux.conditions import Condition, Img2Img, Inpaint
+from miniflux.conditions import Condition, Fill, Img2Img, Inpaint, fill_channels
 from miniflux.conditions.condition import Picture
 from miniflux.errors import InputError
 from miniflux.families import FAMILIES, Family
@@ -174,7 +174,10 @@ class Plan:
             raise InputError("a mask says where a picture is changed, and no image is given")
         steered: tuple[Condition, ...] = tuple(conditions)
         if image is not None:
-            changed = Img2Img(image, strength) if mask is None else Inpaint(image, strength, mask)
+            reads = variant.transformer.in_channels - variant.transformer.out_channels
+            fills = reads == fill_channels(family, variant.transformer, variant.autoencoder.downscale)
+            inpaint = Fill if fills else Inpaint
+            changed = Img2Img(image, strength) if mask is None else inpaint(image, strength, mask)
             steered = (changed, *steered)
         for condition in steered:
             condition.check(family, variant.transformer)

@@ -43,7 +43,7 @@ def test_what_cannot_be_converted_is_said_in_one_line(tmp_path: Path, capsys: py
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "/"])
+@pytest.mark.parametrize("name", [".", "..", "/"])
 def test_a_result_needs_a_name(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

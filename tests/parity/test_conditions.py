@@ -17,6 +17,7 @@ from PIL import Image
 
 import miniflux
 from miniflux.conditions import Control, Reference
+from miniflux.errors import InputError
 from miniflux.sampling import initial_noise, pack
 from tests.parity.peers import autoencoder_pair, clip_pair, diffusers, flux1_pair, t5_pair
 from tests.parity.test_pipeline import CLIP_SIZES, HEIGHT, LENGTH, LEVELS, PROMPT, SHIFT, SIZES, STEPS, T5_SIZES, WIDTH
@@ -82,6 +83,20 @@ def test_inpainting(tmp_path: Path) -> None:
         latents=initial_noise(HEIGHT, WIDTH, 3),
     )
     assert_same(ours(pipe, image=PHOTO, mask=Image.fromarray(mask)), expected)
+
+
+def test_fill(tmp_path: Path) -> None:
+    """A Fill network: the same call as inpainting with any other, which then says what is there by channels."""
+    parts, pipe = models(384, tmp_path)
+    mask = np.zeros((HEIGHT, WIDTH), np.uint8)
+    mask[13:40, 21:] = 255
+    told = {"image": PHOTO, "mask_image": Image.fromarray(mask)}
+    expected = theirs(diffusers.FluxFillPipeline(**parts), **told)
+    assert_same(ours(pipe, image=PHOTO, mask=Image.fromarray(mask)), expected)
+    pixels = pipe.generate(PROMPT, steps=1, image=PHOTO, mask=Image.fromarray(mask), t5_length=LENGTH).images[0]
+    assert np.array_equal(np.asarray(pixels)[mask == 0], np.asarray(PHOTO)[mask == 0])
+    with pytest.raises(InputError, match="this is a Fill model: it completes pictures"):
+        pipe.generate(PROMPT, steps=1)
 
 
 def test_control_pictures(tmp_path: Path) -> None:

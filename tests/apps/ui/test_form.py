@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from miniflux.apps.arguments import Parser
 from miniflux.apps.ui import form
 from miniflux.apps.ui.command import add
 from miniflux.apps.ui.site import MAX_LORAS, Shelf, Site, opened
@@ -207,9 +208,7 @@ def test_model_that_is_not_here_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("auth", ["user", ":password", "user:"])
 def test_auth_must_name_both(auth: str, capsys: pytest.CaptureFixture[str]) -> None:
-    import argparse
-
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     add(parser.add_subparsers())
     with pytest.raises(SystemExit):
         parser.parse_args(["ui", "--auth", auth])
