@@ -91,3 +91,29 @@ def test_what_cannot_be_resolved_is_refused_by_name() -> None:
     ):
         with pytest.raises(InputError, match=said):
             Plan.of(variant("nano"), "a star", **options)
+
+
+def test_what_needs_no_weights_is_refused_before_texts_are_encoded(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plan.of refuses what generate refuses, in the same words, and generate does so before any network works."""
+    half, whole = (pipe.generate("a star", steps=5, stop=stop).moment for stop in (2, None))
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("a text was encoded")
+
+    monkeypatch.setattr(type(pipe.text), "encode", never)
+    for options, said in (
+        ({"steps": 4, "stop": 9}, "stop must be a number of steps from 1 to 4, got 9"),
+        ({"steps": 5, "stop": 2, "resume": half}, "stop must be a number of steps from 3 to 5, got 2"),
+        ({"steps": 4, "resume": half}, "resume is from a run of 5 steps; this one has 4"),
+        ({"steps": 5, "resume": whole}, "nothing is left to do"),
+        ({"steps": 5, "resume": half, "cache": "tea"}, "resume cannot be exact with a step cache"),
+        ({"padding": "odd"}, "padding must be one of released, masked, trimmed, got 'odd'"),
+        ({"guide": guide("skip-layer", layers=("double_blocks.99",))}, "no block 'double_blocks.99' to skip"),
+    ):
+        with pytest.raises(InputError, match=said) as resolved:
+            Plan.of(pipe.variant, "a star", **options)
+        with pytest.raises(InputError) as drawn:
+            pipe.generate("a star", **options)
+        assert str(drawn.value) == str(resolved.value)

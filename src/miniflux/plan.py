@@ -48,9 +48,10 @@ from miniflux.sampling import (
 )
 from miniflux.sampling import solver as find_solver
 from miniflux.sampling.caches import Cache
-from miniflux.sampling.guidance import Cfg, Nag, Scale, scale_at
+from miniflux.sampling.denoising import check_part, check_skipped
+from miniflux.sampling.guidance import Cfg, Nag, Scale, SkipLayer, scale_at
 from miniflux.sampling.latents import PIXELS_PER_TOKEN
-from miniflux.text import Padding
+from miniflux.text import Padding, check_padding
 from miniflux.variants import Variant
 
 
@@ -160,6 +161,7 @@ class Plan:
         check_called(run=run, attend=attend, **{f"wraps[{i}]": wrap for i, wrap in enumerate(wraps)})
         negative = negative_for(negative, guide)
         check_resumed(resume, stop, total, rows * columns)
+        check_padding(padding)
         if check_cache and cache is None:
             raise InputError("check_cache compares with the run without a cache, and no cache is given")
         if image is None and strength != 1:
@@ -185,6 +187,9 @@ class Plan:
         if restart is not None:
             restart = several("restart", restart, "low, high, times")
             levels = with_restarts(levels, *restart)
+        check_part(levels, cache, resume, plain(stop))
+        if isinstance(guide, SkipLayer):
+            check_skipped(variant.transformer, guide, levels)
         return cls(
             prompts=prompts,
             images=images,
@@ -224,7 +229,7 @@ class Plan:
     @property
     def steps(self) -> int:
         """Steps of one picture, as `progress` counts them."""
-        return self.levels.steps if self.stop is None else min(self.stop, self.levels.steps)
+        return self.levels.steps if self.stop is None else self.stop
 
     @property
     def calls(self) -> int:

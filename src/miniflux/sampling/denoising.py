@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from miniflux.checks import shown
 from miniflux.errors import InputError
-from miniflux.models.flux1 import Attend, Flux1, RunBlock, run_block
+from miniflux.models.flux1 import Attend, Flux1, Flux1Config, RunBlock, run_block
 from miniflux.models.layers import attention
 from miniflux.sampling.caches import Bill, Branch, Cache
 from miniflux.sampling.forwards import Told, Velocity, Words, flux1_velocity
@@ -135,9 +134,8 @@ def denoise(
     if not isinstance(txt, Words):
         txt = Words(txt, cast(Tensor, txt_ids), cast(Tensor, vec), txt_mask)
     words = {"positive": txt, "negative": negative, "empty": empty}
-    _check(model, schedule, method, guide, words, rng, resume, stop)
-    if cache is not None and resume is not None:
-        raise InputError("resume cannot be exact with a step cache: its memory is not part of a moment")
+    _check(model, schedule, method, guide, words, rng)
+    check_part(schedule, cache, resume, stop)
 
     tell = _Network(
         model,
@@ -229,26 +227,39 @@ def _check(
     guide: Cfg,
     words: Mapping[str, Words | None],
     rng: StepNoise | None,
-    resume: Moment | None,
-    stop: int | None,
 ) -> None:
-    """Everything that can be known before the network is called."""
-    levels = schedule.falling[:-1]
-    places = range(schedule.skipped, schedule.skipped + schedule.steps)
-    wanted = {name for i, sigma in zip(places, levels, strict=True) for name in guide.wants(sigma, i, places.stop)}
+    """What texts and noise must be there, before the network is called."""
+    wanted = _wanted(guide, schedule)
     for name in sorted({"negative" if name == "attended" else name for name in wanted} - {"skipped"}):
         _needed(name, words)
     if "attended" in wanted:
         positive, negative = (_needed(name, words).txt.shape[1] for name in ("positive", "negative"))
         if positive != negative:
             raise InputError(f"NAG needs texts of one length, got {positive} and {negative} tokens: pad them")
-    if isinstance(guide, SkipLayer) and "skipped" in wanted:
-        known = [name for name, _ in model.named_modules() if re.fullmatch(r"(double|single)_blocks\.\d+", name)]
-        for layer in guide.layers:
-            if layer not in known:
-                raise InputError(f"no block {layer!r} to skip; known: {known[0]} to {known[-1]}")
+    if isinstance(guide, SkipLayer):
+        check_skipped(model.config, guide, schedule)
     if rng is None and (method.noisy or schedule.restarts):
         raise InputError(f"{method.name} with this schedule draws noise on the way: rng must be given, got None")
+
+
+def _wanted(guide: Cfg, schedule: Schedule) -> set[str]:
+    """The predictions that a guide wants at any level of a run."""
+    places = range(schedule.skipped, schedule.skipped + schedule.steps)
+    levels = zip(places, schedule.falling[:-1], strict=True)
+    return {name for i, sigma in levels for name in guide.wants(sigma, i, places.stop)}
+
+
+def check_skipped(config: Flux1Config, guide: SkipLayer, schedule: Schedule) -> None:
+    """Raises InputError unless the network has the blocks that are to be skipped, if any are in this run."""
+    numbers = {"double": config.depth, "single": config.depth_single_blocks}
+    known = [f"{kind}_blocks.{i}" for kind, number in numbers.items() for i in range(number)]
+    for layer in guide.layers if "skipped" in _wanted(guide, schedule) else ():
+        if layer not in known:
+            raise InputError(f"no block {layer!r} to skip; known: {known[0]} to {known[-1]}")
+
+
+def check_part(schedule: Schedule, cache: Cache | None, resume: Moment | None, stop: int | None) -> None:
+    """Raises InputError unless a run may go on from there, and stop after so many steps."""
     if resume is not None and resume.steps != schedule.steps:
         raise InputError(f"resume is from a run of {resume.steps} steps; this one has {schedule.steps}")
     done = 0 if resume is None else resume.step
@@ -256,6 +267,8 @@ def _check(
         raise InputError(f"resume is at the end of its run of {schedule.steps} steps: nothing is left to do")
     if stop is not None and not done < stop <= schedule.steps:
         raise InputError(f"stop must be a number of steps from {done + 1} to {schedule.steps}, got {shown(stop)}")
+    if cache is not None and resume is not None:
+        raise InputError("resume cannot be exact with a step cache: its memory is not part of a moment")
 
 
 def _on_accelerator(x: Tensor) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, get_args
+from typing import Any
 
 from miniflux.arguments import AUTO, MAX_IMAGES
 from miniflux.checks import check_number, made, whole
@@ -16,7 +16,7 @@ from miniflux.sampling.caches import Cache, Measure
 from miniflux.sampling.guidance import Cfg
 from miniflux.sampling.latents import MAX_SEED
 from miniflux.settings import strict
-from miniflux.text import Padding
+from miniflux.text import Padding, check_padding
 from miniflux.variants import ALIASES, VARIANTS, Variant, variant
 
 MAX_LORAS = 32
@@ -143,8 +143,7 @@ class Request:
             check_number("the amount of variation", self.variation[1], 0, 1)
         if self.t5_length is not None:
             whole("t5_length", self.t5_length, 1)
-        if self.padding not in get_args(Padding):
-            raise InputError(f"padding must be one of {', '.join(get_args(Padding))}, got {self.padding!r}")
+        check_padding(self.padding)
         if self.dtype is not None and self.dtype not in DTYPES:
             raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.image is None and self.strength != 1:
@@ -173,10 +172,7 @@ class Request:
         Raises:
             InputError: as `Pipeline.generate`.
         """
-        plan = Plan.of(chosen, **self.arguments(), image=self.image, mask=self.mask, strength=self.strength)
-        if self.stop is not None:
-            whole("stop", self.stop, 1, plan.levels.steps)
-        return plan
+        return Plan.of(chosen, **self.arguments(), image=self.image, mask=self.mask, strength=self.strength)
 
     @property
     def _spacing(self) -> str | list[float]:

@@ -30,6 +30,12 @@ trimmed: as masked, and cut to the longest prompt, which costs less time.
 """
 
 
+def check_padding(padding: str) -> None:
+    """Raises InputError unless it is one of `Padding`."""
+    if padding not in get_args(Padding):
+        raise InputError(f"padding must be one of {', '.join(get_args(Padding))}, got {padding!r}")
+
+
 @dataclass(frozen=True)
 class TextEmbedding:
     """What the transformer needs to know of B prompts.
@@ -94,8 +100,7 @@ class Text:
         length = self.length if length is None else length
         if isinstance(length, bool) or not isinstance(length, int) or length < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InputError(f"t5_length must be a whole number of at least 1, got {length!r}")
-        if padding not in get_args(Padding):
-            raise InputError(f"padding must be one of {', '.join(get_args(Padding))}, got {padding!r}")
+        check_padding(padding)
         prompts = [repaired("a prompt", prompt) for prompt in prompts]
         masked = padding != "released"
         with self._lock:
