@@ -15,6 +15,7 @@ from miniflux.pipeline import Pipeline
 from miniflux.plan import Plan
 from miniflux.sampling import GUIDES, SOLVERS, guide
 from miniflux.service.models import Models
+from miniflux.service.queue import Timings
 from miniflux.settings import Request
 from miniflux.variants import variant
 
@@ -79,7 +80,19 @@ def test_one_number_everywhere() -> None:
     assert request.plan(chosen).needs() == plan.needs() and plan.calls == 2 * 11
     assert request.steps_in_all(chosen) == plan.total * plan.steps == 12
     cost = Models().cost(request)
-    assert (cost.steps, cost.size) == (12, plan.rows * plan.columns)
+    assert (cost.steps, cost.size) == (12, plan.calls / plan.steps * plan.rows * plan.columns)
+
+
+def test_a_run_that_calls_more_costs_more() -> None:
+    """What was measured of one window of a guide tells, in proportion of calls, how long another takes."""
+    chosen, models, timings = variant("nano"), Models(), Timings()
+    narrow, wide = (
+        Request(prompt="a star", model="nano", steps=8, guide=guide("cfg", scale=2.0, window=(0.0, end)))
+        for end in (0.5, 1.0)
+    )
+    assert (narrow.plan(chosen).calls, wide.plan(chosen).calls) == (12, 16)
+    timings.add_step(models.cost(wide), 2.0)
+    assert timings.per_step(models.cost(narrow)) == 1.5
 
 
 def test_what_cannot_be_resolved_is_refused_by_name() -> None:

@@ -241,7 +241,8 @@ class Models:
         plan = request.plan(chosen)
         method = None if request.guide is None else type(request.guide).__name__
         kind = (key, request.solver, method)
-        return Cost(kind=kind, size=plan.rows * plan.columns, steps=plan.total * plan.steps)
+        tokens = plan.calls * plan.rows * plan.columns  # of one picture, all that its guide and its solver ask for
+        return Cost(kind=kind, size=tokens / plan.steps, steps=plan.total * plan.steps)
 
 
 def _attach(loaded: _Loaded, uses: tuple[LoraUse, ...], files: list[Path]) -> None:

@@ -46,13 +46,13 @@ class Cost:
     """What a request will cost.
 
     Attributes:
-        kind: what the duration of a step depends on, beside the size: the model, how many predictions it makes.
-        size: in any unit that grows with that duration, such as tokens.
+        kind: what the duration of a step depends on, beside the size: the model, how its predictions are made.
+        size: in any unit that grows with that duration, such as the tokens that go through the network in a step.
         steps: of all pictures of the request.
     """
 
     kind: Hashable
-    size: int
+    size: float
     steps: int
 
 
@@ -353,7 +353,7 @@ class Timings:
     """
 
     def __init__(self) -> None:
-        self._steps: dict[Hashable, dict[int, deque[float]]] = {}
+        self._steps: dict[Hashable, dict[float, deque[float]]] = {}
         self._rest: dict[Hashable, deque[float]] = {}
 
     def start(self, cost: Cost) -> Timer:
