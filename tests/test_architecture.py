@@ -25,8 +25,8 @@ CORE = {"models", "sampling", "text", "variants", "families", "checks"}
 FILES_AND_MEMORY = {"checkpoints", "weights", "lora", "memory"}
 LIBRARY = BELOW | CORE | FILES_AND_MEMORY | {
     "conditions",
-    *("arguments", "plan", "settings", "result", "cache", "loaded", "inspection", "conversion", "assembly", "pipeline"),
-    "root",
+    *("arguments", "plan", "settings", "result", "cache", "loaded", "inspection", "conversion", "assembly", "drawing"),
+    *("pipeline", "root"),
 }  # fmt: skip
 MAY_IMPORT = {
     **{name: set[str]() for name in ("errors", *BELOW)},
@@ -52,6 +52,7 @@ MAY_IMPORT = {
     "result": {"settings", "weights", "sampling", "checks", "disk"},
     "cache": {"plan", "checkpoints", "weights", "sampling", "checks"},
     "loaded": {"checkpoints", "weights", "lora", "models", "text", "variants"},
+    "drawing": CORE | {"plan", "conditions", "cache", "result", "memory", "pictures"},
     "pipeline": LIBRARY - {"pipeline", "settings", "inspection", "conversion", "root"},
     "testing": LIBRARY,
     "root": LIBRARY | {"testing"},  # miniflux/__init__.py

@@ -74,7 +74,7 @@ def test_a_repeated_request_is_not_drawn_again(pipe: Pipeline, monkeypatch: pyte
     first = draw(pipe, seed=5, images=2)
     assert not first.cached and [about["cached"] for about in first.settings] == [False, False]
     calls: list[int] = []
-    monkeypatch.setattr(miniflux.pipeline, "denoise", lambda *_, **__: calls.append(1))
+    monkeypatch.setattr(miniflux.drawing, "denoise", lambda *_, **__: calls.append(1))
     steps: list[tuple[int, int]] = []
     again = draw(pipe, seed=5, images=2, progress=lambda done, total: steps.append((done, total)))
     second = draw(pipe, seed=6)

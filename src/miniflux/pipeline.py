@@ -8,14 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from miniflux.arguments import (
     AUTO,
@@ -32,34 +31,26 @@ from miniflux.arguments import (
 )
 from miniflux.assembly import assemble
 from miniflux.cache import Drawn, ResultCache, not_keyed, picture_key, result_cache
-from miniflux.conditions import Added, Condition, Scene, joined
-from miniflux.errors import InputError, MinifluxError
+from miniflux.conditions import Condition
+from miniflux.drawing import Drawing
+from miniflux.errors import InputError
 from miniflux.loaded import Baseline, claimed, summary
 from miniflux.lora.adapters import described, files_of
 from miniflux.memory.ledger import Run, activations
 from miniflux.memory.modes import Memory
 from miniflux.memory.shortage import Fits, told
 from miniflux.models.autoencoder import Autoencoder
-from miniflux.models.flux1 import Attend, Flux1, RunBlock, run_block
-from miniflux.models.layers import attention
+from miniflux.models.flux1 import Attend, Flux1, RunBlock
 from miniflux.models.tiny_autoencoder import TinyDecoder
-from miniflux.pictures import from_image
 from miniflux.plan import Plan, Watcher
-from miniflux.result import Result, checked_output, psnr, to_image
+from miniflux.result import Result, checked_output, to_image
 from miniflux.sampling import (
-    Bill,
     Moment,
-    Words,
     Wrap,
-    add_noise,
-    denoise,
     previews,
-    step_noise,
     unpack,
-    varied_noise,
 )
 from miniflux.sampling.caches import Cache
-from miniflux.sampling.denoising import model_calls
 from miniflux.sampling.guidance import Cfg, Scale
 from miniflux.sampling.latents import PATCH, PIXELS_PER_TOKEN
 from miniflux.text import Padding, Text
@@ -249,15 +240,13 @@ class Pipeline:
         unkeyed = None if self.results is None else not_keyed(plan, said, files, callback is not None)
 
         # 3. Each picture on its own: text, noise from its seed, denoising, decoding - unless it was drawn before.
-        begun: list[_Begun] = []
-        needs, fits = plan.needs(), self._fits()
+        work, needs, fits = Drawing(self, plan), plan.needs(), self._fits()
 
         def draw(i: int) -> Drawn:
             with self._watched(needs, fits):
-                if not begun:  # text has a cache of its own, and is not needed where all pictures were drawn before
+                if not work.begun:
                     fits.check(needs)
-                    begun.append(self._begin(plan))
-                return self._draw(plan, begun[0], i, Watcher(i, plan.total, progress, callback, watch))
+                return work.draw(i, Watcher(i, plan.total, progress, callback, watch))
 
         keys: list[str] = []
         pictures: list[Drawn] = []
@@ -334,94 +323,6 @@ class Pipeline:
         loras = tuple((f"lora {name}", stamp) for name, stamps in files_of(self).items() for stamp in stamps)
         return claimed(self.origin.files + loras, changed)
 
-    def _begin(self, plan: Plan) -> _Begun:
-        """T5's tokens and CLIP's summary of all texts, and the latents of the picture to change."""
-        # Cut to the longest of a call, prompts would depend on each other.
-        groups = [[prompt] for prompt in plan.prompts] if plan.padding == "trimmed" else [plan.prompts]
-        texts = [words for group in groups for words in self._words(group, plan)]
-        others = (None, None) if plan.guide is None else self._words([plan.negative or "", ""], plan)
-        if self.memory is not None:
-            self.memory.free_text()
-        scene = Scene(plan.family, plan.width, plan.height, plan.levels, self._encode)
-        return _Begun(texts, others[0], others[1], joined([condition.added(scene) for condition in plan.conditions]))
-
-    def _draw(self, plan: Plan, begun: _Begun, i: int, watcher: Watcher) -> Drawn:
-        """Picture i."""
-        words, seed = (begun.texts[i // plan.images], begun.negative, begun.empty), plan.seed + i
-        noise = self._noise(plan, i)
-        start = begun.added.start
-        begin = noise if start is None else add_noise(start, 0.0, plan.levels[0], noise)
-        moment, bill = self._denoise(plan, begun.added, words, begin, noise, seed, watcher)
-        tokens = moment.picture if moment.step < moment.steps else moment.x
-        image = to_image(self._decode(tokens, plan, begun.added))
-        about: dict[str, Any] = {}
-        if watcher.replaced:
-            about["replaced"] = True
-        if plan.resume is not None:
-            about["resumed"] = plan.resume.step
-        if plan.cache is not None:
-            about["cache"] = {**plan.cache_described(), "evaluated": bill.evaluated, "skipped": bill.skipped}
-        if plan.check_cache:
-            exact, _ = self._denoise(replace(plan, cache=None), begun.added, words, begin, noise, seed, Watcher(0, 1))
-            about["cache"] |= {
-                "latent_l2": float((moment.x - exact.x).norm() / exact.x.norm()),
-                "psnr": psnr(image, to_image(self._decode(exact.x, plan, begun.added))),
-            }
-        return Drawn(image, self._unpacked(moment.x, plan).cpu(), about, moment)
-
-    def _denoise(
-        self,
-        plan: Plan,
-        added: Added,
-        words: tuple[Words, Words | None, Words | None],
-        begin: Tensor,
-        noise: Tensor,
-        seed: int,
-        watch: Watcher,
-    ) -> tuple[Moment, Bill]:
-        """The last moment of one picture's run, and what it cost."""
-        bill, (text, negative, empty) = Bill(), words
-        arguments: dict[str, Any] = {
-            "img": plan.family.pack(begin).to(self.device, self.dtype),
-            "img_ids": plan.family.image_ids(1, plan.rows, plan.columns).to(self.device),
-            "img_cond": None if added.channels is None else added.channels.to(self.device, self.dtype),
-            "img_cond_seq": None if added.tokens is None else added.tokens.to(self.device, self.dtype),
-            "img_cond_seq_ids": None if added.ids is None else added.ids.to(self.device),
-            "txt": text,
-            "timesteps": plan.levels,
-            "guidance": plan.guidance,
-            "method": plan.method,
-            "guide": plan.guide,
-            "negative": negative,
-            "empty": empty,
-            "resume": plan.resume,
-            "stop": plan.stop,
-        }
-
-        def kept(moment: Moment) -> Tensor:
-            assert added.keep is not None
-            latents = added.keep(plan.family.unpack(moment.x, *plan.sides), noise, moment.sigma)
-            moment = replace(moment, x=plan.family.pack(latents))
-            replaced = watch(moment)
-            return moment.x if replaced is None else replaced
-
-        calls = partial(model_calls, self.transformer, **arguments)
-        with nullcontext() if self.memory is None else self.memory.denoising(calls):
-            denoise(
-                self.transformer,
-                **arguments,
-                callback=watch if added.keep is None else kept,
-                rng=step_noise([seed]),
-                cache=plan.cache,
-                bill=bill,
-                run=plan.run or run_block,
-                wraps=(*added.wraps, *plan.wraps),
-                attend=plan.attend or attention,
-                velocity=plan.family.velocity,
-            )
-        assert watch.moment is not None
-        return watch.moment, bill
-
     @torch.inference_mode()
     def preview(self, moment: Moment, width: int, height: int, decoder: str | None = None) -> Image.Image:
         """The picture a run points to, roughly and at once, enlarged to the size.
@@ -437,54 +338,6 @@ class Pipeline:
         latent = unpack(moment.picture, rows * PIXELS_PER_TOKEN, columns * PIXELS_PER_TOKEN)
         pixels = previews.decode(latent, self.variant.preview, self.tiny, decoder)
         return to_image(pixels[0]).resize((width, height), Image.Resampling.BILINEAR)
-
-    def _words(self, prompts: Sequence[str], plan: Plan) -> tuple[Words, ...]:
-        """Embeddings of each prompt, in the dtype and on the device of the transformer."""
-        text = self.text.encode(prompts, plan.t5_length, plan.padding)
-        return tuple(
-            Words(
-                text.txt[i : i + 1].to(self.dtype),
-                plan.family.text_ids(1, text.txt.shape[1]).to(self.device),
-                text.vec[i : i + 1].to(self.dtype),
-                None if text.mask is None else text.mask[i : i + 1],
-            )
-            for i in range(len(prompts))
-        )
-
-    def _noise(self, plan: Plan, i: int) -> Tensor:
-        height, width, channels = *plan.sides, self.autoencoder.config.z_channels
-        variation = plan.varied(i)
-        if variation is None:
-            return plan.family.noise(height, width, plan.seed + i, channels)
-        return varied_noise(height, width, plan.seed + i, variation, channels)
-
-    def _unpacked(self, tokens: Tensor, plan: Plan) -> Tensor:
-        return plan.family.unpack(tokens, *plan.sides).float()
-
-    def _decode(self, tokens: Tensor, plan: Plan, added: Added) -> Tensor:
-        pixels = self.autoencoder.decode(self._unpacked(tokens, plan).to(self.autoencoder.decoder.conv_in.weight.dtype))
-        if not bool(torch.isfinite(pixels).all()):
-            dtype = str(self.dtype).removeprefix("torch.")
-            raise MinifluxError(f"the picture is not finite: the numbers overflowed in {dtype}; try dtype float32")
-        return pixels[0] if added.paste is None else added.paste(pixels[0])
-
-    def _encode(self, image: Image.Image | Tensor) -> Tensor:
-        """Latents (1, C, h, w) of a picture, float32 on the CPU; latents are themselves."""
-        if isinstance(image, Tensor) and image.ndim == 4:
-            return image.float().cpu()
-        weight = self.autoencoder.encoder.conv_in.weight
-        pixels = image if isinstance(image, Tensor) else from_image(image)
-        return self.autoencoder.encode(pixels[None].to(weight.device, weight.dtype)).float().cpu()
-
-
-@dataclass(frozen=True)
-class _Begun:
-    """What the pictures of a call share: the words of each prompt, the other texts, what conditions add."""
-
-    texts: list[Words]
-    negative: Words | None
-    empty: Words | None
-    added: Added
 
 
 def load(

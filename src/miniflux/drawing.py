@@ -1,0 +1,193 @@
+"""A resolved call at work: words, noise from a picture's seed, denoising, pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from miniflux.cache import Drawn
+from miniflux.conditions import Added, Scene, joined
+from miniflux.errors import MinifluxError
+from miniflux.memory.modes import Memory
+from miniflux.models.autoencoder import Autoencoder
+from miniflux.models.flux1 import Flux1, run_block
+from miniflux.models.layers import attention
+from miniflux.pictures import from_image
+from miniflux.plan import Plan, Watcher
+from miniflux.result import psnr, to_image
+from miniflux.sampling import Bill, Moment, Words, add_noise, denoise, step_noise, varied_noise
+from miniflux.sampling.denoising import model_calls
+from miniflux.text import Text
+
+
+class Parts(Protocol):
+    """What a pipeline draws with."""
+
+    transformer: Flux1
+    autoencoder: Autoencoder
+    text: Text
+    memory: Memory | None
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """What the pictures of a call share: the words of each prompt, the other texts, what conditions add."""
+
+    texts: list[Words]
+    negative: Words | None
+    empty: Words | None
+    added: Added
+
+
+class Drawing:
+    """One call at work.
+
+    Attributes:
+        begun: what its pictures share; None before the first of them, because where all were drawn before, no text is
+            needed.
+    """
+
+    def __init__(self, parts: Parts, plan: Plan) -> None:
+        self.parts, self.plan = parts, plan
+        self.begun: _Begun | None = None
+
+    def draw(self, i: int, watcher: Watcher) -> Drawn:
+        """Picture i.
+
+        Raises:
+            MinifluxError: the numbers overflowed in this dtype.
+        """
+        plan = self.plan
+        begun = self.begun = self.begun or self._begin()
+        noise, start = self._noise(i), begun.added.start
+        begin = noise if start is None else add_noise(start, 0.0, plan.levels[0], noise)
+        moment, bill = self._denoise(plan, begun, i, begin, noise, watcher)
+        tokens = moment.picture if moment.step < moment.steps else moment.x
+        image = to_image(self._decode(tokens, begun.added))
+        about: dict[str, Any] = {}
+        if watcher.replaced:
+            about["replaced"] = True
+        if plan.resume is not None:
+            about["resumed"] = plan.resume.step
+        if plan.cache is not None:
+            about["cache"] = {**plan.cache_described(), "evaluated": bill.evaluated, "skipped": bill.skipped}
+        if plan.check_cache:
+            exact, _ = self._denoise(replace(plan, cache=None), begun, i, begin, noise, Watcher(0, 1))
+            about["cache"] |= {
+                "latent_l2": float((moment.x - exact.x).norm() / exact.x.norm()),
+                "psnr": psnr(image, to_image(self._decode(exact.x, begun.added))),
+            }
+        return Drawn(image, self._unpacked(moment.x).cpu(), about, moment)
+
+    def _begin(self) -> _Begun:
+        """T5's tokens and CLIP's summary of all texts, and the latents of the picture to change."""
+        plan, memory = self.plan, self.parts.memory
+        # Cut to the longest of a call, prompts would depend on each other.
+        groups = [[prompt] for prompt in plan.prompts] if plan.padding == "trimmed" else [plan.prompts]
+        texts = [words for group in groups for words in self._words(group)]
+        others = (None, None) if plan.guide is None else self._words([plan.negative or "", ""])
+        if memory is not None:
+            memory.free_text()
+        scene = Scene(plan.family, plan.width, plan.height, plan.levels, self._encode)
+        return _Begun(texts, others[0], others[1], joined([condition.added(scene) for condition in plan.conditions]))
+
+    def _denoise(
+        self, plan: Plan, begun: _Begun, i: int, begin: Tensor, noise: Tensor, watch: Watcher
+    ) -> tuple[Moment, Bill]:
+        """The last moment of one picture's run, and what it cost."""
+        bill, added, memory = Bill(), begun.added, self.parts.memory
+        device, dtype, model = self.parts.device, self.parts.dtype, self.parts.transformer
+        arguments: dict[str, Any] = {
+            "img": plan.family.pack(begin).to(device, dtype),
+            "img_ids": plan.family.image_ids(1, plan.rows, plan.columns).to(device),
+            "img_cond": None if added.channels is None else added.channels.to(device, dtype),
+            "img_cond_seq": None if added.tokens is None else added.tokens.to(device, dtype),
+            "img_cond_seq_ids": None if added.ids is None else added.ids.to(device),
+            "txt": begun.texts[i // plan.images],
+            "timesteps": plan.levels,
+            "guidance": plan.guidance,
+            "method": plan.method,
+            "guide": plan.guide,
+            "negative": begun.negative,
+            "empty": begun.empty,
+            "resume": plan.resume,
+            "stop": plan.stop,
+        }
+
+        def kept(moment: Moment) -> Tensor:
+            assert added.keep is not None
+            latents = added.keep(plan.family.unpack(moment.x, *plan.sides), noise, moment.sigma)
+            moment = replace(moment, x=plan.family.pack(latents))
+            replaced = watch(moment)
+            return moment.x if replaced is None else replaced
+
+        calls = partial(model_calls, model, **arguments)
+        with nullcontext() if memory is None else memory.denoising(calls):
+            denoise(
+                model,
+                **arguments,
+                callback=watch if added.keep is None else kept,
+                rng=step_noise([plan.seed + i]),
+                cache=plan.cache,
+                bill=bill,
+                run=plan.run or run_block,
+                wraps=(*added.wraps, *plan.wraps),
+                attend=plan.attend or attention,
+                velocity=plan.family.velocity,
+            )
+        assert watch.moment is not None
+        return watch.moment, bill
+
+    def _words(self, prompts: Sequence[str]) -> tuple[Words, ...]:
+        """Embeddings of each prompt, in the dtype and on the device of the transformer."""
+        plan, device, dtype = self.plan, self.parts.device, self.parts.dtype
+        text = self.parts.text.encode(prompts, plan.t5_length, plan.padding)
+        return tuple(
+            Words(
+                text.txt[i : i + 1].to(dtype),
+                plan.family.text_ids(1, text.txt.shape[1]).to(device),
+                text.vec[i : i + 1].to(dtype),
+                None if text.mask is None else text.mask[i : i + 1],
+            )
+            for i in range(len(prompts))
+        )
+
+    def _noise(self, i: int) -> Tensor:
+        plan, variation = self.plan, self.plan.varied(i)
+        height, width, channels = *plan.sides, self.parts.autoencoder.config.z_channels
+        if variation is None:
+            return plan.family.noise(height, width, plan.seed + i, channels)
+        return varied_noise(height, width, plan.seed + i, variation, channels)
+
+    def _unpacked(self, tokens: Tensor) -> Tensor:
+        return self.plan.family.unpack(tokens, *self.plan.sides).float()
+
+    def _decode(self, tokens: Tensor, added: Added) -> Tensor:
+        autoencoder = self.parts.autoencoder
+        pixels = autoencoder.decode(self._unpacked(tokens).to(autoencoder.decoder.conv_in.weight.dtype))
+        if not bool(torch.isfinite(pixels).all()):
+            dtype = str(self.parts.dtype).removeprefix("torch.")
+            raise MinifluxError(f"the picture is not finite: the numbers overflowed in {dtype}; try dtype float32")
+        return pixels[0] if added.paste is None else added.paste(pixels[0])
+
+    def _encode(self, image: Image.Image | Tensor) -> Tensor:
+        """Latents (1, C, h, w) of a picture, float32 on the CPU; latents are themselves."""
+        if isinstance(image, Tensor) and image.ndim == 4:
+            return image.float().cpu()
+        autoencoder = self.parts.autoencoder
+        weight = autoencoder.encoder.conv_in.weight
+        pixels = image if isinstance(image, Tensor) else from_image(image)
+        return autoencoder.encode(pixels[None].to(weight.device, weight.dtype)).float().cpu()
