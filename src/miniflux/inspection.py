@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from miniflux.checkpoints.configs import flux1_config
+from miniflux.checkpoints.configs import flux1_config, transformer_config
 from miniflux.checkpoints.files import Entry, Selection, TensorSource, open_tensors
 from miniflux.checkpoints.folders import path_of, unread
 from miniflux.checkpoints.formats.encodings import accepted
@@ -222,15 +222,18 @@ def _recognise(source: TensorSource) -> tuple[str, str, str, list[str], dict[str
 def _closest(kind: type[nn.Module], source: TensorSource) -> tuple[Any, dict[Any, list[str]], LoadReport]:
     """The config that a file fits best, the names of the variants by config, and what does not fit."""
     names: dict[Any, list[str]] = {}  # of the variants that share a config
+    record = BY_KIND[kind]
     for variant in VARIANTS.values():
-        names.setdefault(BY_KIND[kind].of(variant), []).append(variant.name)
+        if (config := record.of(variant)) is not None:
+            names.setdefault(config, []).append(variant.name)
     candidates = list(names)
-    if kind is Flux1:
-        names.update({config: [name] for name, config in OTHER_TRANSFORMERS.items()})
+    if record.telling:
+        names.update({config: [name] for name, config in OTHER_TRANSFORMERS.items() if type(config) is record.config})
         try:
-            candidates = [flux1_config(contents_of(source).entries, source.metadata)]
+            candidates = [transformer_config(record, contents_of(source).entries, source.metadata, to_run=bool(names))]
         except CheckpointError:
-            candidates = list(names)
+            if not candidates:  # a network of no variant yet
+                raise
     best: tuple[Any, LoadReport] | None = None
     for config in candidates:
         report = compare(bare(kind, config), source)
@@ -258,17 +261,18 @@ def describe(source: TensorSource) -> str:
     if others:
         return others[0].name
     kind = network_of(source)
-    if kind is not Flux1:
+    record = BY_KIND[kind] if kind else None
+    if record is None or not record.telling:
         return f"the tensors of {kind.__name__}" if kind else what_is(source) or "no network known here"
     try:
-        config = flux1_config(contents_of(source).entries, source.metadata)
+        config = transformer_config(record, contents_of(source).entries, source.metadata)
     except CheckpointError as error:
         return str(error)
-    known = {**{v.name: v.transformer for v in VARIANTS.values()}, **OTHER_TRANSFORMERS}
+    known = {**{v.name: record.of(v) for v in VARIANTS.values()}, **OTHER_TRANSFORMERS}
     names = [name for name, candidate in known.items() if candidate == config]
     guidance = "with" if config.guidance_embed else "without"
     sizes = (
         f"in_channels {config.in_channels}, hidden size {config.hidden_size}, {config.depth} + "
         f"{config.depth_single_blocks} blocks, {guidance} guidance input"
     )
-    return " or ".join(names) if names else f"a FLUX.1 of another size ({sizes})"
+    return " or ".join(names) if names else f"a {record.title} of another size ({sizes})"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -16,14 +17,13 @@ from torch import nn
 from miniflux.checkpoints.files import Entry
 from miniflux.checkpoints.formats.reading import foreign_packing
 from miniflux.checkpoints.layouts import layout_of, own_shapes, their_names
-from miniflux.checkpoints.networks import BY_CONFIG, BY_KIND
-from miniflux.checkpoints.networks.flux1 import FLUX1, TELLING
+from miniflux.checkpoints.networks import BY_CONFIG, BY_KIND, Network
+from miniflux.checkpoints.networks.flux1 import FLUX1
 from miniflux.checkpoints.networks.known import found_by_name
 from miniflux.checkpoints.opened import Opened
 from miniflux.errors import CheckpointError, ConfigError
 from miniflux.models.autoencoder import AutoencoderConfig
 from miniflux.models.clip import ClipTextConfig
-from miniflux.models.flux1 import Flux1Config
 from miniflux.models.t5 import T5Config
 from miniflux.strictjson import json_file, json_of
 from miniflux.variants import VARIANTS
@@ -65,52 +65,63 @@ def config_beside(path: Path, default: Config, opened: Opened) -> Config:
         raise CheckpointError(f"{path / 'config.json'}: not {record.named_there}: {error}") from error
 
 
-# Rotary axes cannot be read from tensors: by head size, those of the released models; others are in the file's header.
-AXES = {sum(v.transformer.axes_dim): tuple(v.transformer.axes_dim) for v in VARIANTS.values()}
+def transformer_config(
+    record: Network,
+    entries: Entries,
+    metadata: Mapping[str, str],
+    axes_dim: tuple[int, ...] | None = None,
+    *,
+    to_run: bool = True,
+) -> Any:
+    """The config of a transformer, from the shapes in its file (any layout).
 
-
-def flux1_config(
-    entries: Entries, metadata: Mapping[str, str], axes_dim: tuple[int, ...] | None = None, *, to_run: bool = True
-) -> Flux1Config:
-    """The config of a FLUX.1 transformer, from the shapes in its file (either layout).
+    Rotary axes cannot be read from tensors: by head size, those of the released models are known.
 
     Args:
+        record: of the transformer that it should be.
         entries: of the file; packed weights by the shapes that they unpack to (`Contents.entries`).
         metadata: of the file's header; `axes_dim` there (a JSON list) settles what shapes cannot tell.
         axes_dim: rotary axes, if the caller knows them.
         to_run: False where only names and shapes matter: unknown rotary axes are then one axis.
 
     Raises:
-        CheckpointError: the file holds no FLUX.1 transformer, or its rotary axes are unknown.
+        CheckpointError: the file holds no such transformer, or its rotary axes are unknown.
     """
+    called = f"{record.title} {record.word}"
     others = found_by_name(entries)
     if others:
-        raise CheckpointError(f"no FLUX.1 transformer, but {others[0].name}")
-    if not any(sign in entries for sign in FLUX1.signs):
-        raise CheckpointError(f"no FLUX.1 transformer: neither {' nor '.join(FLUX1.signs)} is there")
-    shapes = own_shapes(FLUX1, {key: tuple(entry.shape) for key, entry in entries.items()})
-    layout = layout_of(FLUX1, entries)
-    names = {name: their_names(FLUX1, layout, key)[0] for name, key in TELLING.items()}
-    absent = [names[name] for name, key in TELLING.items() if key not in shapes]
+        raise CheckpointError(f"no {called}, but {others[0].name}")
+    if not any(sign in entries for sign in record.signs):
+        raise CheckpointError(f"no {called}: neither {' nor '.join(record.signs)} is there")
+    shapes = own_shapes(record, {key: tuple(entry.shape) for key, entry in entries.items()})
+    layout = layout_of(record, entries)
+    names = {key: their_names(record, layout, key)[0] for key in record.telling}
+    absent = [name for key, name in names.items() if key not in shapes]
     if absent:
         why = foreign_packing(entries) or f"{', '.join(absent)} missing"
-        raise CheckpointError(f"an incomplete FLUX.1 transformer: {why}")
-    shape = {name: shapes[key] for name, key in TELLING.items()}
-    odd = [f"{names[name]} {list(s)}" for name, s in shape.items() if len(s) != (1 if name == "head" else 2) or 0 in s]
+        raise CheckpointError(f"an incomplete {called}: {why}")
+    shape = {key: shapes[key] for key in names}
+    odd = [
+        f"{names[key]} {list(s)}" for key, s in shape.items() if len(s) != (1 if key == record.head else 2) or 0 in s
+    ]
     if odd:
-        raise CheckpointError(f"no FLUX.1 transformer: the shape of {', '.join(odd)}")
-    head = shape["head"][0]
-    axes = axes_dim or _axes_in(metadata) or AXES.get(head) or (None if to_run else (head,))
+        raise CheckpointError(f"no {called}: the shape of {', '.join(odd)}")
+    head = shape[record.head][0]
+    released = {sum(c.axes_dim): tuple(c.axes_dim) for v in VARIANTS.values() if (c := record.of(v)) is not None}
+    axes = axes_dim or _axes_in(metadata) or released.get(head) or (None if to_run else (head,))
     if axes is None:
         raise CheckpointError(
-            f"a FLUX.1 transformer with heads of {head} channels: its rotary axes are not in the file; known are those "
-            f"of heads of {', '.join(map(str, sorted(AXES)))}"
+            f"a {called} with heads of {head} channels: its rotary axes are not in the file; known are those "
+            f"of heads of {', '.join(map(str, sorted(released)))}"
         )
     try:
-        assert FLUX1.sizes is not None
-        return Flux1Config(**FLUX1.sizes(shapes, None), axes_dim=axes)
+        assert record.sizes is not None
+        return record.config(**record.sizes(shapes, None), axes_dim=axes)
     except ConfigError as error:
-        raise CheckpointError(f"no FLUX.1 transformer: {error}") from error
+        raise CheckpointError(f"no {called}: {error}") from error
+
+
+flux1_config = partial(transformer_config, FLUX1)
 
 
 def _axes_in(metadata: Mapping[str, str]) -> tuple[int, ...] | None:

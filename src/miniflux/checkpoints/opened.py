@@ -19,7 +19,7 @@ from miniflux.checkpoints.files import Selection, TensorSource, open_tensors
 from miniflux.checkpoints.folders import Model, path_of, walk
 from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.layouts import detect
-from miniflux.checkpoints.networks import NETWORKS, PIPELINE
+from miniflux.checkpoints.networks import BY_KIND, NETWORKS, PIPELINE
 from miniflux.checkpoints.networks.known import Found, found_by_name
 from miniflux.errors import CheckpointError
 from miniflux.strictjson import json_of
@@ -76,7 +76,9 @@ def networks_in(keys: Collection[str]) -> dict[type[nn.Module], str]:
                 where = " and ".join(repr(prefix) for prefix in sorted(prefixes))
                 raise CheckpointError(f"{network.kind.__name__} is there {len(prefixes)} times: under {where}")
             if prefixes:
-                found[network.kind] = prefixes[0]
+                # Transformers of several families share keys; the first that NETWORKS names has one that is its own.
+                if not (network.telling and any(BY_KIND[k].telling and at == prefixes[0] for k, at in found.items())):
+                    found[network.kind] = prefixes[0]
                 break
     return found
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from miniflux.checkpoints.configs import axes_beside, config_beside, config_in, flux1_config, in_header
+from miniflux.checkpoints.configs import axes_beside, config_beside, config_in, in_header, transformer_config
 from miniflux.checkpoints.files import TensorSource, open_tensors
 from miniflux.checkpoints.folders import Model, path_of, unread
 from miniflux.checkpoints.formats.reading import contents_of
@@ -17,11 +17,10 @@ from miniflux.checkpoints.formats.scaled import METADATA
 from miniflux.checkpoints.gguf import GGUF_OWN
 from miniflux.checkpoints.layouts import counterparts
 from miniflux.checkpoints.loading import bare, fetch, filling_for
-from miniflux.checkpoints.networks import BY_KIND, NETWORKS, PIPELINE
+from miniflux.checkpoints.networks import BY_KIND, NETWORKS
 from miniflux.checkpoints.opened import Opened, known_in, models_in, network_of, parts_of
 from miniflux.errors import CheckpointError
 from miniflux.lora.files import is_lora, what_is
-from miniflux.models.flux1 import Flux1
 from miniflux.models.tiny_autoencoder import TinyDecoder
 from miniflux.variants import VARIANTS
 
@@ -141,7 +140,7 @@ def _each_once(path: Path, found: list[Input], left_out: dict[str, str]) -> list
         left_out[str(second.source)] = f"the same {part.word} as {first.source}"
         told = first if first.config or not first.untold else replace(second, source=first.source)
         kept[kind] = replace(first, network=told.network, config=first.config or second.config, untold=told.untold)
-    return sorted(kept.values(), key=lambda part: PIPELINE.index(BY_KIND[type(part.network)]))
+    return sorted(kept.values(), key=lambda part: NETWORKS.index(BY_KIND[type(part.network)]))
 
 
 def _bytes(part: Input) -> int:
@@ -172,9 +171,9 @@ def _input(kind: type[nn.Module], source: TensorSource, path: Path, model: Model
     own = model is not None and (place != path or len(source.files) > 1 or (place / "config.json").is_file())
     beside = place / "config.json" if own and not together and (place / "config.json").is_file() else None
     try:
-        if kind is Flux1:
-            config: Any = flux1_config(entries, source.metadata, axes_beside(place) if beside else None, to_run=False)
-            untold = ""
+        if BY_KIND[kind].telling:
+            axes = axes_beside(place) if beside else None
+            config, untold = transformer_config(BY_KIND[kind], entries, source.metadata, axes, to_run=False), ""
         else:
             config, untold = _config(kind, source, beside.parent if beside else None)
     except CheckpointError as error:

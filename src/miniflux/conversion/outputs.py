@@ -79,10 +79,12 @@ def outputs(
     if names_file(target) or (several and together):
         made = [Output(target.name if names_file(target) else "model.safetensors", everything)]
     elif several:
+        # A text encoder in GGUF is found by its folder alone.
+        alone = [network.gguf and not BY_KIND[type(network.network)].telling for network in networks]
         folders = [
-            layout == DIFFUSERS or (layout is None and part.in_folder) or (network.gguf and not _is_flux1(network))
-            for part, network in zip(found, networks, strict=True)
-        ]  # a text encoder in GGUF is found by its folder alone
+            layout == DIFFUSERS or (layout is None and part.in_folder) or by_folder
+            for part, by_folder in zip(found, alone, strict=True)
+        ]
         made = [
             file
             for network, own in zip(networks, folders, strict=True)
@@ -96,10 +98,6 @@ def outputs(
                 if isinstance(form, Format):
                     file.markers |= {_prefix(network) + key: tensor for key, tensor in form.markers().items()}
     return made
-
-
-def _is_flux1(network: Targets) -> bool:
-    return isinstance(network.network, Flux1)
 
 
 def _prefix(network: Targets) -> str:

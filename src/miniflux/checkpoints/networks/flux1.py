@@ -59,29 +59,20 @@ FLUX1_DIFFUSERS = [
 
 # What a quarter of the weights make, from noise level, guidance and prompt alone: known before a run (`Ahead`).
 MODULATION = r"(double|single)_blocks\.\d+\.(img_mod|txt_mod|modulation)\.lin|final_layer\.adaLN_modulation\.1"
-# By their names, and as `sizes` reads them.
-TELLING = {
-    "img_in": "img_in.weight",
-    "txt_in": "txt_in.weight",
-    "vector": "vector_in.in_layer.weight",
-    "out": "final_layer.linear.weight",
-    "head": "single_blocks.0.norm.query_norm.scale",
-    "mlp": "double_blocks.0.img_mlp.0.weight",
-}
+HEAD = "single_blocks.0.norm.query_norm.scale"
 
 
 def _sizes(shapes: Shapes, default: object) -> dict[str, Any]:
     """All but the rotary axes, which no shape tells."""
-    shape = {name: shapes[key] for name, key in TELLING.items()}
-    hidden, head = shape["img_in"][0], shape["head"][0]
+    hidden, channels = shapes["img_in.weight"]
     return {
-        "in_channels": shape["img_in"][1],
-        "out_channels": shape["out"][0],
-        "vec_in_dim": shape["vector"][1],
-        "context_in_dim": shape["txt_in"][1],
+        "in_channels": channels,
+        "out_channels": shapes["final_layer.linear.weight"][0],
+        "vec_in_dim": shapes["vector_in.in_layer.weight"][1],
+        "context_in_dim": shapes["txt_in.weight"][1],
         "hidden_size": hidden,
-        "mlp_ratio": shape["mlp"][0] / hidden,
-        "num_heads": max(1, hidden // head),
+        "mlp_ratio": shapes["double_blocks.0.img_mlp.0.weight"][0] / hidden,
+        "num_heads": max(1, hidden // shapes[HEAD][0]),
         "depth": count(shapes, r"double_blocks\.(\d+)\."),
         "depth_single_blocks": count(shapes, r"single_blocks\.(\d+)\."),
         "qkv_bias": "double_blocks.0.img_attn.qkv.bias" in shapes,
@@ -135,6 +126,16 @@ FLUX1 = Network(
     comfyui=("diffusion_models", "unet", "checkpoints"),
     architecture="flux",
     header="axes_dim",
+    title="FLUX.1",
+    telling=(
+        "img_in.weight",
+        "txt_in.weight",
+        "vector_in.in_layer.weight",
+        "final_layer.linear.weight",
+        HEAD,
+        "double_blocks.0.img_mlp.0.weight",
+    ),
+    head=HEAD,
     sizes=_sizes,
     as_json=_as_json,
     lora=(

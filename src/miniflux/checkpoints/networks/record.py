@@ -78,6 +78,9 @@ class Network:
         comfyui: the folders of `ComfyUI/models` in which its files lie.
         architecture: in the header of GGUF files; empty if there are none.
         header: the name under which the header of a file tells its config.
+        title: what its releases are called, of a transformer.
+        telling: weights without which no size is told, of a transformer, whose file alone tells all of them.
+        head: a tensor as long as a head of attention, likewise.
         sizes: values of its config from shapes under its own names, beside a config of which the others are; None if no
             file is asked for them.
         of_json: its config from the content of the `config.json` beside its file; None if that is not read.
@@ -116,6 +119,9 @@ class Network:
     comfyui: tuple[str, ...] = ()
     architecture: str = ""
     header: str = ""
+    title: str = ""
+    telling: tuple[str, ...] = ()
+    head: str = ""
     sizes: Callable[[Shapes, Any], dict[str, Any]] | None = None
     of_json: Callable[[Mapping[str, Any]], Any] | None = None
     as_json: Callable[[Any], dict[str, Any]] = lambda config: {}
