@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from torch import nn
 
 import miniflux
+from miniflux.conditions import Reference
 from miniflux.errors import InputError
 from miniflux.pipeline import Pipeline
 from miniflux.plan import Plan
@@ -73,6 +76,16 @@ def test_what_is_left_of_a_resumed_run(pipe: Pipeline, rows: list[int]) -> None:
     assert Plan.of(pipe.variant, "a star", steps=5, resume=half).calls == sum(rows) == 3
 
 
+def test_the_signatures_that_people_read_are_equal() -> None:
+    """generate, Plan.of and Request name the same arguments with the same defaults; what only looks on, or cannot be
+    written down, is generate's alone."""
+    made = {name: one.default for name, one in signature(Pipeline.generate).parameters.items() if name != "self"}
+    plan = {name: one.default for name, one in signature(Plan.of).parameters.items() if name != "variant"}
+    assert plan == {name: value for name, value in made.items() if name not in ("progress", "callback", "watch")}
+    request = {one.name: one.default for one in fields(Request) if one.name in made and one.name != "prompt"}
+    assert request == {name: made[name] for name in request} and len(request) == len(fields(Request)) - 4
+
+
 def test_one_number_everywhere() -> None:
     """generate, a request and the service resolve a call in one way."""
     chosen, options = variant("nano"), {"steps": 6, "solver": "heun", "guide": guide("cfg", scale=2.0), "images": 2}
@@ -124,6 +137,11 @@ def test_what_needs_no_weights_is_refused_before_texts_are_encoded(
         ({"steps": 5, "resume": half, "cache": "tea"}, "resume cannot be exact with a step cache"),
         ({"padding": "odd"}, "padding must be one of released, masked, trimmed, got 'odd'"),
         ({"guide": guide("skip-layer", layers=("double_blocks.99",))}, "no block 'double_blocks.99' to skip"),
+        ({"conditions": 3}, "conditions must be a list, got 3"),
+        ({"conditions": [3]}, r"conditions\[0\] must be one of miniflux.conditions, got 3"),
+        ({"conditions": [Reference]}, r"conditions\[0\] must be one of miniflux.conditions, got"),
+        ({"wraps": 3}, "wraps must be a list, got 3"),
+        ({"wraps": [3]}, r"wraps\[0\] must be a function, got 3"),
     ):
         with pytest.raises(InputError, match=said) as resolved:
             Plan.of(pipe.variant, "a star", **options)

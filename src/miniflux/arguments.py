@@ -34,6 +34,8 @@ from miniflux.variants import Variant
 
 log = logging.getLogger(__name__)
 
+CONDITION = ("check", "levels", "described", "tokens", "added")  # what a condition can be asked
+
 MAX_SIDE = 8192  # pixels; far beyond what the models were trained on, small enough to catch a slip of the finger
 MAX_STEPS = 1000
 MAX_IMAGES = 1000
@@ -134,6 +136,30 @@ def check_called(**functions: object) -> None:
     for name, function in functions.items():
         if function is not None and not callable(function):
             raise InputError(f"{name} must be a function, got {shown(function)}")
+
+
+def listed_for(name: str, given: Any) -> tuple[Any, ...]:
+    """A list or tuple as a tuple.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if not isinstance(given, list | tuple):
+        raise InputError(f"{name} must be a list, got {shown(given)}")
+    return tuple(given)  # pyright: ignore[reportUnknownArgumentType]
+
+
+def conditions_for(conditions: Sequence[Condition]) -> tuple[Condition, ...]:
+    """What steers the pictures beside their words.
+
+    Raises:
+        InputError: it is no list, or something in it is no condition.
+    """
+    given = listed_for("conditions", conditions)
+    for i, one in enumerate(given):
+        if isinstance(one, type) or not all(callable(getattr(one, name, None)) for name in CONDITION):
+            raise InputError(f"conditions[{i}] must be one of miniflux.conditions, got {shown(one)}")
+    return given
 
 
 def check_channels(transformer: Flux1, conditions: Sequence[Condition]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from miniflux.checkpoints.by_name import Found
 from miniflux.checkpoints.configs import flux1_config, transformer_config
 from miniflux.checkpoints.files import Entry, Selection, TensorSource, open_tensors
 from miniflux.checkpoints.folders import path_of, unread
@@ -19,7 +20,6 @@ from miniflux.checkpoints.formats.encodings import accepted
 from miniflux.checkpoints.formats.reading import contents_of, format_of, formats_in
 from miniflux.checkpoints.loading import bare, compare, is_finite
 from miniflux.checkpoints.networks import BY_KIND, NETWORKS, PIPELINE
-from miniflux.checkpoints.networks.known import Found
 from miniflux.checkpoints.opened import FOLDERS, known_in, models_in, network_of, parts_of
 from miniflux.checkpoints.report import LoadReport
 from miniflux.errors import CheckpointError, LoraError
@@ -151,7 +151,7 @@ def _absent(parts: list[Part], folder: Path | None) -> list[str]:
 def _part(source: TensorSource, other: Found | None, data: bool) -> Part:
     entries = source.entries
     if other is not None:
-        network, variant, layout, problems, redundant = other.what.network, other.name, other.what.layout, [], {}
+        network, variant, layout, problems, redundant = other.what.network, other.name, other.layout, [], {}
     else:
         network, variant, layout, problems, redundant = _recognise(source)
     return Part(

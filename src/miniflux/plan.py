@@ -19,9 +19,11 @@ from miniflux.arguments import (
     cache_for,
     check_called,
     check_resumed,
+    conditions_for,
     guidance_for,
     guide_for,
     levels_for,
+    listed_for,
     negative_for,
     prompts_for,
     seed_for,
@@ -158,6 +160,7 @@ class Plan:
         t5_length = variant.t5_length if t5_length is None else whole("t5_length", t5_length, 1, MAX_TEXT)
         strength, shift = plain(strength), plain(shift)
         guide, cache = guide_for(guide), cache_for(variant, cache)
+        wraps, conditions = listed_for("wraps", wraps), conditions_for(conditions)
         check_called(run=run, attend=attend, **{f"wraps[{i}]": wrap for i, wrap in enumerate(wraps)})
         negative = negative_for(negative, guide)
         check_resumed(resume, stop, total, rows * columns)
@@ -174,7 +177,7 @@ class Plan:
         levels = levels_for(variant, spacing, steps, rows * columns, shift, method)
         if image is None and mask is not None:
             raise InputError("a mask says where a picture is changed, and no image is given")
-        steered: tuple[Condition, ...] = tuple(conditions)
+        steered = conditions
         if image is not None:
             reads = variant.transformer.in_channels - variant.transformer.out_channels
             fills = reads == fill_channels(family, variant.transformer, variant.autoencoder.downscale)
@@ -217,7 +220,7 @@ class Plan:
             resume=resume,
             stop=plain(stop),
             run=run,
-            wraps=tuple(wraps),
+            wraps=wraps,
             attend=attend,
         )
 

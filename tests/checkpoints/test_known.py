@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 import miniflux
 from miniflux.apps.cli import main
 from miniflux.checkpoints import inspect, open_tensors, save
+from miniflux.checkpoints.by_name import found_by_name
 from miniflux.checkpoints.files import TensorFile
 from miniflux.checkpoints.loading import bare
-from miniflux.checkpoints.networks.known import KNOWN, found_by_name
+from miniflux.checkpoints.networks.known import KNOWN
 from miniflux.checkpoints.writing import write_tensors
 from miniflux.errors import CheckpointError
 from miniflux.inspection import Part
@@ -227,7 +228,7 @@ def test_damaged_lora_files(tmp_path: Path) -> None:
 
 
 KEYS = [
-    *sorted({sign for known in KNOWN for sign in known.signs} - {"img_in.weight"}),
+    *sorted({sign for known in KNOWN for one in known.spellings for sign in one.signs} - {"img_in.weight"}),
     *(
         "img_in.lora_A.weight",
         "img_in.lora_B.weight",

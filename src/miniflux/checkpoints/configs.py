@@ -14,12 +14,12 @@ from typing import Any, TypeVar, cast
 
 from torch import nn
 
+from miniflux.checkpoints.by_name import found_by_name
 from miniflux.checkpoints.files import Entry
 from miniflux.checkpoints.formats.reading import foreign_packing
 from miniflux.checkpoints.layouts import layout_of, own_shapes, their_names
 from miniflux.checkpoints.networks import BY_CONFIG, BY_KIND, Network
 from miniflux.checkpoints.networks.flux1 import FLUX1
-from miniflux.checkpoints.networks.known import found_by_name
 from miniflux.checkpoints.opened import Opened
 from miniflux.errors import CheckpointError, ConfigError
 from miniflux.models.autoencoder import AutoencoderConfig

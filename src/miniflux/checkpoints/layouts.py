@@ -127,9 +127,14 @@ def own_shapes(network: Network, shapes: Shapes) -> dict[str, tuple[int, ...]]:
         shapes: of the file; packed weights by the shapes that they unpack to.
     """
     layout = layout_of(network, shapes)
-    if layout == ORIGINAL:
+    return renamed(() if layout == ORIGINAL else network.layouts[layout].rows, shapes)
+
+
+def renamed(rows: Sequence[Row], shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """Shapes under a network's own names, from those that the rows of a layout know; without rows, as they are."""
+    if not rows:
         return dict(shapes)
-    names = [(_inverse(name), row) for row in network.layouts[layout].rows for name in row.theirs]
+    names = [(_inverse(name), row) for row in rows for name in row.theirs]
     matched: list[tuple[Row, dict[str, str], tuple[int, ...]]] = []
     for key, shape in shapes.items():
         found = next(((row, match) for pattern, row in names if (match := pattern.fullmatch(key))), None)
@@ -151,7 +156,7 @@ def own_shapes(network: Network, shapes: Shapes) -> dict[str, tuple[int, ...]]:
             shape = (*shape, 1, 1)
         made[ours] = shape
         if row.how in THIRDS:  # one of theirs is three of ours
-            others = [other for other in network.layouts[layout].rows if other.theirs == row.theirs]
+            others = [other for other in rows if other.theirs == row.theirs]
             made |= {_filled(other.ours, found): shape for other in others}
     return made
 

@@ -15,12 +15,12 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from miniflux.checkpoints.by_name import Found, found_by_name
 from miniflux.checkpoints.files import Selection, TensorSource, open_tensors
 from miniflux.checkpoints.folders import Model, path_of, walk
 from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.layouts import detect
 from miniflux.checkpoints.networks import BY_KIND, NETWORKS, PIPELINE
-from miniflux.checkpoints.networks.known import Found, found_by_name
 from miniflux.errors import CheckpointError
 from miniflux.strictjson import json_of
 

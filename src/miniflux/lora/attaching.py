@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from miniflux.checkpoints.folders import SAFETENSORS, files_in, path_of
+from miniflux.checkpoints.networks import is_transformer
 from miniflux.checkpoints.quantized import QuantizedLinear, device_of, lender_of
 from miniflux.checks import check_number
 from miniflux.errors import LoraError
@@ -36,7 +37,6 @@ from miniflux.lora.fitting import WIDENED, fitted
 from miniflux.lora.layer import add_changes, remove_changes, rescale
 from miniflux.lora.receipt import Receipt
 from miniflux.lora.standing import remember
-from miniflux.models.flux1 import Flux1
 from miniflux.weights.finding import BUNDLED
 from miniflux.weights.origin import stamps
 
@@ -232,7 +232,7 @@ def _watch(network: nn.Module, adapter: Adapter, schedule: Callable[[float], flo
 
 def _forget_prompts(target: Attachable, changed: Sequence[tuple[nn.Module, Adapter]]) -> None:
     """Embeddings are those of other encoders now, if an adapter of a text encoder has changed."""
-    if not isinstance(target, nn.Module) and any(not isinstance(network, Flux1) for network, _ in changed):
+    if not isinstance(target, nn.Module) and not all(is_transformer(network) for network, _ in changed):
         target.text.clear()
 
 
@@ -257,5 +257,6 @@ def _replace(network: nn.Module, adapter: Adapter, module: str, parameter: str, 
     new = nn.Parameter(tensor.to(device, old.dtype), requires_grad=False)
     adapter.saved[module, parameter] = (old, new)
     _put(network, module, parameter, new)
-    if module == WIDENED and isinstance(network, Flux1):
-        adapter.config, network.config = network.config, replace(network.config, in_channels=tensor.shape[1])
+    if module == WIDENED and is_transformer(network):
+        config: Any = network.config
+        adapter.config, network.config = config, replace(config, in_channels=tensor.shape[1])

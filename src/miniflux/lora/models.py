@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import get_args
+from typing import Any, get_args
 
 from torch import nn
 
@@ -90,7 +90,8 @@ def fitting_models(groups: Sequence[Group], found: Mapping[PartName, nn.Module])
     names = [name for name, score in scores.items() if score == best]
     network = found.get("transformer")
     known = {**OTHER_TRANSFORMERS, **{name: variant.transformer for name, variant in VARIANTS.items()}}
-    if isinstance(network, Flux1) and any(known.get(name) == network.config for name in names):
+    config: Any = getattr(network, "config", None)
+    if any(known[name] == config for name in names if name in known):
         return ""  # the widths are right: something else is wrong
     own = "" if network is None else f", this model's width is {hidden_size(network)}"
     return f"; its widths are those of {' or '.join(names)}{own}"

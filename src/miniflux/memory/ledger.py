@@ -10,15 +10,15 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from miniflux.checkpoints.networks import BY_CONFIG
 from miniflux.checkpoints.networks.autoencoder import AUTOENCODER
-from miniflux.checkpoints.networks.flux1 import FLUX1
 from miniflux.checkpoints.networks.t5 import T5
 from miniflux.memory.streaming import Partition
 from miniflux.models.autoencoder import AutoencoderConfig
-from miniflux.models.flux1 import Flux1Config
 from miniflux.models.t5 import T5Config
 from miniflux.sampling.latents import PATCH
 
@@ -145,14 +145,13 @@ def predict(
         ]
 
     config, itemsize = parts["transformer"].plan.network.config, dtype.itemsize
-    assert isinstance(config, Flux1Config)
     t5, autoencoder = parts["t5"].plan.network.config, parts["autoencoder"].plan.network.config
     assert isinstance(t5, T5Config) and isinstance(autoencoder, AutoencoderConfig)
     common = [Line("the process", ram=process), Line("libraries at work", ram=LIBRARIES)]
     for name in parts:
         common += stays(name)
     ahead = run.ahead and parts["transformer"].mode != "resident"
-    table = [on_device("modulation of all calls", run.calls * FLUX1.modulation(config) * itemsize)]
+    table = [on_device("modulation of all calls", run.calls * BY_CONFIG[type(config)].modulation(config) * itemsize)]
     table = table if ahead else []
     floats = next(iter(parts["autoencoder"].plan.kept)).empty.dtype.itemsize
     computed = activations(config, t5, autoencoder, run, itemsize, floats)
@@ -182,7 +181,7 @@ def predict(
 
 
 def activations(
-    transformer: Flux1Config, t5: T5Config, autoencoder: AutoencoderConfig, run: Run, itemsize: int, floats: int
+    transformer: Any, t5: T5Config, autoencoder: AutoencoderConfig, run: Run, itemsize: int, floats: int
 ) -> dict[str, int]:
     """Bytes that T5, the transformer and the autoencoder compute on the way, at the worst moment of each.
 
@@ -191,10 +190,10 @@ def activations(
     """
     unit = autoencoder.downscale * PATCH
     image_tokens = -(-run.width // unit) * -(-run.height // unit)
+    tokens = image_tokens + run.more_tokens + run.text_tokens
     return {
         "t5": T5.activations(t5, run.text_tokens, itemsize),
-        "transformer": run.batch
-        * FLUX1.activations(transformer, image_tokens + run.more_tokens + run.text_tokens, itemsize),
+        "transformer": run.batch * BY_CONFIG[type(transformer)].activations(transformer, tokens, itemsize),
         "autoencoder": AUTOENCODER.activations(autoencoder, image_tokens * unit**2, floats),
     }
 

@@ -14,10 +14,15 @@ from miniflux.checkpoints.networks.record import Network
 from miniflux.checkpoints.networks.t5 import T5
 from miniflux.checkpoints.networks.tiny_decoder import TINY_DECODER
 
+__all__ = ["BY_CONFIG", "BY_KIND", "BY_PART", "NETWORKS", "PIPELINE", "Network", "is_transformer"]
+
 NETWORKS = (FLUX1, AUTOENCODER, CLIP, T5, TINY_DECODER)
 PIPELINE = tuple(network for network in NETWORKS if network.folder)  # those that make a whole model, in its order
 BY_KIND: Mapping[type[nn.Module], Network] = {network.kind: network for network in NETWORKS}
 BY_PART: Mapping[str, Network] = {network.part: network for network in NETWORKS}
 BY_CONFIG: Mapping[type[Any], Network] = {network.config: network for network in NETWORKS}
 
-__all__ = ["BY_CONFIG", "BY_KIND", "BY_PART", "NETWORKS", "PIPELINE", "Network"]
+
+def is_transformer(module: nn.Module) -> bool:
+    """Whether a network is one that makes latents, of whatever family."""
+    return type(module) in BY_KIND and BY_KIND[type(module)].part == "transformer"
