@@ -110,10 +110,8 @@ def transformer_config(
     released = {sum(c.axes_dim): tuple(c.axes_dim) for v in VARIANTS.values() if (c := record.of(v)) is not None}
     axes = axes_dim or _axes_in(metadata) or released.get(head) or (None if to_run else (head,))
     if axes is None:
-        raise CheckpointError(
-            f"a {called} with heads of {head} channels: its rotary axes are not in the file; known are those "
-            f"of heads of {', '.join(map(str, sorted(released)))}"
-        )
+        known = f"; known are those of heads of {', '.join(map(str, sorted(released)))}" if released else ""
+        raise CheckpointError(f"a {called} with heads of {head} channels: its rotary axes are not in the file{known}")
     try:
         assert record.sizes is not None
         return record.config(**record.sizes(shapes, None), axes_dim=axes)
