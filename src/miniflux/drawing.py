@@ -22,7 +22,7 @@ from miniflux.models.layers import attention
 from miniflux.pictures import from_image
 from miniflux.plan import Plan, Watcher
 from miniflux.result import psnr, to_image
-from miniflux.sampling import Bill, Moment, Words, add_noise, denoise, step_noise, varied_noise
+from miniflux.sampling import Bill, Moment, Told, Words, add_noise, denoise, step_noise, varied_noise
 from miniflux.sampling.denoising import model_calls
 from miniflux.text import Text
 
@@ -101,8 +101,20 @@ class Drawing:
         others = (None, None) if plan.guide is None else self._words([plan.negative or "", ""])
         if memory is not None:
             memory.free_text()
-        scene = Scene(plan.family, plan.width, plan.height, plan.levels, self._encode)
-        return _Begun(texts, others[0], others[1], joined([condition.added(scene) for condition in plan.conditions]))
+        scene = Scene(
+            plan.family,
+            self.parts.transformer.config,
+            plan.width,
+            plan.height,
+            plan.rows,
+            plan.columns,
+            plan.levels,
+            self._encode,
+        )
+        added = joined([condition.added(scene) for condition in plan.conditions])
+        if added.words is not None:
+            texts = [added.words(words) for words in texts]
+        return _Begun(texts, others[0], others[1], added)
 
     def _denoise(
         self, plan: Plan, begun: _Begun, i: int, begin: Tensor, noise: Tensor, watch: Watcher
@@ -134,6 +146,11 @@ class Drawing:
             replaced = watch(moment)
             return moment.x if replaced is None else replaced
 
+        def velocity(model: Flux1, told: Told, **hooks: Any) -> Tensor:
+            for hear in added.hears:
+                hear(told)
+            return plan.family.velocity(model, told, **hooks)
+
         calls = partial(model_calls, model, **arguments)
         with nullcontext() if memory is None else memory.denoising(calls):
             denoise(
@@ -146,7 +163,7 @@ class Drawing:
                 run=plan.run or run_block,
                 wraps=(*added.wraps, *plan.wraps),
                 attend=plan.attend or attention,
-                velocity=plan.family.velocity,
+                velocity=velocity if added.hears else plan.family.velocity,
             )
         assert watch.moment is not None
         return watch.moment, bill

@@ -235,7 +235,7 @@ class Pipeline:
 
         # 2. What will be said of the pictures: also the key under which those drawn before are kept.
         changed = self.changed()
-        files = self._files(changed)
+        files = self._files(changed, plan.conditions)
         said = {**self._described(), **plan.described(), **({"changed": summary(changed)} if changed else {})}
         unkeyed = None if self.results is None else not_keyed(plan, said, files, callback is not None)
 
@@ -315,13 +315,14 @@ class Pipeline:
             "loras": described(self),
         }
 
-    def _files(self, changed: Sequence[str]) -> tuple[tuple[str, Stamp], ...]:
-        """Every file that the next picture is made from, LoRAs last; none if it cannot be known. `changed`: what claims
-        no hash."""
+    def _files(self, changed: Sequence[str], conditions: Sequence[Condition] = ()) -> tuple[tuple[str, Stamp], ...]:
+        """Every file that the next picture is made from, LoRAs and networks that steer last; none if it cannot be
+        known. `changed`: what claims no hash."""
         if self.origin is None:
             return ()
         loras = tuple((f"lora {name}", stamp) for name, stamps in files_of(self).items() for stamp in stamps)
-        return claimed(self.origin.files + loras, changed)
+        steering = tuple(file for condition in conditions for file in condition.files)
+        return claimed(self.origin.files + loras + steering, changed)
 
     @torch.inference_mode()
     def preview(self, moment: Moment, width: int, height: int, decoder: str | None = None) -> Image.Image:

@@ -14,6 +14,7 @@ from miniflux.models.clip import ClipTextConfig
 from miniflux.models.flux1 import Flux1Config
 from miniflux.models.t5 import T5Config
 from miniflux.models.tiny_autoencoder import TinyDecoderConfig
+from miniflux.models.vision import VisionConfig
 
 FLUX1_DEV = Flux1Config(
     in_channels=64,
@@ -374,6 +375,27 @@ LANGUAGE_MODELS: dict[tuple[int, int], str] = {
     (5120, 40): "Mistral Small 3 24B, text encoder of FLUX.2 dev",
 }
 VISION_LANGUAGE_MODELS: dict[tuple[int, int], str] = {(2560, 36): "Qwen3-VL 4B, text encoder of FLUX.3 klein"}
+SIGLIP_SO400M = VisionConfig(  # `vision_config` of google/siglip-so400m-patch14-384
+    hidden_size=1152,
+    intermediate_size=4304,
+    num_hidden_layers=27,
+    num_attention_heads=16,
+    image_size=384,
+    patch_size=14,
+    hidden_act="gelu_pytorch_tanh",
+    layer_norm_eps=1e-6,
+)
+CLIP_VIT_L14 = VisionConfig(  # `vision_config` of openai/clip-vit-large-patch14
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    image_size=224,
+    patch_size=14,
+    hidden_act="quick_gelu",
+    layer_norm_eps=1e-5,
+    projection_dim=768,
+)
 SIGLIP_SIZES: dict[tuple[int, int, int], str] = {(1152, 14, 729): "SigLIP so400m patch14 384, image encoder of Redux"}
 REDUX_SIZES: dict[tuple[int, int], str] = {(1152, 4096): "flux1-redux-dev, image encoder of FLUX.1"}
 

@@ -77,6 +77,7 @@ NAMED = {
         "transformers",
     ),
 }
+STEERING = {"ControlNet", "IP-Adapter", "Redux", "SigLIP"}
 IP_ADAPTER = {f"ip_adapter.{i}.to_k_ip.weight": [8, 4] for i in range(3)} | {"image_proj.proj.weight": [16, 4]}
 
 
@@ -100,7 +101,8 @@ def test_published_files_are_named(name: str, manifest: Manifest, tmp_path: Path
         shapes = {prefix + key: shape for key, shape in manifest(name).items()}
         path = sparse(tmp_path / "a.safetensors", shapes)
         (part,) = inspect(path).parts
-        assert (part.network, part.variant, part.layout) == (network, f"{variant}, not loadable yet", layout)
+        use = "for conditions.load" if network in STEERING else "not loadable yet"
+        assert (part.network, part.variant, part.layout) == (network, f"{variant}, {use}", layout)
         assert part.tensors == len(shapes) and part.problems == []
         assert part.path == (f"{path} ({prefix}*)" if prefix else str(path))
 
@@ -156,7 +158,7 @@ def test_other_sizes_and_damaged_files(manifest: Manifest, tmp_path: Path) -> No
             variant({k: s for k, s in shapes.items() if k != end})
             == "an incomplete FLUX.3 transformer, not loadable yet"
         )
-    assert variant(IP_ADAPTER) == "FLUX.1 IP-Adapter for 3 double blocks, not loadable yet"
+    assert variant(IP_ADAPTER) == "FLUX.1 IP-Adapter for 3 double blocks, for conditions.load"
     assert variant({"redux_up.weight": [8, 4], "redux_down.weight": [4, 8]}).startswith("a Redux image encoder of")
     layer = {"layers.0.self_attn.q_proj.weight": [4, 4], "embed_tokens.weight": [9, 4]}
     assert variant(layer) == "a language model of 1 layers of width 4, not loadable yet"

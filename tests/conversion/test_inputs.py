@@ -243,7 +243,7 @@ def test_what_is_no_network_of_a_pipeline_is_named(tmp_path: Path) -> None:
     assert made.left_out == {
         "ae.fp16.safetensors": "a variant of ae.safetensors",
         "loras/a.safetensors": "a LoRA is converted by itself: miniflux lora convert",
-        "redux.safetensors": "a Redux image encoder of another size, not loadable yet",
+        "redux.safetensors": "a Redux image encoder of another size, for conditions.load",
         "taef1_decoder.safetensors": "the tiny decoder is for previews; a pipeline has no place for it",
     }
     assert all(f"left out: {name} (" in str(made) for name in made.left_out)

@@ -57,13 +57,13 @@ def theirs(pipe: Any, **options: Any) -> torch.Tensor:
     noise = {"latents": pack(initial_noise(HEIGHT, WIDTH, 3))}
     seen = lambda _pipe, _i, _t, kept: steps.append(kept["latents"]) or {}  # noqa: E731
     told = {**size, **noise, "guidance_scale": GUIDANCE, "output_type": "latent", "callback_on_step_end": seen}
-    pipe(prompt=PROMPT, **{**told, **options})
+    pipe(**{"prompt": PROMPT, **told, **options})
     return steps[-1]
 
 
 def ours(pipe: miniflux.Pipeline, **options: Any) -> torch.Tensor:
     size = {"width": WIDTH, "height": HEIGHT, "steps": STEPS, "t5_length": LENGTH, "guidance": GUIDANCE}
-    return pack(pipe.generate(PROMPT, seed=3, **size, **options).latents)
+    return pack(pipe.generate(PROMPT, seed=3, **{**size, **options}).latents)
 
 
 def assert_same(a: torch.Tensor, b: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Which networks that cannot be loaded are in a file, behind which prefixes, and what exactly they are."""
+"""Which networks that no pipeline is made of are in a file, behind which prefixes, and what exactly they are."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 from miniflux.checkpoints.files import Entry
 from miniflux.checkpoints.layouts import renamed
-from miniflux.checkpoints.networks.known import KNOWN, NOT_YET, Known, Spelling
+from miniflux.checkpoints.networks.known import KNOWN, NOT_YET, STEERS, Known, Spelling
 
 _FIRST = tuple(spelling.signs[0] for known in KNOWN for spelling in known.spellings)
 
 
 @dataclass(frozen=True)
 class Found:
-    """A network that cannot be loaded, in a file.
+    """A network that no pipeline is made of, in a file.
 
     Attributes:
         what: which one.
@@ -54,4 +54,4 @@ def _named(known: Known, spelling: Spelling, prefix: str, entries: Mapping[str, 
         name = known.named(renamed(spelling.rows, shapes), known.released)
     except (KeyError, ValueError, IndexError):  # a tensor that tells the size is not there, or has other axes
         name = f"an incomplete {known.network}"
-    return f"{name}, {NOT_YET}"
+    return f"{name}, {STEERS if known.steers else NOT_YET}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from miniflux.errors import InputError
 from miniflux.families import Family
 from miniflux.models.flux1 import Flux1Config
-from miniflux.sampling import Schedule, Wrap
+from miniflux.sampling import Schedule, Told, Words, Wrap
 
 Picture = Image.Image | Tensor
 
@@ -23,14 +24,18 @@ class Scene:
     """What a condition is asked for: a picture of this size, with whose networks.
 
     Attributes:
-        width, height: in pixels.
+        width, height: in pixels; rows, columns: in image tokens.
+        transformer: the sizes of the network that draws.
         levels: the noise levels that are gone through.
         encode: a picture, or latents, to latents (1, C, h, w), float32 on the CPU.
     """
 
     family: Family
+    transformer: Flux1Config
     width: int
     height: int
+    rows: int
+    columns: int
     levels: Schedule
     encode: Callable[[Picture], Tensor]
 
@@ -43,6 +48,8 @@ class Added:
         start: latents (1, C, h, w) that the noise is added to, instead of noise alone.
         channels: tokens (1, L, C') beside those of the picture, at every step.
         tokens, ids: tokens (1, L', C) behind them, and their positions.
+        words: what becomes of the words of the prompt.
+        hears: told of every call of the network before it is made, with what the network is told.
         wraps: around the network's blocks.
         keep: (latents (1, C, h, w), the picture's noise, noise level) -> latents, after every step.
         paste: pixels (3, H, W) -> pixels, after decoding.
@@ -52,13 +59,22 @@ class Added:
     channels: Tensor | None = None
     tokens: Tensor | None = None
     ids: Tensor | None = None
+    words: Callable[[Words], Words] | None = None
+    hears: tuple[Callable[[Told], None], ...] = ()
     wraps: tuple[Wrap, ...] = ()
     keep: Callable[[Tensor, Tensor, float], Tensor] | None = None
     paste: Callable[[Tensor], Tensor] | None = None
 
 
 class Condition(Protocol):
-    """What steers a picture beside its words."""
+    """What steers a picture beside its words.
+
+    Attributes:
+        files: (what, file) of everything it was loaded from, see `weights.origin.Stamp`.
+    """
+
+    @property
+    def files(self) -> tuple[tuple[str, Any], ...]: ...
 
     def check(self, family: Family, config: Flux1Config) -> None:
         """Raises InputError if a network with this config cannot be steered so."""
@@ -99,5 +115,12 @@ def joined(added: Sequence[Added]) -> Added:
                 "tokens": torch.cat((whole.tokens, one.tokens), dim=1),
                 "ids": torch.cat((whole.ids, one.ids), dim=1),
             }
-        whole = replace(whole, **{**taken, "wraps": (*whole.wraps, *one.wraps)})
+        if one.words is not None and whole.words is not None:
+            taken["words"] = partial(_one_after_the_other, whole.words, one.words)
+        taken |= {"wraps": (*whole.wraps, *one.wraps), "hears": (*whole.hears, *one.hears)}
+        whole = replace(whole, **taken)
     return whole
+
+
+def _one_after_the_other(first: Callable[[Words], Words], second: Callable[[Words], Words], words: Words) -> Words:
+    return second(first(words))

@@ -11,7 +11,6 @@ from miniflux.checkpoints.beginnings import HEAD, kind_of_file
 from miniflux.checkpoints.files import TensorSource
 from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.networks import BY_KIND
-from miniflux.checkpoints.networks.known import NOT_YET
 from miniflux.checkpoints.opened import known_in, network_of, parts_of
 from miniflux.errors import CheckpointError, LoraError
 from miniflux.strictjson import open_regular
@@ -79,7 +78,7 @@ def other_kind(source: TensorSource, signs: bool) -> str | None:
 def _network(source: TensorSource) -> str | None:
     """What network, or networks, tensors are of; None if that is not known."""
     entries = contents_of(source).entries
-    others = [found.name.removesuffix(f", {NOT_YET}") for found in known_in(source)]
+    others = [found.name.rpartition(", ")[0] for found in known_in(source)]
     if others:
         return " and ".join(f"{'an' if name[0] in 'aeiouAEIO' else 'a'} {name}" for name in others)
     try:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +26,28 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "quick_gelu": quick_gelu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+}
+
+
+class LayerSizes(Protocol):
+    """What a layer needs to know; a vision tower's layers are the same (`models/vision.py`)."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def hidden_act(self) -> str: ...
+    @property
+    def layer_norm_eps(self) -> float: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +90,11 @@ class ClipEmbeddings(nn.Module):
 
 
 class ClipAttention(nn.Module):
-    """Causal multi-head attention."""
+    """Multi-head attention; causal over words, over all patches of a picture."""
 
-    def __init__(self, config: ClipTextConfig) -> None:
+    def __init__(self, config: LayerSizes, causal: bool) -> None:
         super().__init__()
-        self.heads = config.num_attention_heads
+        self.heads, self.causal = config.num_attention_heads, causal
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
@@ -81,12 +104,12 @@ class ClipAttention(nn.Module):
         q, k, v = (
             rearrange(proj(x), "B L (H D) -> B H L D", H=self.heads) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        attn = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        attn = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.out_proj(rearrange(attn, "B H L D -> B L (H D)"))
 
 
 class ClipMLP(nn.Module):
-    def __init__(self, config: ClipTextConfig) -> None:
+    def __init__(self, config: LayerSizes) -> None:
         super().__init__()
         self.act = ACTIVATIONS[config.hidden_act]
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
@@ -99,9 +122,9 @@ class ClipMLP(nn.Module):
 class ClipLayer(nn.Module):
     """Pre-norm transformer layer."""
 
-    def __init__(self, config: ClipTextConfig) -> None:
+    def __init__(self, config: LayerSizes, causal: bool) -> None:
         super().__init__()
-        self.self_attn = ClipAttention(config)
+        self.self_attn = ClipAttention(config, causal)
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = ClipMLP(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -112,9 +135,9 @@ class ClipLayer(nn.Module):
 
 
 class ClipEncoder(nn.Module):
-    def __init__(self, config: ClipTextConfig) -> None:
+    def __init__(self, config: LayerSizes, causal: bool = True) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(ClipLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(ClipLayer(config, causal) for _ in range(config.num_hidden_layers))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:

@@ -195,8 +195,8 @@ class LastLayer(nn.Module):
         return self.linear((1 + scale) * self.norm_final(x) + shift)
 
 
-class Flux1(nn.Module):
-    """The FLUX.1 transformer. `Flux1(config).state_dict()` has exactly the keys of the published single files."""
+class Flux1Trunk(nn.Module):
+    """What the transformer and its ControlNets have in common: inputs, conditioning, blocks."""
 
     def __init__(self, config: Flux1Config) -> None:
         super().__init__()
@@ -210,7 +210,6 @@ class Flux1(nn.Module):
         self.txt_in = nn.Linear(config.context_in_dim, dim)
         self.double_blocks = nn.ModuleList(DoubleStreamBlock(config) for _ in range(config.depth))
         self.single_blocks = nn.ModuleList(SingleStreamBlock(config) for _ in range(config.depth_single_blocks))
-        self.final_layer = LastLayer(dim, config.out_channels)
 
     def conditioning(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The vector that all modulations see (B, hidden): time, guidance and pooled text; arguments as of `forward`.
@@ -224,6 +223,24 @@ class Flux1(nn.Module):
                 raise ConfigError("this model has a guidance input: guidance must be a tensor of shape (B,), got None")
             vec = vec + self.guidance_in(timestep_embedding(guidance, TIME_FEATURES).to(dtype))
         return vec + self.vector_in(y)
+
+    def context(
+        self, vec: Tensor, txt_ids: Tensor, img_ids: Tensor, txt_mask: Tensor | None, attend: Attend = attention
+    ) -> tuple[Tensor, Tensor, Tensor | None, Attend]:
+        """What every block is given beside its streams: the conditioning vector, rotations, mask, attention."""
+        pe = rope_rotations(torch.cat((txt_ids, img_ids), dim=1), self.config.axes_dim, self.config.theta)
+        if txt_mask is None:
+            return vec, pe, None, attend
+        seen = torch.ones(img_ids.shape[:2], dtype=torch.bool, device=img_ids.device)
+        return vec, pe, torch.cat((txt_mask.bool(), seen), dim=1)[:, None, None, :], attend
+
+
+class Flux1(Flux1Trunk):
+    """The FLUX.1 transformer. `Flux1(config).state_dict()` has exactly the keys of the published single files."""
+
+    def __init__(self, config: Flux1Config) -> None:
+        super().__init__(config)
+        self.final_layer = LastLayer(config.hidden_size, config.out_channels)
 
     def forward(
         self,
@@ -262,13 +279,7 @@ class Flux1(nn.Module):
         """
         vec = self.conditioning(timesteps, y, guidance, img.dtype)
         img, txt = self.img_in(img), self.txt_in(txt)
-        pe = rope_rotations(torch.cat((txt_ids, img_ids), dim=1), self.config.axes_dim, self.config.theta)
-        mask = None
-        if txt_mask is not None:
-            seen = torch.ones(img.shape[:2], dtype=torch.bool, device=img.device)
-            mask = torch.cat((txt_mask.bool(), seen), dim=1)[:, None, None, :]
-
-        context = (vec, pe, mask, attend)
+        context = self.context(vec, txt_ids, img_ids, txt_mask, attend)
         for i, block in enumerate(self.double_blocks):
             img, txt = run(f"double_blocks.{i}", block, (img, txt), context)
         x = torch.cat((txt, img), dim=1)

@@ -7,6 +7,7 @@ velocity v = noise - picture (rectified flow, arXiv 2209.03003 and 2403.03206).
 from miniflux.sampling import previews
 from miniflux.sampling.caches import CACHES, Bill, cache
 from miniflux.sampling.denoising import Moment, Words, Wrap, add_noise, denoise
+from miniflux.sampling.forwards import Told
 from miniflux.sampling.guidance import GUIDES, guide
 from miniflux.sampling.latents import image_ids, initial_noise, pack, text_ids, unpack
 from miniflux.sampling.noise import step_noise, varied_noise
@@ -31,6 +32,7 @@ __all__ = [
     "Schedule",
     "Solver",
     "State",
+    "Told",
     "Words",
     "Wrap",
     "add_noise",

@@ -349,6 +349,7 @@ class _Network:
             Words.joined([self.words[name] for name in names]),
             torch.full((rows,), sigma, device=x.device, dtype=self.dtype),
             None if strength is None else torch.full((rows,), strength, device=x.device, dtype=self.dtype),
+            names,
         )
         v = self.velocity(self.model, told, **more)
         return v[:, : x.shape[1]].float()

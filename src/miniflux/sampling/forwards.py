@@ -53,6 +53,7 @@ class Told:
         words: of each picture.
         timesteps: the noise level (B,).
         guidance: strength for models with that input (B,).
+        texts: what the words are - positive, negative, empty, skipped -, one after the other along the batch.
     """
 
     img: Tensor
@@ -60,6 +61,7 @@ class Told:
     words: Words
     timesteps: Tensor
     guidance: Tensor | None
+    texts: tuple[str, ...] = ()
 
 
 Velocity = Callable[..., Tensor]

@@ -1,4 +1,4 @@
-"""Networks of the FLUX family, and near it, that are recognised by name though they cannot be loaded: as data.
+"""Networks of the FLUX family, and near it, that are recognised by name though no pipeline is made of them: as data.
 
 Each is told by keys that no other network has, behind whatever prefix; what exactly it is, by its shapes under one
 spelling of its names. Many of them have keys of FLUX.1 too, so they are looked for first.
@@ -21,8 +21,8 @@ from miniflux.variants import (
 )
 
 Released = Mapping[Any, Any]
-NOT_YET = "not loadable yet"
-XLABS, TRANSFORMERS = "XLabs", "transformers"
+NOT_YET, STEERS = "not loadable yet", "for conditions.load"
+XLABS, INSTANTX, TRANSFORMERS = "XLabs", "InstantX", "transformers"
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,14 @@ class Known:
         named: its exact name, from the shapes of its tensors under its own names and `released`.
         spellings: the ways in which it is written, the first that is there counts.
         released: names by sizes, or sizes by names, of those that were published.
+        steers: whether `conditions.load` reads it.
     """
 
     network: str
     named: Callable[[Shapes, Released], str]
     spellings: tuple[Spelling, ...]
     released: Released = field(default_factory=dict[Any, Any])
+    steers: bool = False
 
 
 def _flux2(shapes: Shapes, released: Released) -> str:
@@ -111,6 +113,10 @@ def _redux(shapes: Shapes, released: Released) -> str:
 
 def _ip_adapter(shapes: Shapes, released: Released) -> str:
     return f"FLUX.1 IP-Adapter for {count(shapes, r'double_blocks[.]([^.]*)')} double blocks"
+
+
+def _instantx_ip_adapter(shapes: Shapes, released: Released) -> str:
+    return f"FLUX.1 IP-Adapter of InstantX for {count(shapes, r'ip_adapter[.]([^.]*)')} blocks"
 
 
 def _matrix(shapes: Shapes, name: str) -> tuple[int, int]:
@@ -183,9 +189,12 @@ KNOWN = (
             Spelling(DIFFUSERS, ("bn.running_mean", "quant_conv.weight")),
         ),
     ),
-    Known("ControlNet", _controlnet, (Spelling(DIFFUSERS, ("controlnet_x_embedder.weight",)),)),
+    Known("ControlNet", _controlnet, (Spelling(DIFFUSERS, ("controlnet_x_embedder.weight",)),), steers=True),
     Known(
-        "ControlNet", _xlabs_controlnet, (Spelling(XLABS, ("input_hint_block.0.weight", "controlnet_blocks.0.weight")),)
+        "ControlNet",
+        _xlabs_controlnet,
+        (Spelling(XLABS, ("input_hint_block.0.weight", "controlnet_blocks.0.weight")),),
+        steers=True,
     ),
     Known(
         "IP-Adapter",
@@ -198,9 +207,16 @@ KNOWN = (
                 (row("double_blocks.{i}.**", "ip_adapter.{i}.**"),),
             ),
         ),
+        steers=True,
     ),
-    Known("Redux", _redux, (Spelling(ORIGINAL, ("redux_up.weight", "redux_down.weight")),), REDUX_SIZES),
-    Known("SigLIP", _siglip, (Spelling(TRANSFORMERS, ("vision_model.head.probe",)),), SIGLIP_SIZES),
+    Known(
+        "IP-Adapter",
+        _instantx_ip_adapter,
+        (Spelling(INSTANTX, ("ip_adapter.0.to_k_ip.weight", "image_proj.proj.0.weight")),),
+        steers=True,
+    ),
+    Known("Redux", _redux, (Spelling(ORIGINAL, ("redux_up.weight", "redux_down.weight")),), REDUX_SIZES, steers=True),
+    Known("SigLIP", _siglip, (Spelling(TRANSFORMERS, ("vision_model.head.probe",)),), SIGLIP_SIZES, steers=True),
     _language("Qwen3-VL", "q_norm", "model.language_model.", released=VISION_LANGUAGE_MODELS),
     _language("Qwen3", "q_norm", "model.", ""),
     _language("Mistral", "q_proj", "model.", ""),

@@ -1,0 +1,196 @@
+"""ControlNets: a network beside the transformer sees a control picture, and adds to the image tokens after its blocks.
+
+Residual i of n belongs to the blocks of the i-th of n equal parts (InstantX, Shakker; diffusers' rule), or, of XLabs'
+networks, to every n-th block. Several ControlNets add up. What is computed from the words is computed for each text of
+a guide on its own, as XLabs does it; diffusers reuses what it computed for the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from miniflux.checks import whole
+from miniflux.conditions.condition import Added, Picture, Scene
+from miniflux.conditions.steering import (
+    Steering,
+    Strength,
+    Window,
+    check_strength,
+    placed,
+    steering_of,
+    strength_of,
+    told_of,
+)
+from miniflux.errors import InputError
+from miniflux.families import Family
+from miniflux.models import controlnet
+from miniflux.models.flux1 import Flux1Config, RunBlock
+from miniflux.pictures import digest_of, from_image, on_white, open_picture
+from miniflux.sampling import Schedule, Told
+
+MODES = ("canny", "tile", "depth", "blur", "pose", "gray", "low quality")
+"""Kinds of control by their row in the table of InstantX's Union networks."""
+USUAL_GUIDANCE = 3.5  # told to a ControlNet with that input beside a transformer without (schnell)
+
+
+@dataclass(frozen=True, eq=False)
+class ControlNet:
+    """A control picture, and the network that sees it.
+
+    Attributes:
+        network: of `conditions.load`.
+        picture: as of `Control`.
+        scale: how strongly; or for each of its blocks, double ones first; or a function of the noise level.
+        window: (start, stop) in shares of the steps that are made.
+        mode: the kind of control, for Union networks: a name of `MODES` or a row of their table.
+    """
+
+    network: Steering | controlnet.ControlNet
+    picture: Picture | str
+    scale: Strength = 1.0
+    window: tuple[float, float] = (0.0, 1.0)
+    mode: int | str | None = None
+
+    def __post_init__(self) -> None:
+        steering = steering_of(controlnet.ControlNet, self.network)
+        object.__setattr__(self, "network", steering)
+        config = self._net.config
+        check_strength(self.scale, config.depth + config.depth_single_blocks)
+        Window(*self.window)
+        object.__setattr__(self, "mode", mode_of(self.mode, config.modes))
+        if not isinstance(self.picture, Tensor):
+            object.__setattr__(self, "picture", on_white(open_picture(self.picture)))
+
+    @property
+    def _net(self) -> controlnet.ControlNet:
+        assert isinstance(self.network, Steering) and isinstance(self.network.network, controlnet.ControlNet)
+        return self.network.network
+
+    @property
+    def files(self) -> tuple[tuple[str, Any], ...]:
+        assert isinstance(self.network, Steering)
+        return self.network.files
+
+    def check(self, family: Family, config: Flux1Config) -> None:
+        for name in ("hidden_size", "vec_in_dim", "context_in_dim"):
+            own, other = getattr(self._net.config, name), getattr(config, name)
+            if own != other:
+                raise InputError(f"this ControlNet is for transformers of {name} {own}, got one of {other}")
+
+    def levels(self, levels: Schedule) -> Schedule:
+        return levels
+
+    def described(self) -> dict[str, Any]:
+        assert not isinstance(self.picture, str)
+        about = {"picture": digest_of(self.picture), "scale": told_of(self.scale), "window": list(self.window)}
+        return about | ({} if self.mode is None else {"mode": self.mode})
+
+    def tokens(self, rows: int, columns: int) -> int:
+        return 0
+
+    def added(self, scene: Scene) -> Added:
+        run = _Run(self, self._net, self._control(scene), scene)
+        return Added(hears=(run.hear,), wraps=(run.wrap,))
+
+    def _control(self, scene: Scene) -> Tensor:
+        """The picture as the network sees it: tokens of its latents, or its pixels (1, 3, H, W)."""
+        picture, size = self.picture, (scene.width, scene.height)
+        if isinstance(picture, Image.Image):
+            picture = from_image(picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS))
+        if isinstance(picture, str) or picture.shape != (3, scene.height, scene.width):
+            given = "x".join(map(str, getattr(picture, "shape", ())))
+            raise InputError(f"control pixels must be (3, {scene.height}, {scene.width}), got {given}")
+        return picture[None] if self._net.config.hint_channels else scene.family.pack(scene.encode(picture))
+
+
+def mode_of(mode: int | str | None, modes: int) -> int | None:
+    """The row of a Union network's table.
+
+    Raises:
+        InputError: there is no such row, no table, or no mode for it.
+    """
+    if not modes:
+        if mode is not None:
+            raise InputError(f"mode {mode!r} has no effect: this ControlNet sees one kind of control")
+        return None
+    known = ", ".join(f"{name} ({i})" for i, name in enumerate(MODES[:modes]))
+    if mode is None or (isinstance(mode, str) and mode not in MODES[:modes]):
+        raise InputError(f"this ControlNet sees several kinds of control: mode must be one of {known}, got {mode!r}")
+    return whole("mode", MODES.index(mode) if isinstance(mode, str) else mode, 0, modes - 1)
+
+
+@dataclass
+class _Run:
+    """A ControlNet at work on the pictures of one call: it is asked when the first block of a call is computed."""
+
+    condition: ControlNet
+    network: controlnet.ControlNet
+    control: Tensor
+    scene: Scene
+    told: Told | None = None
+    found: dict[str, list[Tensor]] | None = field(default=None, repr=False)
+
+    def hear(self, told: Told) -> None:
+        inside = Window(*self.condition.window).holds(told.timesteps, self.scene.levels)
+        self.told, self.found = (told if inside else None), None
+
+    def wrap(self, run: RunBlock) -> RunBlock:
+        def add(name: str, block: Any, streams: tuple[Tensor, ...], context: tuple[Any, ...]) -> tuple[Tensor, ...]:
+            out = run(name, block, streams, context)
+            if self.told is None:
+                return out
+            if self.found is None:
+                self.found = self._ask(self.told)
+            kind, _, number = name.partition(".")
+            found = self.found[kind]
+            if not found:
+                return out
+            addition = found[self._place(kind, int(number))]
+            first = 0 if kind == "double_blocks" else self.told.words.txt.shape[1]
+            tokens = out[0].clone()
+            tokens[:, first : first + addition.shape[1]] += addition.to(tokens)
+            return (tokens, *out[1:])
+
+        return add
+
+    def _place(self, kind: str, number: int) -> int:
+        """Which residual is added after a block of the transformer."""
+        double = kind == "double_blocks"
+        own = self.network.config.depth if double else self.network.config.depth_single_blocks
+        all_of_them = self.scene.transformer.depth if double else self.scene.transformer.depth_single_blocks
+        return number % own if self.network.config.hint_channels else number // -(-all_of_them // own)
+
+    @torch.inference_mode()
+    def _ask(self, told: Told) -> dict[str, list[Tensor]]:
+        """What is to be added, weighted."""
+        network, config, words = self.network, self.network.config, told.words
+        like, sees = placed(network, told.img), self.scene.rows * self.scene.columns
+        guidance = None
+        if config.guidance_embed:
+            guidance = torch.full_like(told.timesteps, USUAL_GUIDANCE) if told.guidance is None else told.guidance
+            guidance = guidance.to(like)
+        control = network.control_tokens(self.control.to(like))
+        double, single = network(
+            told.img[:, :sees, : config.in_channels].to(like),
+            told.img_ids[:, :sees],
+            words.txt.to(like),
+            words.txt_ids,
+            told.timesteps.to(like),
+            words.vec.to(like),
+            control.expand(len(told.img), -1, -1),
+            guidance,
+            words.mask,
+            self.condition.mode if isinstance(self.condition.mode, int) else None,
+        )
+        sigma = float(told.timesteps[0])
+        weigh: Callable[[int, Tensor], Tensor] = lambda i, x: strength_of(self.condition.scale, i, sigma) * x  # noqa: E731
+        return {
+            "double_blocks": [weigh(i, x) for i, x in enumerate(double)],
+            "single_blocks": [weigh(len(double) + i, x) for i, x in enumerate(single)],
+        }

@@ -1,0 +1,114 @@
+"""What ControlNets, Redux and IP-Adapters have in common: a network of their own, and how strongly it steers when."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from miniflux.checks import check_number, check_window, shown
+from miniflux.errors import InputError
+from miniflux.models.vision import ClipVision, SiglipVision
+from miniflux.sampling import Schedule
+
+
+@dataclass(frozen=True, eq=False)
+class Steering:
+    """A network that steers, as `conditions.load` gives it.
+
+    Attributes:
+        network: a ControlNet, Redux or an IP-Adapter.
+        vision: the tower that sees pictures for it; None for ControlNets.
+        files: (what, file) of everything it was loaded from.
+    """
+
+    network: nn.Module
+    vision: SiglipVision | ClipVision | None = None
+    files: tuple[tuple[str, Any], ...] = ()
+
+
+Strength = float | Sequence[float] | Callable[[float], float]
+"""One for all blocks and steps; one for each block; or a function of the noise level."""
+
+
+def steering_of(kind: type[nn.Module] | tuple[type[nn.Module], ...], given: Any, vision: bool = False) -> Steering:
+    """What somebody gives as the network of a condition, as `Steering`.
+
+    Args:
+        kind: what its network must be.
+        vision: whether a tower must be there.
+
+    Raises:
+        InputError: it is something else.
+    """
+    steering = given if isinstance(given, Steering) else Steering(given)
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if not isinstance(steering.network, kinds):
+        names = " or ".join(one.__name__ for one in kinds)
+        raise InputError(f"the network must be a {names}, as conditions.load gives it, got {shown(given)}")
+    if vision and steering.vision is None:
+        name = type(steering.network).__name__
+        raise InputError(f"{name} needs a vision tower to see pictures with: conditions.load(path, vision=...)")
+    return steering
+
+
+def check_strength(scale: Strength, blocks: int | None = None) -> None:
+    """Raises InputError unless it is one of what `Strength` says, for so many blocks; None where they are not told
+    apart."""
+    if callable(scale):
+        return
+    if isinstance(scale, Sequence) and not isinstance(scale, str) and blocks is not None:
+        if len(scale) != blocks:
+            raise InputError(f"scale must have a number for each of {blocks} blocks, got {len(scale)}")
+        for i, one in enumerate(scale):
+            check_number(f"scale[{i}]", one, -float("inf"))
+        return
+    check_number("scale", scale, -float("inf"))  # pyright: ignore[reportArgumentType]
+
+
+def strength_of(scale: Strength, block: int, sigma: float) -> float:
+    """That of one block at a noise level."""
+    if callable(scale):
+        return float(check_number("what the scale returns", scale(sigma), -float("inf")))
+    return float(scale[block]) if isinstance(scale, Sequence) else float(scale)
+
+
+def told_of(scale: Strength, levels: Schedule | None = None) -> Any:
+    """As plain JSON; of a function that it is one."""
+    return "a function" if callable(scale) else list(scale) if isinstance(scale, Sequence) else float(scale)
+
+
+@dataclass(frozen=True)
+class Window:
+    """When a network steers, in shares of the steps: in step i of n if that lies inside as a whole, as in diffusers.
+
+    Raises:
+        InputError: not 0 <= start < stop <= 1.
+    """
+
+    start: float = 0.0
+    stop: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_window("window", (self.start, self.stop))
+
+    def holds(self, timesteps: Tensor, levels: Schedule) -> bool:
+        """Whether the step that calls the network at this noise level (B,) lies inside."""
+        if (self.start, self.stop) == (0.0, 1.0):
+            return True
+        # Rounded as the network is told them.
+        passed = torch.tensor(levels.falling[:-1]).to(timesteps.dtype) >= timesteps[0].cpu()
+        step, steps = max(0, int(passed.sum()) - 1), levels.steps
+        return not (step / steps < self.start or (step + 1) / steps > self.stop)
+
+
+def placed(network: nn.Module, like: Tensor) -> Tensor:
+    """Bring a network to where a tensor is, in its own precision: returns one of its weights."""
+    weight = next(network.parameters())
+    if weight.device != like.device:
+        network.to(like.device)
+        weight = next(network.parameters())
+    return weight

@@ -1,0 +1,223 @@
+"""The editing nano models: `python -m miniflux.nano.recipe.editing fill|kontext [FOLDER]`, after nano-dev is made.
+
+Both start as nano-dev. nano-fill sees a picture with a hole, and the mask, as channels beside the noise, as FLUX.1 Fill
+does; nano-kontext sees the picture to be changed as tokens behind its own, as FLUX.1 Kontext does. An hour each on one
+CPU core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import miniflux
+from miniflux.models.autoencoder import Autoencoder
+from miniflux.models.flux1 import Flux1
+from miniflux.nano import scenes
+from miniflux.nano.recipe import edits
+from miniflux.nano.recipe.export import export_network
+from miniflux.nano.recipe.flow import OTHERS, noise_levels
+from miniflux.nano.recipe.pairs import latents_of
+from miniflux.nano.recipe.polish import share_of
+from miniflux.nano.recipe.realism import encoders_of
+from miniflux.nano.recipe.text import TextEncoders, varied
+from miniflux.sampling import image_ids, pack, text_ids
+from miniflux.training.flow import mix, mixed_precision
+from miniflux.training.state import TrainingState, cosine_rate
+
+log = logging.getLogger(__name__)
+
+MAIN = (128, 128)
+SHORT = 32  # T5 tokens that nearly every caption and instruction fits in
+REUSE = 12  # batches that an example is seen in, on average
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One of the two models: what it is trained on.
+
+    Attributes:
+        guidance: strengths that its input is told; the example tells so much that they make no difference.
+        examples: (how many, canvas, autoencoder, choices) -> words, latents (N, L, 64), what is seen (N, L, C).
+    """
+
+    name: str
+    file: str
+    steps: int
+    batch: int
+    rate: float
+    guidance: tuple[float, float]
+    examples: Callable[[int, tuple[int, int], Autoencoder, random.Random], tuple[list[str], Tensor, Tensor]]
+
+
+@torch.no_grad()
+def holes(
+    count: int, size: tuple[int, int], autoencoder: Autoencoder, rng: random.Random
+) -> tuple[list[str], Tensor, Tensor]:
+    """Words, the whole picture, and beside it (N, L, 64 + 256) the picture with its hole, and the mask."""
+    made = [edits.hole(rng, *size) for _ in range(count)]
+    pixels = np.stack([np.asarray(scenes.render(one.scene, *size)) for one in made])
+    masks = torch.from_numpy(np.stack([one.mask for one in made]))[:, None]
+    whole = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with mixed_precision():
+        both = autoencoder.encode(torch.cat((whole, whole * (1 - masks))).contiguous(memory_format=torch.channels_last))
+    x0, seen = pack(both.float().contiguous()).chunk(2)
+    side = autoencoder.config.downscale
+    folded = pack(rearrange(masks, "B C (h py) (w px) -> B (C py px) h w", py=side, px=side))
+    return [one.words for one in made], x0, torch.cat((seen, folded), dim=-1)
+
+
+def instructions(
+    count: int, size: tuple[int, int], autoencoder: Autoencoder, rng: random.Random
+) -> tuple[list[str], Tensor, Tensor]:
+    """Words, the picture they lead to, and the one that is changed (N, L, 64)."""
+    made = [edits.edit(rng) for _ in range(count)]
+    shown = [np.asarray(scenes.render(scene, *size)) for one in made for scene in (one.after, one.before)]
+    both = latents_of(autoencoder, shown)
+    return [varied(one.words, rng) for one in made], both[0::2], both[1::2]
+
+
+GOALS = {
+    goal.name: goal
+    for goal in (
+        Goal("fill", "flux1-nano-fill.safetensors", 4_500, 24, 6e-4, (1.0, 40.0), holes),
+        Goal("kontext", "flux1-nano-kontext.safetensors", 6_500, 16, 7e-4, (1.0, 6.0), instructions),
+    )
+}
+
+
+class Pool:
+    """Examples of one canvas, kept in memory and renewed little by little."""
+
+    def __init__(self, goal: Goal, autoencoder: Autoencoder, size: tuple[int, int], count: int, seed: int) -> None:
+        self.goal, self.autoencoder, self.size, self.rng, self.next = goal, autoencoder, size, random.Random(seed), 0
+        made = [self._make(min(32, count - i)) for i in range(0, count, 32)]
+        self.words = [word for words, _, _ in made for word in words]
+        self.x0, self.seen = torch.cat([x0 for _, x0, _ in made]), torch.cat([seen for _, _, seen in made])
+
+    def _make(self, count: int) -> tuple[list[str], Tensor, Tensor]:
+        words, x0, seen = self.goal.examples(count, self.size, self.autoencoder, self.rng)
+        return words, x0.to(torch.bfloat16), seen.to(torch.bfloat16)
+
+    def draw(self, batch: int) -> tuple[list[str], Tensor, Tensor]:
+        """A batch of random ones; some are then replaced."""
+        chosen = [self.rng.randrange(len(self.words)) for _ in range(batch)]
+        drawn = [self.words[i] for i in chosen], self.x0[chosen].float(), self.seen[chosen].float()
+        words, x0, seen = self._make(max(1, batch // REUSE))
+        places = [(self.next + i) % len(self.words) for i in range(len(words))]
+        self.next = (self.next + len(words)) % len(self.words)
+        self.x0[places], self.seen[places] = x0, seen
+        for place, word in zip(places, words, strict=True):
+            self.words[place] = word
+        return drawn
+
+
+def beginning(dev: Flux1, channels: int) -> Flux1:
+    """nano-dev with a wider input, to which the new channels say nothing yet."""
+    student = Flux1(replace(dev.config, in_channels=dev.config.in_channels + channels))
+    weights = dev.state_dict()
+    weights["img_in.weight"] = F.pad(weights["img_in.weight"], (0, channels))
+    student.load_state_dict(weights)
+    return student
+
+
+def editing_loss(
+    model: Callable[..., Tensor],
+    goal: Goal,
+    encoders: TextEncoders,
+    size: tuple[int, int],
+    words: list[str],
+    x0: Tensor,
+    seen: Tensor,
+) -> Tensor:
+    """Flow matching towards the result, beside what is seen: channels for Fill, tokens for Kontext."""
+    batch, tokens, _ = x0.shape
+    sigmas, noise = noise_levels(batch, tokens), torch.randn_like(x0)
+    ids = image_ids(batch, size[1] // 16, size[0] // 16)
+    x = mix(x0, noise, sigmas)
+    if goal.name == "fill":
+        x = torch.cat((x, seen), dim=-1)
+    else:
+        there = ids.clone()
+        there[..., 0] = 1
+        x, ids = torch.cat((x, seen), dim=1), torch.cat((ids, there), dim=1)
+    with torch.no_grad():
+        text = encoders(words, SHORT)
+    strength = torch.empty(batch).uniform_(*goal.guidance)
+    v = model(x, ids, text.txt, text_ids(batch, text.txt.shape[1]), sigmas, text.vec, strength)
+    return F.mse_loss(v[:, :tokens].float(), noise - x0)
+
+
+def matrices(name: str) -> bool:
+    """Weights that Muon trains: the matrices inside the blocks."""
+    return "blocks" in name
+
+
+def make(name: str, folder: Path, steps: int | None = None) -> Path:
+    """Train, or go on training; returns the finished file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    goal = GOALS[name] if steps is None else replace(GOALS[name], steps=steps)
+    torch.manual_seed(21)
+    pipe = miniflux.load("nano-dev", dtype="float32")
+    for network in (pipe.autoencoder, pipe.text.clip, pipe.text.t5):
+        network.requires_grad_(False)
+    autoencoder = pipe.autoencoder.to(memory_format=torch.channels_last)  # pyright: ignore
+    encoders = encoders_of(pipe)
+    channels = holes(1, MAIN, autoencoder, random.Random(0))[2].shape[-1] if name == "fill" else 0
+    student = beginning(pipe.transformer, channels).requires_grad_(True)
+    state = TrainingState(student, folder / name, goal.rate, {"goal": name}, decay=0.998, matrices=matrices)
+    state.resume()
+    rng = random.Random(7 + state.step)
+    pools = [
+        Pool(goal, autoencoder, size, 1500 if i == 0 else 64, 31 * i + state.step)
+        for i, size in enumerate((MAIN, *OTHERS))
+    ]
+    model: Callable[..., Tensor] = torch.compile(student, dynamic=False)
+    started, first, mean = time.monotonic(), state.step, 0.0
+    while state.step < goal.steps:
+        pool = pools[0] if rng.random() < 0.75 else rng.choice(pools[1:])
+        words, x0, seen = pool.draw(share_of(goal.batch, pool.size, MAIN))
+        with mixed_precision():
+            call = model if pool.size == MAIN else student
+            loss = editing_loss(call, goal, encoders, pool.size, words, x0, seen)
+        state.optimise(loss, cosine_rate(state.step, goal.steps, floor=0.01))
+        mean = loss.item() if mean == 0 else 0.98 * mean + 0.02 * loss.item()
+        if state.step % 50 == 0:
+            pace = (time.monotonic() - started) / (state.step - first)
+            log.info("%s step %d/%d loss %.4f %.2f s a step", name, state.step, goal.steps, mean, pace)
+        if state.step % 250 == 0:
+            state.save()
+    state.save()
+    path = folder / "weights" / goal.file
+    finished: nn.Module = copy.deepcopy(state.average).eval().requires_grad_(False)
+    export_network(finished, path)
+    log.info("finished: %s, %d bytes", path, path.stat().st_size)
+    return path
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(prog="miniflux.nano.recipe.editing", description=__doc__)
+    arguments.add_argument("goal", choices=[*GOALS])
+    arguments.add_argument("folder", type=Path, nargs="?", default=Path("runs/nano"))
+    arguments.add_argument("--steps", type=int, help="fewer or more than usual")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    with sdpa_kernel(SDPBackend.MATH), torch.autograd.set_multithreading_enabled(False):
+        options = arguments.parse_args()
+        make(options.goal, options.folder, options.steps)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""Networks that steer, from their files: told from their keys, loaded strictly, refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import miniflux
+from miniflux import conditions
+from miniflux.checkpoints import open_tensors, save
+from miniflux.checkpoints.loading import bare, compare
+from miniflux.checkpoints.networks import BY_KIND
+from miniflux.errors import CheckpointError, InputError
+from miniflux.models.autoencoder import Autoencoder
+from miniflux.models.controlnet import ControlNet, ControlNetConfig
+from miniflux.models.ip_adapter import IPAdapterConfig, XlabsIPAdapter
+from miniflux.models.redux import Redux, ReduxConfig
+from miniflux.models.vision import SiglipVision, VisionConfig
+from miniflux.pipeline import Pipeline
+from miniflux.sampling import cache, guide
+from miniflux.steering import _config
+from tests.checkpoints.raw import sparse
+from tests.tiny import AUTOENCODER, randomise
+
+Manifest = Callable[[str], dict[str, list[int]]]
+KINDS = {
+    "diffusers-controlnet-5-0-single-mode": ("ControlNet", {"depth": 5, "depth_single_blocks": 0, "modes": 0}),
+    "diffusers-controlnet-instantx-union": ("ControlNet", {"depth": 5, "depth_single_blocks": 10, "modes": 10}),
+    "diffusers-controlnet-shakker-depth": ("ControlNet", {"depth": 5, "depth_single_blocks": 10, "modes": 0}),
+    "diffusers-controlnet-shakker-union-pro-2": ("ControlNet", {"depth": 6, "depth_single_blocks": 0, "modes": 0}),
+    "xlabs-flux-controlnet-v3": ("ControlNet", {"depth": 2, "hint_channels": 16, "control_channels": 64}),
+    "bfl-flux1-redux-dev": ("Redux", {"redux_dim": 1152, "txt_in_features": 4096}),
+    "diffusers-redux-image-encoder": ("Redux", {"redux_dim": 1152, "txt_in_features": 4096}),
+    "xlabs-flux-ip-adapter": ("XlabsIPAdapter", {"double": 19, "words": 4, "embedding": 768}),
+    "te-siglip-so400m-patch14-384-vision": ("SiglipVision", {"image_size": 384, "num_attention_heads": 16}),
+}
+TINY = miniflux.tiny().transformer.config
+PHOTO = Image.effect_noise((64, 48), 90).convert("RGB")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_published_files_fit(name: str, manifest: Manifest, tmp_path: Path) -> None:
+    """Strictly, at full size, in every layout that was published; their sizes are told from shapes alone."""
+    kind, sizes = KINDS[name]
+    path = sparse(tmp_path / "a.safetensors", manifest(name))
+    record = next(one for network, one in BY_KIND.items() if network.__name__ == kind)
+    config = _config(record, open_tensors(path), path)
+    assert {field: getattr(config, field) for field in sizes} == sizes
+    assert not compare(bare(record.kind, config), open_tensors(path)).problems
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Pipeline:
+    return miniflux.tiny()
+
+
+def controlnet(**more: int) -> ControlNet:
+
+    sizes = {**asdict(TINY), "depth": 1, "depth_single_blocks": 1, "control_channels": TINY.out_channels, **more}
+    return randomise(ControlNet(ControlNetConfig(**sizes))).eval()
+
+
+def tower() -> SiglipVision:
+    return randomise(SiglipVision(VisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8,
+        hidden_act="gelu", layer_norm_eps=1e-6,
+    ))).eval()  # fmt: skip
+
+
+def steered(network: ControlNet | None = None) -> dict[str, conditions.Condition]:
+    """One of each kind."""
+    redux = randomise(Redux(ReduxConfig(redux_dim=16, txt_in_features=TINY.context_in_dim, inner=24)))
+    adapter = randomise(XlabsIPAdapter(IPAdapterConfig(
+        embedding=16, context=12, words=2, hidden_size=TINY.hidden_size, double=TINY.depth,
+    )))  # fmt: skip
+    return {
+        "controlnet": conditions.ControlNet(network or controlnet(), PHOTO, scale=0.5),
+        "redux": conditions.Redux(conditions.Steering(redux, tower()), PHOTO),
+        "ip-adapter": conditions.IPAdapter(conditions.Steering(adapter, tower()), PHOTO, scale=0.5),
+    }
+
+
+SIZE = {"width": 64, "height": 48, "steps": 3}
+
+
+@pytest.mark.parametrize("name", ["controlnet", "redux", "ip-adapter"])
+def test_a_scale_of_zero_changes_nothing_and_windows_add_up(name: str, pipe: Pipeline) -> None:
+    """Where an invariant is known: no strength, no change; a window of no step likewise; scale one is in between."""
+    plain = pipe.generate("a star", **SIZE).latents
+    condition = steered()[name]
+    moved = pipe.generate("a star", conditions=[condition], **SIZE).latents
+    assert not torch.equal(moved, plain)
+    if name == "redux":  # whose words are there even if they say nothing
+        return
+
+    for silent in (replace(condition, scale=0.0), replace(condition, scale=lambda sigma: 0.0)):
+        assert torch.equal(pipe.generate("a star", conditions=[silent], **SIZE).latents, plain)
+    early, late = (replace(condition, window=window) for window in ((0.0, 1 / 3), (1 / 3, 1.0)))
+    first = pipe.generate("a star", conditions=[early], **SIZE, stop=1).latents
+    assert torch.equal(first, pipe.generate("a star", conditions=[condition], **SIZE, stop=1).latents)
+    assert torch.equal(pipe.generate("a star", conditions=[late], **SIZE, stop=1).latents,
+                       pipe.generate("a star", **SIZE, stop=1).latents)  # fmt: skip
+    both = pipe.generate("a star", conditions=[early, late], **SIZE).latents
+    torch.testing.assert_close(both, moved, rtol=0, atol=1e-5)
+
+
+def test_all_of_them_at_once(pipe: Pipeline) -> None:
+    """Two ControlNets, Redux, an IP-Adapter, a reference, a picture with a mask, CFG and a step cache: in one call; a
+    cache that may leave nothing out changes nothing."""
+    given = [*steered().values(), conditions.ControlNet(controlnet(), PHOTO), conditions.Reference(PHOTO)]
+    mask = torch.zeros(48, 64)
+    mask[16:] = 1
+    options = {**SIZE, "image": PHOTO, "mask": mask, "guide": guide("cfg", scale=2.0), "conditions": given}
+    plain = pipe.generate("a star", **options)
+    careful = pipe.generate("a star", **options, cache=cache("first-block", threshold=0.0))
+    assert torch.equal(plain.latents, careful.latents) and torch.isfinite(plain.latents).all()
+    told = [about["kind"] for about in plain.settings[0]["conditions"]]
+    assert told == ["ControlNet", "Redux", "IPAdapter", "ControlNet", "Reference"]
+
+
+def test_what_does_not_fit_is_refused(pipe: Pipeline, tmp_path: Path) -> None:
+    wide = controlnet(hidden_size=2 * TINY.hidden_size, num_heads=2 * TINY.num_heads)
+    with pytest.raises(InputError, match=f"for transformers of hidden_size {2 * TINY.hidden_size}, got one of"):
+        pipe.generate("a star", conditions=[conditions.ControlNet(wide, PHOTO)], **SIZE)
+    with pytest.raises(InputError, match="the network must be a ControlNet, as conditions.load gives it, got 3"):
+        conditions.ControlNet(3, PHOTO)  # pyright: ignore
+    with pytest.raises(InputError, match="scale must have a number for each of 2 blocks, got 3"):
+        conditions.ControlNet(controlnet(), PHOTO, scale=[1, 2, 3])
+    with pytest.raises(InputError, match="window must be"):
+        conditions.ControlNet(controlnet(), PHOTO, window=(0.5, 0.2))
+    with pytest.raises(InputError, match="Redux needs a vision tower"):
+        conditions.Redux(Redux(ReduxConfig(redux_dim=1, txt_in_features=1, inner=1)), PHOTO)  # pyright: ignore
+    save(randomise(Autoencoder(AUTOENCODER)), tmp_path / "ae.safetensors")
+    with pytest.raises(CheckpointError, match="expected a ControlNet, Redux or an IP-Adapter, found Autoencoder"):
+        conditions.load(tmp_path / "ae.safetensors")
+    save(Redux(ReduxConfig(redux_dim=16, txt_in_features=8, inner=24)), tmp_path / "redux.safetensors")
+    with pytest.raises(CheckpointError, match="with the vision tower of SigLIP, and none is beside it: give vision="):
+        conditions.load(tmp_path / "redux.safetensors")
+
+
+def test_files_are_part_of_settings_and_key(tmp_path: Path) -> None:
+    """A picture of the bundled model with a ControlNet from a file: it is told with its hash, and cached by it."""
+    pipe = miniflux.load("nano", cache=tmp_path / "pictures.cache")
+    config = pipe.transformer.config
+
+    sizes = {**asdict(config), "depth": 1, "depth_single_blocks": 0, "control_channels": config.out_channels}
+    save(randomise(ControlNet(ControlNetConfig(**sizes))), tmp_path / "net.safetensors")
+    network = conditions.load(tmp_path / "net.safetensors")
+    condition = conditions.ControlNet(network, PHOTO, scale=0.1)
+    options = {"steps": 2, "width": 64, "height": 64, "conditions": [condition]}
+    first, second = (pipe.generate("a star", **options) for _ in range(2))
+    assert (first.settings[0]["cached"], second.settings[0]["cached"]) == (False, True)
+    assert [stamp.path for part, stamp in first.files if part == "ControlNet"] == [str(tmp_path / "net.safetensors")]
