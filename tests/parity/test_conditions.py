@@ -6,6 +6,7 @@ Theirs draw a sample of the autoencoder's posterior where ours, as the release, 
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tests.parity.test_pipeline import CLIP_SIZES, HEIGHT, LENGTH, LEVELS, PROMP
 from tests.parity.test_pipeline import tokenizers as tokenizers
 
 PHOTO = Image.effect_noise((WIDTH, HEIGHT), 90).convert("RGB")
+OTHER = Image.effect_noise((WIDTH, HEIGHT), 50).convert("RGB")
 GUIDANCE = 2.5
 
 
@@ -97,6 +99,36 @@ def test_fill(tmp_path: Path) -> None:
     assert np.array_equal(np.asarray(pixels)[mask == 0], np.asarray(PHOTO)[mask == 0])
     with pytest.raises(InputError, match="this is a Fill model: it completes pictures"):
         pipe.generate(PROMPT, steps=1)
+
+
+# Pipeline of diffusers, its module, channels that the network reads, what both are told beside the picture.
+OVER_A_PICTURE = {
+    "img2img": ("FluxImg2ImgPipeline", "img2img", 64, {}, ()),
+    "inpaint": ("FluxInpaintPipeline", "inpaint", 64, {}, ("mask",)),
+    "control, img2img": ("FluxControlImg2ImgPipeline", "control_img2img", 128, {"control_image": OTHER}, ("control",)),
+    "control, inpaint": ("FluxControlInpaintPipeline", "control_inpaint", 128, {"control_image": OTHER},
+                         ("control", "mask")),
+    "kontext, inpaint": ("FluxKontextInpaintPipeline", "kontext_inpaint", 64,
+                         {"_auto_resize": False, "max_area": WIDTH * HEIGHT}, ("reference", "mask")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("strength", [0.5, 0.75, 1.0])
+@pytest.mark.parametrize("name", OVER_A_PICTURE)
+def test_strengths(name: str, strength: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture changed in part, with noise from our seed where theirs would draw its own."""
+    kind, module, channels, told, with_what = OVER_A_PICTURE[name]
+    parts, pipe = models(channels, tmp_path)
+    their_module = import_module(f"diffusers.pipelines.flux.pipeline_flux_{module}")
+    monkeypatch.setattr(their_module, "randn_tensor", lambda *_, **__: initial_noise(HEIGHT, WIDTH, 3))
+    mask = np.zeros((HEIGHT, WIDTH), np.uint8)
+    mask[16:, 32:] = 255
+    masked = {"mask_image": Image.fromarray(mask)} if "mask" in with_what else {}
+    expected = theirs(getattr(diffusers, kind)(**parts), image=PHOTO, strength=strength, latents=None, **masked, **told)
+    conditions = [*([Control(OTHER)] if "control" in with_what else []),
+                  *([Reference(PHOTO)] if "reference" in with_what else [])]  # fmt: skip
+    given = {"mask": Image.fromarray(mask)} if "mask" in with_what else {}
+    assert_same(ours(pipe, image=PHOTO, strength=strength, conditions=conditions, **given), expected)
 
 
 def test_control_pictures(tmp_path: Path) -> None:
