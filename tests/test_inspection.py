@@ -24,14 +24,16 @@ from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.clip import ClipTextEncoder
 from miniflux.models.flux1 import Flux1, Flux1Config
 from miniflux.models.t5 import T5Encoder
-from miniflux.variants import OTHER_TRANSFORMERS, VARIANTS
+from miniflux.variants import VARIANTS
 from miniflux.weights.finding import BUNDLED
 from tests.checkpoints.raw import sparse
 from tests.tiny import AUTOENCODER, CLIP, FLUX1, T5
 
 Manifest = Callable[[str], dict[str, list[int]]]
-DEV = "flux1-dev or flux1-krea-dev"
-OFFICIAL = "flux1-dev or flux1-schnell or flux1-krea-dev"  # they share text encoders and autoencoder
+DEV = "flux1-dev or flux1-krea-dev or flux1-kontext-dev"
+OFFICIAL = " or ".join(
+    name for name in VARIANTS if name.startswith("flux1")
+)  # they share text encoders and autoencoder
 CANNY = "flux1-canny-dev or flux1-depth-dev"
 
 # manifest: network, variant, layout, parameters where they were published or can be counted by hand
@@ -64,11 +66,11 @@ def test_published_files_are_named(name: str, manifest: Manifest, tmp_path: Path
         assert word in str(found)
 
 
-@pytest.mark.parametrize("name", [*VARIANTS, *OTHER_TRANSFORMERS])
+@pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("layout", ["original", "diffusers"])
 def test_the_config_of_a_transformer_is_read_from_its_shapes(name: str, layout: str, tmp_path: Path) -> None:
     """`miniflux.load(FILE)` builds the network from it."""
-    config = VARIANTS[name].transformer if name in VARIANTS else OTHER_TRANSFORMERS[name]
+    config = VARIANTS[name].transformer
     with torch.device("meta"):
         module = Flux1(config)
     tensors = to_layout(module, module.state_dict(), layout)

@@ -12,7 +12,7 @@ from miniflux.arguments import warn_of_result
 from miniflux.errors import InputError
 from miniflux.nano.recipe import flow
 from miniflux.sampling import custom_schedule
-from miniflux.variants import ALIASES, OTHER_TRANSFORMERS, VARIANTS, names, variant, variant_of
+from miniflux.variants import ALIASES, VARIANTS, names, variant, variant_of
 
 OFFICIAL = ("flux1-dev", "flux1-schnell", "flux1-krea-dev")
 
@@ -51,8 +51,7 @@ def test_text_encoders_and_autoencoder_are_the_published_ones(name: str, publish
 def test_transformers_that_need_a_picture(published: dict[str, Any]) -> None:
     """Fill, Canny and Depth are told apart by their channels."""
     for name in ("flux1-fill-dev", "flux1-canny-dev", "flux1-depth-dev"):
-        (config,) = (config for key, config in OTHER_TRANSFORMERS.items() if name in key.split(" or "))
-        assert fields_of(config) == published["flux1"][name]["params"]
+        assert fields_of(VARIANTS[name].transformer) == published["flux1"][name]["params"]
 
 
 def test_the_bundled_models_are_small_and_share_their_parts() -> None:
@@ -90,7 +89,11 @@ def test_a_config_leads_to_its_variant() -> None:
     for found in VARIANTS.values():
         assert variant_of(found.transformer).transformer == found.transformer  # type: ignore[union-attr]
     assert variant_of(VARIANTS["nano-schnell"].transformer) is VARIANTS["nano-schnell"]
-    assert variant_of(OTHER_TRANSFORMERS["flux1-fill-dev"]) is None
+    assert variant_of(dataclasses.replace(VARIANTS["nano-dev"].transformer, depth=9)) is None
+    depth = VARIANTS["flux1-depth-dev"]  # canny's sizes: of several, the one whose file is so called
+    assert (
+        variant_of(depth.transformer, depth.file) is depth and variant_of(depth.transformer).name == "flux1-canny-dev"
+    )
 
 
 def test_a_variant_cannot_be_changed() -> None:

@@ -230,7 +230,7 @@ def _variant_in(transformer: Path, folder: Path, opened: Opened) -> Variant:
         config = flux1_config(contents_of(source).entries, source.metadata, axes)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
-    known = variant_of(config)
+    known = variant_of(config, transformer.name)
     if known is None:
         base = VARIANTS["flux1-dev" if config.guidance_embed else "flux1-schnell"]
         name = folder.resolve().name if transformer.is_dir() else transformer.stem

@@ -108,7 +108,7 @@ def not_keyed(
     if functions and plan.method.calls > 1 and plan.method.name != "heun":
         return f"guidance is a function, and {plan.method.name} asks it between the noise levels"
     for condition in plan.conditions:
-        if getattr(condition, "network", None) is not None and not condition.files:
+        if getattr(condition, "network", None) is not None and not getattr(condition, "files", ()):
             return f"the network of a {type(condition).__name__} was not loaded from files"
         if callable(getattr(condition, "scale", None)):
             return f"the scale of a {type(condition).__name__} is a function of the noise level"

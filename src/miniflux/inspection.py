@@ -26,7 +26,7 @@ from miniflux.errors import CheckpointError, LoraError
 from miniflux.lora.files import is_lora, read, what_is
 from miniflux.lora.models import fitting_models
 from miniflux.models.flux1 import Flux1, Flux1Config
-from miniflux.variants import OTHER_TRANSFORMERS, VARIANTS
+from miniflux.variants import VARIANTS
 
 Entries = Mapping[str, Entry]
 TOKENIZERS = ("tokenizer", "tokenizer_2")
@@ -228,7 +228,6 @@ def _closest(kind: type[nn.Module], source: TensorSource) -> tuple[Any, dict[Any
             names.setdefault(config, []).append(variant.name)
     candidates = list(names)
     if record.telling:
-        names.update({config: [name] for name, config in OTHER_TRANSFORMERS.items() if type(config) is record.config})
         try:
             candidates = [transformer_config(record, contents_of(source).entries, source.metadata, to_run=bool(names))]
         except CheckpointError:
@@ -268,8 +267,7 @@ def describe(source: TensorSource) -> str:
         config = transformer_config(record, contents_of(source).entries, source.metadata)
     except CheckpointError as error:
         return str(error)
-    known = {**{v.name: record.of(v) for v in VARIANTS.values()}, **OTHER_TRANSFORMERS}
-    names = [name for name, candidate in known.items() if candidate == config]
+    names = [variant.name for variant in VARIANTS.values() if record.of(variant) == config]
     guidance = "with" if config.guidance_embed else "without"
     sizes = (
         f"in_channels {config.in_channels}, hidden size {config.hidden_size}, {config.depth} + "

@@ -321,7 +321,7 @@ class Pipeline:
         if self.origin is None:
             return ()
         loras = tuple((f"lora {name}", stamp) for name, stamps in files_of(self).items() for stamp in stamps)
-        steering = tuple(file for condition in conditions for file in condition.files)
+        steering = tuple(file for condition in conditions for file in getattr(condition, "files", ()))
         return claimed(self.origin.files + loras + steering, changed)
 
     @torch.inference_mode()

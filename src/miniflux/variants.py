@@ -319,6 +319,37 @@ VARIANTS: dict[str, Variant] = {
             guidance=4.5,
             downloads=_flux1_downloads("flux1-krea-dev.safetensors", 23_802_816_640),
         ),
+        # Steps and guidance of the release's command lines (`cli_fill.py`, `cli_control.py`, `cli_kontext.py`).
+        replace(
+            _DEV,
+            name="flux1-kontext-dev",
+            repository="black-forest-labs/FLUX.1-Kontext-dev",
+            file="flux1-kontext-dev.safetensors",
+            steps=30,
+            guidance=2.5,
+            downloads=_flux1_downloads("flux1-kontext-dev.safetensors", 23_802_816_640),
+        ),
+        replace(
+            _DEV,
+            name="flux1-fill-dev",
+            repository="black-forest-labs/FLUX.1-Fill-dev",
+            file="flux1-fill-dev.safetensors",
+            transformer=replace(FLUX1_DEV, in_channels=384),
+            guidance=30.0,
+            downloads=_flux1_downloads("flux1-fill-dev.safetensors", 23_804_782_720),
+        ),
+        *(
+            replace(
+                _DEV,
+                name=f"flux1-{kind}-dev",
+                repository=f"black-forest-labs/FLUX.1-{kind.capitalize()}-dev",
+                file=f"flux1-{kind}-dev.safetensors",
+                transformer=replace(FLUX1_DEV, in_channels=128),
+                guidance=guidance,
+                downloads=_flux1_downloads(f"flux1-{kind}-dev.safetensors", 23_803_209_856),
+            )
+            for kind, guidance in (("canny", 30.0), ("depth", 10.0))
+        ),
         _NANO,
         replace(
             _NANO,
@@ -332,12 +363,6 @@ VARIANTS: dict[str, Variant] = {
     )
 }
 ALIASES = {"nano": "nano-dev"}
-
-# Transformers that are not text-to-image models by themselves, so that a file can be told apart by its shapes.
-OTHER_TRANSFORMERS: dict[str, Flux1Config] = {
-    "flux1-fill-dev": replace(FLUX1_DEV, in_channels=384),
-    "flux1-canny-dev or flux1-depth-dev": replace(FLUX1_DEV, in_channels=128),
-}
 
 
 # The sizes that FLUX.1 Kontext learned (`PREFERED_KONTEXT_RESOLUTIONS` in `flux/util.py`), width and height.
@@ -417,6 +442,8 @@ def variant(name: str) -> Variant:
     raise InputError(f"unknown model {name!r}; known: {', '.join([*VARIANTS, *ALIASES])}")
 
 
-def variant_of(config: Flux1Config) -> Variant | None:
-    """The first variant whose transformer has exactly this config, if any."""
-    return next((v for v in VARIANTS.values() if v.transformer == config), None)
+def variant_of(config: Flux1Config, file: str = "") -> Variant | None:
+    """The variant whose transformer has exactly this config, if any: of several, that whose file is so called, else the
+    first."""
+    same = [variant for variant in VARIANTS.values() if variant.transformer == config]
+    return next((variant for variant in same if variant.file == file), same[0] if same else None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -19,15 +19,19 @@ from miniflux.checkpoints.networks import BY_KIND, NETWORKS
 from miniflux.errors import CheckpointError
 from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.clip import ClipTextEncoder
+from miniflux.models.controlnet import ControlNet, ControlNetConfig
 from miniflux.models.flux1 import Flux1
+from miniflux.models.ip_adapter import InstantxIPAdapter, IPAdapterConfig, XlabsIPAdapter
+from miniflux.models.redux import Redux, ReduxConfig
 from miniflux.models.t5 import T5Encoder
 from miniflux.models.tiny_autoencoder import TinyDecoder
-from miniflux.variants import FLUX1_AUTOENCODER, OTHER_TRANSFORMERS, VARIANTS
+from miniflux.models.vision import ClipVision, SiglipVision, VisionConfig
+from miniflux.variants import FLUX1_AUTOENCODER, VARIANTS
 from tests.tiny import AUTOENCODER, CLIP, FLUX1, T5, TINY, randn
 
 Manifest = Callable[[str], dict[str, list[int]]]
 DEV, SCHNELL = VARIANTS["flux1-dev"], VARIANTS["flux1-schnell"]
-FILL, CANNY = OTHER_TRANSFORMERS["flux1-fill-dev"], OTHER_TRANSFORMERS["flux1-canny-dev or flux1-depth-dev"]
+FILL, CANNY = (VARIANTS[f"flux1-{name}-dev"].transformer for name in ("fill", "canny"))
 
 FLUX1_SIZES = st.builds(
     lambda **change: Flux1(replace(FLUX1, **change)),
@@ -139,7 +143,28 @@ def test_diffusers_fused_rows_are_in_order() -> None:
     assert starts == {"attn.to_q": 0, "attn.to_k": hidden, "attn.to_v": 2 * hidden, "proj_mlp": 3 * hidden}
 
 
-CONFIGS = {Flux1: FLUX1, Autoencoder: AUTOENCODER, ClipTextEncoder: CLIP, T5Encoder: T5, TinyDecoder: TINY}
+def fields_of(config: Any) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in fields(config)}
+
+
+VISION = VisionConfig(
+    hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4,
+    hidden_act="gelu", layer_norm_eps=1e-6, projection_dim=6,
+)  # fmt: skip
+ADAPTER = IPAdapterConfig(embedding=6, context=8, words=2, hidden_size=16, double=2, single=1)
+CONFIGS = {
+    Flux1: FLUX1,
+    Autoencoder: AUTOENCODER,
+    ClipTextEncoder: CLIP,
+    T5Encoder: T5,
+    TinyDecoder: TINY,
+    ControlNet: ControlNetConfig(**fields_of(FLUX1), control_channels=16, modes=3, hint_channels=4),
+    Redux: ReduxConfig(redux_dim=6, txt_in_features=8, inner=12),
+    XlabsIPAdapter: replace(ADAPTER, single=0),
+    InstantxIPAdapter: ADAPTER,
+    SiglipVision: replace(VISION, projection_dim=0),
+    ClipVision: VISION,
+}
 
 
 @pytest.mark.parametrize("build", BY_KIND)

@@ -42,10 +42,6 @@ class Beside:
     def levels(self, levels: Schedule) -> Schedule:
         return levels
 
-    @property
-    def files(self) -> tuple[tuple[str, Any], ...]:
-        return ()
-
     def described(self) -> dict[str, Any]:
         return {"beside": self.count}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -362,7 +363,7 @@ def test_variants_are_listed(cache: Path, hub: Hub, capsys: pytest.CaptureFixtur
     assert row()["here"] == {} and set(row()["missing"]) == set(PARTS) and row()["bytes"] == 6_000_000
     assert main(["variants"]) == 0
     said = capsys.readouterr().out
-    assert "flux1-schnell    33.89  no        Apache-2.0" in said and "nano-dev             -  bundled" in said
+    assert re.search("flux1-schnell +33.89  no        Apache-2.0", said) and re.search("nano-dev +-  bundled", said)
     folder = hubs.fetch(hubs.plan(TINY))
     (folder / BIG).unlink()
     assert list(row()["missing"]) == ["t5"] and row()["here"]["clip"] == str(folder / "text_encoder")

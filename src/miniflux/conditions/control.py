@@ -46,10 +46,6 @@ class Control:
     def levels(self, levels: Schedule) -> Schedule:
         return levels
 
-    @property
-    def files(self) -> tuple[tuple[str, Any], ...]:
-        return ()
-
     def described(self) -> dict[str, Any]:
         assert not isinstance(self.picture, str)
         return {"picture": digest_of(self.picture)}

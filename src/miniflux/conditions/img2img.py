@@ -31,10 +31,6 @@ class Img2Img:
     def levels(self, levels: Schedule) -> Schedule:
         return from_strength(levels, self.strength)
 
-    @property
-    def files(self) -> tuple[tuple[str, Any], ...]:
-        return ()
-
     def described(self) -> dict[str, Any]:
         return {
             "image": self.image if isinstance(self.image, str) else digest_of(self.image),

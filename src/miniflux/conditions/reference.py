@@ -66,10 +66,6 @@ class Reference:
     def levels(self, levels: Schedule) -> Schedule:
         return levels
 
-    @property
-    def files(self) -> tuple[tuple[str, Any], ...]:
-        return ()
-
     def described(self) -> dict[str, Any]:
         assert not isinstance(self.picture, str)
         return {"picture": digest_of(self.picture), "index": self.index}

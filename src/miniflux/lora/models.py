@@ -14,7 +14,7 @@ from miniflux.checkpoints.networks import BY_PART
 from miniflux.lora.dialects import PartName, Place
 from miniflux.lora.files import Group, shape_of
 from miniflux.models.flux1 import Flux1
-from miniflux.variants import FLUX2_SIZES, OTHER_TRANSFORMERS, VARIANTS, Flux2Sizes, Variant, variant
+from miniflux.variants import FLUX2_SIZES, VARIANTS, Flux2Sizes, Variant, variant
 
 
 def stand_ins(model: str | Variant) -> dict[PartName, nn.Module]:
@@ -29,7 +29,7 @@ def stand_ins(model: str | Variant) -> dict[PartName, nn.Module]:
 
 @cache
 def _flux1_shapes(name: str) -> dict[str, tuple[int, int]]:
-    model = bare(Flux1, OTHER_TRANSFORMERS[name] if name in OTHER_TRANSFORMERS else VARIANTS[name].transformer)
+    model = bare(Flux1, VARIANTS[name].transformer)
     return {
         key: (module.out_features, module.in_features)
         for key, module in model.named_modules()
@@ -77,7 +77,7 @@ def fitting_models(groups: Sequence[Group], found: Mapping[PartName, nn.Module])
     if not asked:
         return ""
     scores: dict[str, int] = {}
-    for name in [*VARIANTS, *OTHER_TRANSFORMERS]:
+    for name in VARIANTS:
         shapes = _flux1_shapes(name)
         hidden = shapes["img_in"][0]
         scores[name] = sum(_agrees(shapes.get(p.target), p, hidden, given) for p, given in asked)
@@ -89,7 +89,7 @@ def fitting_models(groups: Sequence[Group], found: Mapping[PartName, nn.Module])
         return f"; its widths ({', '.join(map(str, widths[:4]))}) are those of no model known here"
     names = [name for name, score in scores.items() if score == best]
     network = found.get("transformer")
-    known = {**OTHER_TRANSFORMERS, **{name: variant.transformer for name, variant in VARIANTS.items()}}
+    known = {name: variant.transformer for name, variant in VARIANTS.items()}
     config: Any = getattr(network, "config", None)
     if any(known[name] == config for name in names if name in known):
         return ""  # the widths are right: something else is wrong

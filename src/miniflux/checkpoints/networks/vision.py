@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from miniflux.checkpoints.networks.record import Layout, Network, Shapes, count, known_fields, row
+from miniflux.checkpoints.networks.record import Layout, Network, Row, Shapes, count, known_fields, row
 from miniflux.models.vision import ClipVision, SiglipVision, VisionConfig
 
 PATCHES, PLACES = "vision_model.embeddings.patch_embedding.weight", "vision_model.embeddings.position_embedding.weight"
@@ -41,7 +41,7 @@ def _of_json(content: Mapping[str, Any]) -> VisionConfig:
     return known_fields(VisionConfig, {**usual, **own, **projection} if clip else {**usual, **own, "projection_dim": 0})
 
 
-def _record(part: str, kind: type[Any], sign: str) -> Network:
+def _record(part: str, kind: type[Any], sign: str, *beside: Row) -> Network:
     return Network(
         part=part,
         word="vision tower",
@@ -51,12 +51,7 @@ def _record(part: str, kind: type[Any], sign: str) -> Network:
         config=VisionConfig,
         signs=(sign, sign.removeprefix("vision_model.")),
         # As newer transformers writes a tower that stands alone.
-        layouts={
-            "without prefix": Layout(
-                [row("vision_model.**", "**"), row("visual_projection.*", "visual_projection.*")],
-                ("embeddings.patch_embedding.",),
-            )
-        },
+        layouts={"without prefix": Layout([*beside, row("vision_model.**", "**")], ("embeddings.patch_embedding.",))},
         redundant={
             "vision_model.embeddings.position_ids": "the numbers 0, 1, 2 ...",
             "logit_scale": "only for comparing with texts",
@@ -71,4 +66,9 @@ def _record(part: str, kind: type[Any], sign: str) -> Network:
 
 
 SIGLIP_VISION = _record("siglip", SiglipVision, "vision_model.head.probe")
-CLIP_VISION = _record("clip-vision", ClipVision, "vision_model.pre_layrnorm.weight")
+CLIP_VISION = _record(
+    "clip-vision",
+    ClipVision,
+    "vision_model.pre_layrnorm.weight",
+    row("visual_projection.*", "visual_projection.*"),
+)
