@@ -17,6 +17,8 @@ from torch import Tensor
 from miniflux import lora
 from miniflux.arguments import mask_for
 from miniflux.checkpoints.folders import models
+from miniflux.conditions import Condition, Steering
+from miniflux.conditions.again import again
 from miniflux.errors import (
     CheckpointError,
     InputError,
@@ -34,6 +36,7 @@ from miniflux.result import QUALITY, Result, joined, labelled, psnr
 from miniflux.settings import LoraUse, Record, Request, read_picture, strict
 from miniflux.variants import ALIASES, VARIANTS
 from miniflux.version import __version__
+from miniflux.weights.finding import PARTS
 from miniflux.weights.origin import Stamp
 
 log = logging.getLogger(__name__)
@@ -70,7 +73,9 @@ def replay(
     weights: str | Path | None = None,
     device: str | None = None,
     image: str | Path | Image.Image | None = None,
-    mask: str | Path | Image.Image | None = None,
+    mask: str | Path | Image.Image | Tensor | None = None,
+    pictures: Sequence[str | Image.Image] = (),
+    networks: Sequence[Steering] = (),
     model: str | Path | None = None,
     loras: Sequence[str | Path] = (),
     progress: Callable[[int, int], None] | None = None,
@@ -84,6 +89,7 @@ def replay(
         weights: look for the model's files here first.
         device: None for the one it was made on, if there is such a one.
         image, mask: the picture that was changed and where, or their files, if it was made from one.
+        pictures, networks: those that steered it, see `conditions.again`.
         model: what to load instead of the model that the file names. Models and LoRAs that are not where they were are
             looked for beside the picture.
         loras: files to take for LoRAs that the file names: those of their hash or name, or in order if as many.
@@ -110,17 +116,18 @@ def replay(
     _check_image(first.request, image)
     where = mask_for(mask, image)
     _check_mask(first.request, where)
+    steered = [again(record.conditions, pictures, networks) for record in records]
 
     pipes = {} if pipes is None else pipes
     results: list[Result] = []
     done = 0
     total = sum(max(1, len(record.sigmas) - 1) for record in records)
-    for record in records:
+    for record, conditions in zip(records, steered, strict=True):
         key = (record.request.model, record.request.dtype)
         if key not in pipes:
             pipes[key] = _fitting(record, Path(path).parent, model, weights, device)
         pipe = pipes[key]
-        wrong = _wrong_files(record, pipe)
+        wrong = [*_wrong_files(record, pipe), *_wrong_networks(record, networks)]
         uses = _found_loras(record.request.loras, Path(path).parent, loras, wrong)
         if wrong and not force:
             why = "; ".join(dict.fromkeys(wrong))
@@ -131,7 +138,7 @@ def replay(
             if progress is not None:
                 progress(done + step, total)
 
-        results.append(_drawn(pipe, record, uses, image, where, told))
+        results.append(_drawn(pipe, record, uses, image, where, conditions, told))
         done += max(1, len(record.sigmas) - 1)
         differences += _unlike(record, results[-1])
     result = joined(results)
@@ -252,6 +259,15 @@ def _loaded(record: Record, model: str | Path, weights: str | Path | None, devic
     return pipe
 
 
+def _wrong_networks(record: Record, networks: Sequence[Steering]) -> list[str]:
+    """Networks that steer and are not those of the record."""
+    known = {file.sha256 for file in record.files}
+    stamps = [(what, stamp) for network in networks for what, stamp in network.files]
+    return [
+        f"the {what} {Path(stamp.path).name} is another one" for what, stamp in stamps if stamp.sha256() not in known
+    ]
+
+
 def _wrong_files(record: Record, pipe: Pipeline) -> list[str]:
     """Files of the model that are not those of the record, and what has been changed since they were loaded."""
     assert pipe.origin is not None
@@ -259,7 +275,7 @@ def _wrong_files(record: Record, pipe: Pipeline) -> list[str]:
     here = {(part, Path(stamp.path).name): stamp for part, stamp in pipe.origin.files}
     wrong = [f"the loaded pipeline has been changed in memory: {'; '.join(summary(changed))}"] if changed else []
     for file in record.files:
-        if file.part.startswith("lora "):
+        if file.part not in PARTS:  # of a LoRA, or a network that steers
             continue
         parts = [stamp for (part, _), stamp in here.items() if part == file.part]
         stamp = here.get((file.part, file.file)) or (parts[0] if len(parts) == 1 else None)
@@ -320,6 +336,7 @@ def _drawn(
     uses: Sequence[LoraUse],
     image: Image.Image | None,
     mask: Tensor | None,
+    conditions: Sequence[Condition],
     progress: Callable[[int, int], None],
 ) -> Result:
     names = [f"{i}" for i in range(len(uses))]
@@ -329,7 +346,7 @@ def _drawn(
         for name, use in zip(names, uses, strict=True):
             lora.attach(pipe, use.file, use.strength, name)
             attached.append(name)
-        return pipe.generate(**record.request.arguments(), **given, progress=progress)
+        return pipe.generate(**record.request.arguments(), **given, conditions=conditions, progress=progress)
     finally:
         for name in reversed(attached):
             lora.detach(pipe, name)

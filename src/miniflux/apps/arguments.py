@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from miniflux.apps import console
+from miniflux.errors import InputError
 
 MENDABLE = 2  # exit code: the user can mend it
 GIVEN, NOTES = "_given", "_notes"  # of a namespace: which options were given, with what; what is to be said of them
@@ -100,6 +101,82 @@ def lora(text: str) -> tuple[str, float]:
         return (path, float(scale)) if colon else (text, 1.0)
     except ValueError:  # a colon that belongs to the path
         return text, 1.0
+
+
+def steering(text: str) -> tuple[str, str, float, str | None]:
+    """A network, a picture, a scale and a mode, of NET=FILE[:SCALE[:MODE]]; '' where NET= is left out."""
+    network, equals, rest = text.partition("=")
+    network, rest = (network, rest) if equals else ("", text)
+    mode = None
+    path, scale = lora(rest)
+    if path == rest and ":" in rest:  # what stands last is no number
+        front, _, last = rest.rpartition(":")
+        path, scale = lora(front)
+        if path == front:
+            return network, rest, 1.0, None
+        mode = last
+    if not path:
+        raise argparse.ArgumentTypeError(f"expected NET=FILE[:SCALE], got {text!r}")
+    return network, path, scale, mode
+
+
+def sides(text: str) -> tuple[int, int, int, int]:
+    """Pixels on the left, at the top, on the right and at the bottom, of L,T,R,B."""
+    found = numbers(text)
+    if len(found) != 4:
+        raise argparse.ArgumentTypeError(f"expected four numbers LEFT,TOP,RIGHT,BOTTOM, got {text!r}")
+    return found[0], found[1], found[2], found[3]
+
+
+def add_pictures(command: Any) -> None:
+    """The picture to change, and where: as `picture_and_mask` reads them."""
+    command.add_argument("--image", metavar="FILE", help="a picture to change instead of noise to begin with")
+    command.add_argument(
+        "--mask", type=path, metavar="FILE", help="where to change it: white is drawn anew, black stays, bit for bit"
+    )
+    command.add_argument(
+        "--mask-grow", type=int, default=0, metavar="N", help="by how many pixels the mask reaches further"
+    )
+    command.add_argument(
+        "--mask-feather", type=float, default=0.0, metavar="N", help="a soft edge, so many pixels wide"
+    )
+    command.add_argument("--mask-threshold", type=float, metavar="X", help="no greys: white from here on (0 to 1)")
+    command.add_argument(
+        "--outpaint", type=sides, metavar="L,T,R,B", help="enlarge --image by so many pixels on the left, top, right "
+        "and bottom, and draw there",
+    )  # fmt: skip
+
+
+def picture_and_mask(options: argparse.Namespace) -> tuple[Any, Any]:
+    """The picture to change and its mask (H, W), as the options ask for them; None where there is none.
+
+    Raises:
+        InputError: one of them cannot be read, or an option has nothing to work on.
+    """
+    from miniflux.arguments import mask_for
+    from miniflux.conditions.masks import feathered, grown, hardened, outpainted
+    from miniflux.pictures import open_picture
+
+    image = None if options.image is None else open_picture(options.image)
+    mask = mask_for(options.mask, image)
+    if options.outpaint is not None:
+        if image is None:
+            raise InputError("--outpaint enlarges a picture, and no --image is given")
+        left, top, right, bottom = options.outpaint
+        image, border = outpainted(image, left=left, top=top, right=right, bottom=bottom)
+        if mask is not None:
+            height, width = mask.shape
+            border[top : top + height, left : left + width] = mask
+        mask = border
+    if mask is None:
+        for name in ("mask_grow", "mask_feather", "mask_threshold"):
+            if getattr(options, name):
+                raise InputError(f"--{name.replace('_', '-')} changes a mask, and none is given")
+        return image, None
+    if options.mask_threshold is not None:
+        mask = hardened(mask, options.mask_threshold)
+    mask = feathered(grown(mask, options.mask_grow), options.mask_feather)
+    return image, mask
 
 
 def pair(text: str) -> tuple[float, float]:

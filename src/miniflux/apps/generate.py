@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import secrets
 import sys
 from collections import Counter
@@ -20,10 +21,12 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
+    from miniflux.conditions import Condition
     from miniflux.pipeline import Pipeline, Result
     from miniflux.sampling import Moment
     from miniflux.sampling.guidance import Cfg
 
+REDUX_NAMES = ("flux1-redux-dev.safetensors", "FLUX.1-Redux-dev")
 RANDOM_SEEDS = 2**32  # those that every other program takes, too
 TEXTS_AHEAD = 16  # prompts whose embeddings are made at once: where text encoders come and go, each visit costs
 
@@ -127,13 +130,7 @@ def _sampling_options(generate: argparse.ArgumentParser) -> None:
     sampling.add_argument(
         "--cache", metavar="NAME", help="skip blocks that hardly change: first-block, tea, mag, taylor"
     )
-    sampling.add_argument("--image", metavar="FILE", help="a picture to change instead of noise to begin with")
-    sampling.add_argument(
-        "--mask",
-        type=arguments.path,
-        metavar="FILE",
-        help="where to change it: white is drawn anew, black stays, bit for bit",
-    )
+    arguments.add_pictures(sampling)
     sampling.add_argument(
         "--control",
         type=arguments.path,
@@ -148,6 +145,22 @@ def _sampling_options(generate: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a picture to look at, for Kontext models; may be given several times",
     )
+    sampling.add_argument(
+        "--redux", type=arguments.steering, action="append", default=[], metavar="[NET=]FILE[:SCALE]",
+        help="a picture to vary: NET is the file or folder of Redux, else found as flux1-redux-dev in --weights",
+    )  # fmt: skip
+    sampling.add_argument(
+        "--controlnet", type=arguments.steering, action="append", default=[], metavar="NET=FILE[:SCALE[:MODE]]",
+        help="a control picture for a ControlNet; MODE for Union ones: canny, depth ...; may be given several times",
+    )  # fmt: skip
+    sampling.add_argument(
+        "--ip-adapter", type=arguments.steering, action="append", default=[], metavar="NET=FILE[:SCALE]",
+        help="a picture to look at with an IP-Adapter; may be given several times",
+    )  # fmt: skip
+    sampling.add_argument(
+        "--vision", type="path", metavar="PATH", help="the vision tower that Redux or an IP-Adapter sees with; default "
+        "image_encoder beside it",
+    )  # fmt: skip
     sampling.add_argument("--strength", type=float, metavar="X", help="how much of it to change, above 0 to 1")
     sampling.add_argument(
         "--variation",
@@ -227,14 +240,13 @@ def _write_sheet(options: argparse.Namespace, call: _Call) -> None:
 
 def _checked(options: argparse.Namespace) -> _Call:
     """Everything that can be refused without weights is, before they are loaded: which may take minutes."""
-    from miniflux.arguments import MAX_IMAGES, cache_for, mask_for, size_for, variation_for
+    from miniflux.arguments import MAX_IMAGES, cache_for, size_for, variation_for
     from miniflux.checks import whole
-    from miniflux.conditions import Control, Reference
     from miniflux.lora import read
     from miniflux.lora.attaching import resolved
     from miniflux.memory.compute import DTYPES, choose_device
     from miniflux.memory.modes import check_mode
-    from miniflux.pictures import digest_of, open_picture
+    from miniflux.pictures import digest_of
     from miniflux.result import FORMATS, checked_output
     from miniflux.sampling.latents import MAX_SEED
     from miniflux.settings import LoraUse, Request
@@ -257,8 +269,7 @@ def _checked(options: argparse.Namespace) -> _Call:
         raise InputError(f"--preview-every must be at least 1, got {options.preview_every}")
     if options.image is None and options.strength is not None:
         raise InputError(f"--strength {options.strength} says how much of a picture to change: no image is given")
-    image = None if options.image is None else open_picture(options.image)
-    mask = mask_for(options.mask, image)
+    image, mask = arguments.picture_and_mask(options)
     width, height = options.size or (None, None)
     settings: dict[str, Any] = {
         "steps": options.steps,
@@ -298,9 +309,50 @@ def _checked(options: argparse.Namespace) -> _Call:
     if twice is not None:
         raise LoraError(f"--lora {twice}: {Path(str(twice)).stem!r} is attached already; name it once, with one scale")
     settings |= {"schedule": spacing, "cache": options.cache}
-    settings["conditions"] = [Reference(path, index=i + 1) for i, path in enumerate(options.reference)]
-    settings["conditions"] += [] if options.control is None else [Control(options.control)]
+    settings["conditions"] = _conditions(options)
     return _Call(prompts, seed, image, mask, settings, outputs, grid)
+
+
+def _conditions(options: argparse.Namespace) -> list[Condition]:
+    """What else steers the pictures, with the networks that it needs."""
+    from miniflux.conditions import Control, ControlNet, IPAdapter, Redux, Reference, Steering
+    from miniflux.steering import load
+
+    known: dict[str, Steering] = {}
+
+    def network(name: str) -> Steering:
+        if name not in known:
+            known[name] = load(name, vision=options.vision)
+        return known[name]
+
+    made: list[Condition] = [Reference(path, index=i + 1) for i, path in enumerate(options.reference)]
+    made += [] if options.control is None else [Control(options.control)]
+    for name, picture, scale, _ in options.redux:
+        made.append(Redux(network(name or _redux(options)), picture, scale))
+    for name, picture, scale, mode in options.controlnet:
+        named = mode if mode is None or not mode.isdigit() else int(mode)
+        made.append(ControlNet(network(_named(name, "--controlnet")), picture, scale, mode=named))
+    for name, picture, scale, _ in options.ip_adapter:
+        made.append(IPAdapter(network(_named(name, "--ip-adapter")), picture, scale))
+    if options.vision is not None and not (options.redux or options.ip_adapter):
+        raise InputError("--vision is what --redux and --ip-adapter see with, and neither is given")
+    return made
+
+
+def _named(name: str, option: str) -> str:
+    if not name:
+        raise InputError(f"{option} NET=FILE names the file or folder of its network first")
+    return name
+
+
+def _redux(options: argparse.Namespace) -> str:
+    """Where Redux lies, if nobody says: in a folder of weights, under the name of the release."""
+    folders = [options.weights, os.environ.get("MINIFLUX_WEIGHTS")]
+    places = [Path(folder) / name for folder in folders if folder for name in REDUX_NAMES]
+    for place in places:
+        if place.exists():
+            return str(place)
+    raise InputError(f"--redux FILE: no {' or '.join(REDUX_NAMES)} in --weights or MINIFLUX_WEIGHTS; give NET=FILE")
 
 
 def _draw(options: argparse.Namespace, pipe: Pipeline, call: _Call) -> None:

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from miniflux.apps import console
+from miniflux.apps.arguments import add_pictures, picture_and_mask
 from miniflux.apps.outputs import new_file
 from miniflux.errors import ReplayError
 
@@ -31,8 +32,24 @@ def add(commands: Any) -> None:
         "file names; may be given several times")  # fmt: skip
     command.add_argument("--weights", type="path", metavar="FOLDER", help="look for the model's files here first")
     command.add_argument("--device", metavar="NAME", help="default: the one it was made on")
-    command.add_argument("--image", metavar="FILE", help="the picture that was changed, if it was made from one")
-    command.add_argument("--mask", metavar="FILE", help="where it was changed, if a mask said so")
+    add_pictures(command)
+    command.add_argument(
+        "--picture",
+        dest="pictures",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="one that steered it; may be given several times",
+    )
+    command.add_argument(
+        "--network",
+        dest="networks",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="a ControlNet, Redux or IP-Adapter that steered it; may be given several times",
+    )
+    command.add_argument("--vision", type="path", metavar="PATH", help="the vision tower of --network")
     command.add_argument("--no-metadata", action="store_true", help="leave the settings out of --output")
     command.add_argument("-v", "--verbose", action="store_true", help="say more about what is done")
     command.set_defaults(run=_run)
@@ -42,16 +59,16 @@ def _run(options: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
-    from miniflux.pictures import open_picture
     from miniflux.replay import replay
     from miniflux.result import checked_output, save_picture
     from miniflux.settings import read_picture
+    from miniflux.steering import load
 
     place = None
     if options.output is not None:
         checked_output(options.output)
         place = new_file(options.output, options.force, [options.picture])
-    image = None if options.image is None else open_picture(options.image)
+    image, mask = picture_and_mask(options)
     records = read_picture(options.picture).records
     if records and records[0].device == "cpu" and 0 < records[0].threads <= 256:
         torch.set_num_threads(records[0].threads)  # products are summed in another order by another number
@@ -67,7 +84,9 @@ def _run(options: argparse.Namespace) -> None:
             weights=options.weights,
             device=options.device,
             image=image,
-            mask=options.mask,
+            mask=mask,
+            pictures=options.pictures,
+            networks=[load(path, vision=options.vision) for path in options.networks],
             model=options.model,
             loras=options.lora,
             progress=progress,

@@ -67,8 +67,8 @@ class Added:
 
 
 class Condition(Protocol):
-    """What steers a picture beside its words. One with a network of its own has `files`, too: (what, file) of all it was
-    loaded from, see `conditions.Steering`."""
+    """What steers a picture beside its words. One with a network of its own has `files`, too: (what, file) of all that
+    it was loaded from, see `conditions.Steering`."""
 
     def check(self, family: Family, config: Flux1Config) -> None:
         """Raises InputError if a network with this config cannot be steered so."""

@@ -92,9 +92,7 @@ def outpainted(
             for side, where in zip(size, ("on the left or right", "at the top or bottom"), strict=True)
             if side % PIXELS_PER_TOKEN
         )
-        raise InputError(
-            f"the enlarged picture would be {size[0]}x{size[1]}, which must be multiples of 16: add {more}"
-        )
+        raise InputError(f"the enlarged picture would be {size[0]}x{size[1]}, no multiples of 16: add {more}")
     pixels = np.pad(np.asarray(old), ((top, bottom), (left, right), (0, 0)), mode="edge")
     mask = torch.ones(size[1], size[0])
     mask[top : top + old.height, left : left + old.width] = 0

@@ -49,6 +49,7 @@ class Reference:
         picture = self.picture
         if not isinstance(picture, Tensor):
             picture = on_white(open_picture(picture))
+            object.__setattr__(self, "_given", digest_of(picture))
             given = picture.size if self.size is None else self.size
             width, height = (max(1, round(side / PIXELS_PER_TOKEN)) * PIXELS_PER_TOKEN for side in given)
             size = width, height
@@ -68,7 +69,8 @@ class Reference:
 
     def described(self) -> dict[str, Any]:
         assert not isinstance(self.picture, str)
-        return {"picture": digest_of(self.picture), "index": self.index}
+        about = {"picture": getattr(self, "_given", None) or digest_of(self.picture), "index": self.index}
+        return about | ({} if self.size is None else {"size": list(self.size)})
 
     def tokens(self, rows: int, columns: int) -> int:
         pixels = self.picture.shape[1:] if isinstance(self.picture, Tensor) else getattr(self.picture, "size", (0, 0))

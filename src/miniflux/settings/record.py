@@ -22,6 +22,7 @@ FACTS = (
     *("loras", "files", "steps", "steps_asked", "sigmas", "guidance", "guide", "cache"),
     *("cached", "not_cached", "replaced", "resumed", "changed", "wrapped", "conditions", "sheet"),
 )
+STEERED = ("Control", "Reference", "ControlNet", "Redux", "IPAdapter")  # conditions that can be given again
 BILL = ("evaluated", "skipped", "latent_l2", "psnr")  # what a step cache did, beside its settings
 
 
@@ -58,6 +59,7 @@ class Record:
         version, torch, device, dtype, threads: what it was made with; empty, or 0, if the file does not say.
         sigmas: its noise levels.
         files: what it was made from; empty if the file does not say.
+        conditions: what steered it beside its words and the picture that was changed, as `Condition.described` tells.
         doubts: why drawing it again may give another picture, a line each.
         sheet: of the first picture of a labelled sheet.
     """
@@ -70,6 +72,7 @@ class Record:
     threads: int = 0
     sigmas: tuple[float, ...] = ()
     files: tuple[FileFact, ...] = ()
+    conditions: tuple[Mapping[str, Any], ...] = ()
     doubts: tuple[str, ...] = ()
     sheet: Sheet | None = None
 
@@ -96,9 +99,12 @@ def record_of(value: object) -> Record:
         doubts.append("a callback replaced its latents on the way")
     for name in strict.items("wrapped", about.get("wrapped") or [], 3):
         doubts.append(f"a function of the caller's was given as {strict.text('wrapped', name, 100)}")
-    for condition in strict.items("conditions", about.get("conditions") or [], MAX_CHANGES):
-        kind = strict.text("conditions: kind", strict.record("conditions", condition).get("kind"), 100)
-        doubts.append(f"it was steered by {kind}, which is not given again")
+    steered = [
+        strict.record("conditions", x) for x in strict.items("conditions", about.get("conditions") or [], MAX_CHANGES)
+    ]
+    kinds = [strict.text("conditions: kind", condition.get("kind"), 100) for condition in steered]
+    doubts += [f"it was steered by {kind}, which is not given again" for kind in kinds if kind not in STEERED]
+    steered = [condition for condition, kind in zip(steered, kinds, strict=True) if kind in STEERED]
     if about.get("resumed"):
         doubts.append(f"it went on from step {strict.integer('resumed', about['resumed'])} of an earlier run")
     if about.get("changed"):
@@ -124,6 +130,7 @@ def record_of(value: object) -> Record:
         threads=strict.integer("threads", about.get("threads", 0)),
         sigmas=sigmas,
         files=files,
+        conditions=tuple(steered),
         doubts=tuple(doubts),
         sheet=_sheet(about.get("sheet")),
     )

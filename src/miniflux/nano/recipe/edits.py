@@ -75,6 +75,12 @@ def _anywhere(width: int, height: int, rng: random.Random) -> np.ndarray:
     return hole
 
 
+def rest_of(scene: scenes.Scene) -> str:
+    """Words for a scene of at most one shape, after another was taken away."""
+    shapes = "".join(f"a {shape.colour} {shape.kind} on " for shape in scene.shapes)
+    return f"{shapes}a {scene.background} background"
+
+
 def hole(rng: random.Random, width: int, height: int, held_out: bool = False) -> Hole:
     """A scene with a part of it hidden. One hole in eight was around a shape that is not there any more."""
     scene = _scene(rng, held_out)
@@ -87,9 +93,8 @@ def hole(rng: random.Random, width: int, height: int, held_out: bool = False) ->
         chance = rng.random()
         if chance < 0.15:
             left = tuple(shape for shape in scene.shapes if shape is not hidden)
-            rest = f"a {left[0].colour} {left[0].kind} on a {scene.background} background" if left else ""
-            words = rest or f"a {scene.background} background"
-            scene = replace(scene, shapes=left, caption=words)
+            scene = replace(scene, shapes=left)
+            words = rest_of(scene)
         elif chance < 0.35:
             words = f"a {hidden.colour} {hidden.kind}"
     if rng.random() < 0.15:  # a soft edge, drawn anew as far as it goes
@@ -179,13 +184,15 @@ KINDS: dict[str, Callable[[scenes.Scene, random.Random], tuple[scenes.Scene, str
     "background": repainted,
 }
 ALONE = ("move", "resize")  # of a single shape
+MAKING = ("recolour", "replace")  # where another pair comes of it
 
 
 def edit(rng: random.Random, kind: str | None = None, held_out: bool = False) -> Edit:
-    """A scene and an instruction; what it leads to is, or is not, one of the pairs that training never shows."""
+    """A scene and an instruction; what it leads to has, or has not, one of the pairs that training never shows."""
     while True:
         chosen = kind or rng.choice(list(KINDS))
-        before = scenes.one_object(rng) if chosen in ALONE or rng.random() < 0.4 else scenes.two_objects(rng)
+        alone = chosen in ALONE or rng.random() < 0.4
+        before = (scenes.one_object if alone else scenes.two_objects)(rng, held_out and chosen not in MAKING)
         after, words = KINDS[chosen](before, rng)
         if any((shape.colour, shape.kind) in scenes.HELD_OUT for shape in after.shapes) == held_out:
             return Edit(before, after, words, chosen)

@@ -1,0 +1,114 @@
+"""Steering from the command line, and made again from the file."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import miniflux
+from miniflux.apps.cli import main
+from miniflux.checkpoints import save
+from miniflux.conditions.again import KINDS, NETWORKS
+from miniflux.models.controlnet import ControlNet, ControlNetConfig
+from miniflux.settings.record import STEERED
+from tests.tiny import randomise
+
+QUICK = ("--steps", "2", "--size", "64")
+
+
+def photo(path: Path, level: int = 80) -> str:
+    Image.effect_noise((64, 64), level).convert("RGB").save(path)
+    return str(path)
+
+
+def network(path: Path, **more: int) -> str:
+    """A small ControlNet for the bundled model."""
+    config = miniflux.load("nano").transformer.config
+    sizes = {**asdict(config), "depth": 1, "depth_single_blocks": 0, "control_channels": config.out_channels, **more}
+    net = randomise(ControlNet(ControlNetConfig(**sizes)))
+    for parameter in net.controlnet_blocks.parameters():
+        parameter.data *= 0.05
+    save(net, path)
+    return str(path)
+
+
+def test_steered_pictures_are_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """References, a Union ControlNet with its mode: the same pixels from the file, with what it cannot hold; refused
+    without, and with something else."""
+    first, second, out = photo(tmp_path / "a.png"), photo(tmp_path / "b.png", 40), str(tmp_path / "out.png")
+    net = network(tmp_path / "net.safetensors", modes=3)
+    command = (
+        "generate",
+        "a star",
+        "-o",
+        out,
+        *QUICK,
+        "--reference",
+        first,
+        "--controlnet",
+        f"{net}={second}:0.5:tile",
+    )
+    assert main([*command]) == 0
+    about = miniflux.settings.read_picture(out).records[0].conditions
+    assert [(one["kind"], one.get("mode")) for one in about] == [("Reference", None), ("ControlNet", 1)]
+    again = ("replay", out, "--picture", first, "--picture", second, "--network", net)
+    assert main([*again]) == 0 and "the same pixels" in capsys.readouterr().out
+    for given, said in (
+        ((), "steered by a Reference with another picture"),
+        (("--picture", first, "--picture", second), "steered by a ControlNet, whose network is not given"),
+        ((*again[2:], "--picture", photo(tmp_path / "c.png", 9)), "that did not steer this one"),
+    ):
+        assert main(["replay", out, *given]) != 0 and said in capsys.readouterr().err
+    other = network(tmp_path / "other.safetensors", modes=4)
+    assert main([*again[:-1], other]) != 0 and "other.safetensors is another one" in capsys.readouterr().err
+
+
+def test_the_kinds_that_are_made_again_are_those_that_files_name() -> None:
+    assert set(STEERED) == set(KINDS) and set(NETWORKS) < set(KINDS)
+
+
+def test_masks_and_outpainting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Grown and feathered; enlarged, with every byte of the picture kept; both are made again by the same options."""
+    given, out = photo(tmp_path / "a.png"), str(tmp_path / "out.png")
+    mask = np.zeros((64, 64), np.uint8)
+    mask[20:40, 20:40] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    edge = ("--image", given, "--mask", str(tmp_path / "mask.png"), "--mask-grow", "4", "--mask-feather", "6")
+    assert main(["generate", "a star", "-o", out, "--steps", "2", *edge]) == 0
+    drawn, before = np.asarray(Image.open(out)), np.asarray(Image.open(given))
+    assert np.array_equal(drawn[:9], before[:9]) and not np.array_equal(drawn[17:20], before[17:20])
+    assert main(["replay", out, *edge]) == 0 and "the same pixels" in capsys.readouterr().out
+    assert main(["replay", out, *edge[:4]]) != 0 and "the mask is not the one" in capsys.readouterr().err
+    wide = ("--image", given, "--outpaint", "16,0,0,32")
+    assert main(["generate", "a star", "-o", out, "--force", "--steps", "2", *wide]) == 0
+    drawn = np.asarray(Image.open(out))
+    assert drawn.shape == (96, 80, 3) and np.array_equal(drawn[:64, 16:], before)
+    assert main(["replay", out, *wide]) == 0 and "the same pixels" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--outpaint", "16,0,0,0"), "--outpaint enlarges a picture, and no --image is given"),
+        (("--outpaint", "16,0"), "expected four numbers LEFT,TOP,RIGHT,BOTTOM, got '16,0'"),
+        (("--mask-grow", "3"), "--mask-grow changes a mask, and none is given"),
+        (("--controlnet", "edges.png"), "--controlnet NET=FILE names the file or folder of its network first"),
+        (("--redux", "a.png"), "no flux1-redux-dev.safetensors or FLUX.1-Redux-dev in --weights"),
+        (("--vision", "x"), "--vision is what --redux and --ip-adapter see with, and neither is given"),
+        (("--ip-adapter", "none.safetensors=a.png"), "none.safetensors"),
+        (("--reference", "none.png"), "none.png: cannot be read: No such file"),
+    ],
+)
+def test_refused_before_the_model_is_loaded(
+    options: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MINIFLUX_WEIGHTS", raising=False)
+    try:
+        code = main(["generate", "a star", "--model", "flux1-dev", *options])
+    except SystemExit as stop:  # of the parser
+        code = stop.code
+    assert code == 2 and said in capsys.readouterr().err
