@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -21,6 +24,7 @@ from miniflux.models.controlnet import ControlNet, ControlNetConfig
 from miniflux.models.ip_adapter import IPAdapterConfig, XlabsIPAdapter
 from miniflux.models.redux import Redux, ReduxConfig
 from miniflux.models.vision import SiglipVision, VisionConfig
+from miniflux.pictures import on_white, open_picture
 from miniflux.pipeline import Pipeline
 from miniflux.sampling import cache, guide
 from miniflux.steering import _config
@@ -156,3 +160,96 @@ def test_files_are_part_of_settings_and_key(tmp_path: Path) -> None:
     first, second = (pipe.generate("a star", **options) for _ in range(2))
     assert (first.settings[0]["cached"], second.settings[0]["cached"]) == (False, True)
     assert [stamp.path for part, stamp in first.files if part == "ControlNet"] == [str(tmp_path / "net.safetensors")]
+
+
+def for_nano() -> list[conditions.Condition]:
+    """One of each kind, of the widths of the bundled model, that steers it a little."""
+    config = miniflux.load("nano").transformer.config
+    sizes = {**asdict(config), "depth": 1, "depth_single_blocks": 1, "control_channels": config.out_channels}
+    network = randomise(ControlNet(ControlNetConfig(**sizes))).eval()
+    redux = randomise(Redux(ReduxConfig(redux_dim=16, txt_in_features=config.context_in_dim, inner=24)))
+    adapter = randomise(XlabsIPAdapter(IPAdapterConfig(
+        embedding=16, context=12, words=2, hidden_size=config.hidden_size, double=config.depth,
+    )))  # fmt: skip
+    return [
+        conditions.ControlNet(network, PHOTO, scale=0.02),
+        conditions.Redux(conditions.Steering(redux, tower()), PHOTO, scale=0.1),
+        conditions.IPAdapter(conditions.Steering(adapter, tower()), PHOTO, scale=0.05),
+    ]
+
+
+@pytest.mark.parametrize("mode", ["stream", "offload", "text-freed"])
+def test_every_memory_mode(mode: str) -> None:
+    """With a LoRA, CFG and a step cache: the same latents wherever the weights are."""
+    given = [*for_nano(), conditions.Reference(PHOTO)]
+    options = {**SIZE, "guide": guide("cfg", scale=2.0), "cache": "tea", "conditions": given}
+    latents = []
+    for memory in ("resident", mode):
+        pipe = miniflux.load("nano", memory=memory, dtype="float32")
+        miniflux.lora.attach(pipe, "realism", 0.5)
+        latents.append(pipe.generate("a red circle on a blue background", **options).latents)
+    assert torch.equal(*latents)
+
+
+def test_two_threads_do_not_disturb_each_other(pipe: Pipeline) -> None:
+    """One pipeline and the same networks, with different pictures at the same time."""
+    nets = [controlnet(), controlnet()]
+    pictures = [PHOTO, Image.effect_noise((64, 48), 20).convert("RGB")]
+
+    def draw(i: int) -> torch.Tensor:
+        given = [conditions.ControlNet(net, pictures[i], scale=0.5) for net in nets]
+        return pipe.generate("a star", seed=i, conditions=given, **SIZE).latents
+
+    alone = [draw(i) for i in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(3):
+            assert all(torch.equal(a, b) for a, b in zip(pool.map(draw, range(2)), alone, strict=True))
+
+
+KINDS_OF_PICTURES = {
+    "palette": lambda: PHOTO.convert("P"),
+    "transparent": lambda: Image.merge("RGBA", (*PHOTO.split(), Image.new("L", PHOTO.size, 128))),
+    "16-bit grey": lambda: Image.fromarray(np.arange(48 * 64, dtype=np.uint16).reshape(48, 64) * 21),
+    "CMYK": lambda: PHOTO.convert("CMYK"),
+    "1x1": lambda: Image.new("RGB", (1, 1), "red"),
+    "20,000 wide": lambda: Image.new("RGB", (20_000, 2), "red"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_PICTURES)
+def test_pictures_of_every_kind_are_seen_as_they_look(kind: str, pipe: Pipeline) -> None:
+    """The same as the plain RGB picture that a viewer shows, over white."""
+    picture = KINDS_OF_PICTURES[kind]()
+    plain = on_white(open_picture(picture))
+    network, (_, redux, adapter) = controlnet(), steered().values()
+    for seen, shown in (
+        (conditions.ControlNet(network, picture), conditions.ControlNet(network, plain)),
+        (replace(redux, picture=picture), replace(redux, picture=plain)),
+        (replace(adapter, picture=picture), replace(adapter, picture=plain)),
+        (conditions.Reference(picture, size=(32, 32)), conditions.Reference(plain, size=(32, 32))),
+    ):
+        a, b = (pipe.generate("a star", conditions=[one], **SIZE).latents for one in (seen, shown))
+        assert torch.equal(a, b) and torch.isfinite(a).all()
+
+
+def test_what_is_no_picture_is_refused_everywhere(tmp_path: Path) -> None:
+    """A truncated JPEG, a bomb, a text, nothing: by name, before anything is decoded or computed."""
+    whole = io.BytesIO()
+    PHOTO.save(whole, "JPEG")
+    (tmp_path / "cut.jpg").write_bytes(whole.getvalue()[:200])
+    (tmp_path / "text.png").write_text("a star")
+    bomb = io.BytesIO()
+    Image.new("1", (30_000, 30_000)).save(bomb, "PNG")
+    (tmp_path / "bomb.png").write_bytes(bomb.getvalue())
+    network, (_, redux, adapter) = controlnet(), steered().values()
+    for name in ("cut.jpg", "text.png", "bomb.png", "none.png"):
+        path = str(tmp_path / name)
+        for give in (
+            lambda path=path: conditions.ControlNet(network, path),
+            lambda path=path: replace(redux, picture=path),
+            lambda path=path: replace(adapter, picture=path),
+            lambda path=path: conditions.Reference(path),
+            lambda path=path: conditions.Control(path),
+        ):
+            with pytest.raises(InputError, match=name):
+                give()

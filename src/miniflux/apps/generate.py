@@ -63,7 +63,7 @@ def add(commands: Any) -> None:
         "--model",
         default="nano",
         metavar="NAME|PATH",
-        help="nano (bundled, the default), nano-schnell, flux1-dev, flux1-schnell, flux1-krea-dev, or a file or folder",
+        help="nano (bundled, the default), nano-schnell, a name of `miniflux variants`, or a file or folder",
     )
     generate.add_argument("--weights", type="path", metavar="FOLDER", help="look for the model's files here first")
     generate.add_argument(

@@ -142,11 +142,9 @@ def main() -> None:
         made[kind] += 1
         good[kind] += outcome.good
         right[kind] += outcome.right
-    for kind in made:
-        log.info(
-            "%s",
-            f"{kind:12} {right[kind] / made[kind]:6.1%} as asked, {good[kind] / made[kind]:6.1%} and the rest kept",
-        )
+    for kind, count in made.items():
+        log.info("%-12s %5.1f %% as asked, %5.1f %% and the rest kept",
+                 kind, 100 * right[kind] / count, 100 * good[kind] / count)  # fmt: skip
     kept = sorted(outcome.kept for _, outcome in outcomes if math.isfinite(outcome.kept))
     if kept:
         log.info("%s", f"kept outside of objects: median {kept[len(kept) // 2]:.1f} dB, worst {kept[0]:.1f} dB")
