@@ -21,12 +21,13 @@ from miniflux.checkpoints.networks import BY_KIND
 from miniflux.errors import CheckpointError, InputError
 from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.controlnet import ControlNet, ControlNetConfig
+from miniflux.models.flux1 import run_block
 from miniflux.models.ip_adapter import IPAdapterConfig, XlabsIPAdapter
 from miniflux.models.redux import Redux, ReduxConfig
 from miniflux.models.vision import SiglipVision, VisionConfig
 from miniflux.pictures import on_white, open_picture
 from miniflux.pipeline import Pipeline
-from miniflux.sampling import cache, guide
+from miniflux.sampling import cache, denoising, guide
 from miniflux.steering import _config
 from tests.checkpoints.raw import sparse
 from tests.tiny import AUTOENCODER, randomise
@@ -253,3 +254,56 @@ def test_what_is_no_picture_is_refused_everywhere(tmp_path: Path) -> None:
         ):
             with pytest.raises(InputError, match=name):
                 give()
+
+
+def test_texts_in_one_batch_are_told_apart(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an accelerator the texts of a guide go through the network side by side: each with its own picture."""
+    given = [*steered().values()][0::2]
+    options = {**SIZE, "guide": guide("cfg", scale=2.0), "negative": "a circle", "conditions": given, "images": 2}
+    alone = pipe.generate("a star", **options).latents
+    monkeypatch.setattr(denoising, "_on_accelerator", lambda x: True)
+    torch.testing.assert_close(pipe.generate("a star", **options).latents, alone, rtol=0, atol=1e-4)
+
+
+def test_controlnets_of_different_depths_keep_to_their_own_blocks(pipe: Pipeline) -> None:
+    """Two at once add to each block what each of them alone adds there, whatever their numbers of blocks."""
+    nets = [controlnet(depth=depth, depth_single_blocks=0) for depth in (1, 2)]
+    added: list[dict[str, torch.Tensor]] = []
+
+    def looking(run: object) -> object:
+        def look(name: str, block: object, streams: tuple, context: tuple) -> tuple:  # type: ignore[type-arg]
+            before = run_block(name, block, streams, context)  # type: ignore[arg-type]
+            out = run(name, block, streams, context)  # type: ignore[operator]
+            if name == "double_blocks.0":
+                added[-1][name] = out[0] - before[0]
+            return out
+
+        return look
+
+    for chosen in (nets[:1], nets[1:], nets):
+        added.append({})
+        given = [conditions.ControlNet(net, PHOTO, scale=0.1) for net in chosen]
+        pipe.generate("a star", conditions=given, wraps=[looking], **{**SIZE, "steps": 1})
+    one, two, both = (found["double_blocks.0"] for found in added)
+    torch.testing.assert_close(both, one + two)
+
+
+def test_what_is_drawn_has_the_size_of_the_first_reference(pipe: Pipeline) -> None:
+    """Unless another is asked for; to whole tokens."""
+    photo, wide = Image.new("RGB", (70, 47), "red"), Image.new("RGB", (96, 32), "blue")
+    given = [conditions.Reference(photo), conditions.Reference(wide, index=2)]
+    assert pipe.generate("a star", steps=1, conditions=given).images[0].size == (64, 48)
+    assert pipe.generate("a star", steps=1, conditions=given[1:]).images[0].size == (96, 32)
+    assert pipe.generate("a star", steps=1, conditions=given, width=32).images[0].size[0] == 32
+
+
+def test_another_vision_tower_is_refused(tmp_path: Path) -> None:
+    """The wrong encoder is the commonest mistake with IP-Adapters: by kind, and by width."""
+    save(tower(), tmp_path / "siglip.safetensors")
+    adapter = XlabsIPAdapter(IPAdapterConfig(embedding=16, context=12, words=2, hidden_size=16, double=1))
+    save(adapter, tmp_path / "ip.safetensors")
+    with pytest.raises(CheckpointError, match="expected the vision tower of CLIP, found .*SigLIP"):
+        conditions.load(tmp_path / "ip.safetensors", vision=tmp_path / "siglip.safetensors")
+    save(Redux(ReduxConfig(redux_dim=20, txt_in_features=8, inner=24)), tmp_path / "redux.safetensors")
+    with pytest.raises(CheckpointError, match="sees in 16 channels, and .* wants 20"):
+        conditions.load(tmp_path / "redux.safetensors", vision=tmp_path / "siglip.safetensors")

@@ -157,8 +157,8 @@ class Pipeline:
             steps: number of steps; None for the variant's default, or as many as a list of noise levels has.
             guidance: strength of the prompt, at least 0, or a function of the noise level; None for the default.
                 Refused by models without that input.
-            width, height: in pixels; None for the default, or the size of `image`. Rounded up to a multiple of 16, with
-                a warning in the log.
+            width, height: in pixels; None for the default, or the size of `image` or of the first `Reference`. Rounded
+                up to a multiple of 16, with a warning in the log.
             images: pictures per prompt.
             t5_length: T5 tokens per prompt; None for the variant's own.
             padding: what becomes of the places behind a short prompt, see `miniflux.text.Padding`.

@@ -32,7 +32,7 @@ from miniflux.arguments import (
     variation_for,
 )
 from miniflux.checks import plain, several, shown, whole
-from miniflux.conditions import Condition, Fill, Img2Img, Inpaint, fill_channels
+from miniflux.conditions import Condition, Fill, Img2Img, Inpaint, Reference, fill_channels
 from miniflux.conditions.condition import Picture
 from miniflux.errors import InputError
 from miniflux.families import FAMILIES, Family
@@ -153,6 +153,9 @@ class Plan:
         total = images * len(prompts)
         seed, variation = seed_for(seed, total), variation_for(variation, total)
         known = None if isinstance(image, str) else image
+        wraps, conditions = listed_for("wraps", wraps), conditions_for(conditions)
+        if image is None and width is None and height is None:  # that of the first reference, if there is one
+            width, height = next((c.shown_at for c in conditions if isinstance(c, Reference)), (None, None))
         width, height = size_for(variant, variant.autoencoder, width, height, known)
         family = FAMILIES[variant.family]
         rows, columns = (side // (variant.autoencoder.downscale * family.patch) for side in (height, width))
@@ -160,7 +163,6 @@ class Plan:
         t5_length = variant.t5_length if t5_length is None else whole("t5_length", t5_length, 1, MAX_TEXT)
         strength, shift = plain(strength), plain(shift)
         guide, cache = guide_for(guide), cache_for(variant, cache)
-        wraps, conditions = listed_for("wraps", wraps), conditions_for(conditions)
         check_called(run=run, attend=attend, **{f"wraps[{i}]": wrap for i, wrap in enumerate(wraps)})
         negative = negative_for(negative, guide)
         check_resumed(resume, stop, total, rows * columns)

@@ -61,6 +61,13 @@ class Reference:
             )
         object.__setattr__(self, "picture", picture)
 
+    @property
+    def shown_at(self) -> tuple[int, int]:
+        """Width and height in pixels, which a picture has as well if nothing else is asked for, as in the release."""
+        picture = self.picture
+        assert not isinstance(picture, str)
+        return (picture.shape[2], picture.shape[1]) if isinstance(picture, Tensor) else picture.size
+
     def check(self, family: Family, config: Flux1Config) -> None:
         """Every network has room in its sequence; one that was not trained to look there draws what it likes."""
 
@@ -73,8 +80,8 @@ class Reference:
         return about | ({} if self.size is None else {"size": list(self.size)})
 
     def tokens(self, rows: int, columns: int) -> int:
-        pixels = self.picture.shape[1:] if isinstance(self.picture, Tensor) else getattr(self.picture, "size", (0, 0))
-        return (pixels[0] // PIXELS_PER_TOKEN) * (pixels[1] // PIXELS_PER_TOKEN)
+        width, height = self.shown_at
+        return (width // PIXELS_PER_TOKEN) * (height // PIXELS_PER_TOKEN)
 
     def added(self, scene: Scene) -> Added:
         assert not isinstance(self.picture, str)
