@@ -291,3 +291,31 @@ def test_instantx_ip_adapter(towers: dict[str, tuple[Any, Path]], tmp_path: Path
     torch.save({"image_proj": Path("x")}, tmp_path / "bad.bin")
     with pytest.raises(CheckpointError, match=r"bad.bin: cannot be read"):
         conditions.load(tmp_path / "bad.bin")
+
+
+def test_folders_of_pipelines(towers: dict[str, tuple[Any, Path]], tmp_path: Path) -> None:
+    """What diffusers saves of pipelines with a ControlNet, with a vision tower, and of Redux: loaded from folders."""
+    parts, pipe = models(64, tmp_path / "plain")
+    network = controlnet(num_layers=2)
+    whole = diffusers.FluxControlNetPipeline(controlnet=network, **parts)
+    whole.save_pretrained(tmp_path / "controlnet")
+    steering, again = conditions.load(tmp_path / "controlnet"), miniflux.load(tmp_path / "controlnet", device="cpu")
+    condition = conditions.ControlNet(steering, PHOTO, scale=0.7)
+    expected = theirs(whole, control_image=PHOTO, controlnet_conditioning_scale=0.7)
+    assert_same(ours(again, conditions=[condition]), expected)
+
+    extractor = transformers.CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=28)
+    seeing = diffusers.FluxPipeline(image_encoder=towers["clip"][0], feature_extractor=extractor, **parts)
+    seeing.save_pretrained(tmp_path / "seeing")
+    assert torch.equal(ours(miniflux.load(tmp_path / "seeing", device="cpu")), ours(pipe))
+    path, _ = xlabs(tmp_path / "seeing")
+    assert conditions.load(path).vision is not None  # image_encoder beside it
+
+    prior = diffusers.FluxPriorReduxPipeline(
+        image_encoder=towers["siglip"][0],
+        feature_extractor=transformers.SiglipImageProcessorPil(size={"height": 28, "width": 28}),
+        image_embedder=randomise(diffusers.pipelines.flux.modeling_flux.ReduxImageEncoder(24, SIZES.context_in_dim)),
+    )
+    prior.save_pretrained(tmp_path / "prior")
+    told = conditions.load(tmp_path / "prior")
+    assert told.vision is not None and next(what for what, _ in told.files) == "Redux"
