@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 import miniflux
@@ -18,14 +21,15 @@ from miniflux import conditions
 from miniflux.checkpoints import open_tensors, save
 from miniflux.checkpoints.loading import bare, compare
 from miniflux.checkpoints.networks import BY_KIND
-from miniflux.errors import CheckpointError, InputError
+from miniflux.conditions import again
+from miniflux.errors import CheckpointError, InputError, MinifluxError
 from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.controlnet import ControlNet, ControlNetConfig
 from miniflux.models.flux1 import run_block
 from miniflux.models.ip_adapter import IPAdapterConfig, XlabsIPAdapter
 from miniflux.models.redux import Redux, ReduxConfig
 from miniflux.models.vision import SiglipVision, VisionConfig
-from miniflux.pictures import on_white, open_picture
+from miniflux.pictures import digest_of, on_white, open_picture
 from miniflux.pipeline import Pipeline
 from miniflux.sampling import cache, denoising, guide
 from miniflux.steering import _config
@@ -307,3 +311,42 @@ def test_another_vision_tower_is_refused(tmp_path: Path) -> None:
     save(Redux(ReduxConfig(redux_dim=20, txt_in_features=8, inner=24)), tmp_path / "redux.safetensors")
     with pytest.raises(CheckpointError, match="sees in 16 channels, and .* wants 20"):
         conditions.load(tmp_path / "redux.safetensors", vision=tmp_path / "siglip.safetensors")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 10**20) | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = (
+    "picture",
+    "pictures",
+    "negative",
+    "index",
+    "size",
+    "scale",
+    "window",
+    "mode",
+    "together",
+    "network",
+    "kind",
+    "x",
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sampled_from([*again.KINDS, "Other"]), st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=5), st.booleans()
+)
+def test_whatever_a_file_says_of_conditions_is_refused_in_words(
+    kind: str, told: dict[str, object], known: bool
+) -> None:
+    """Settings are other people's: no error but ours comes of them."""
+    about = {**told, "kind": kind} | ({"picture": digest_of(PHOTO)} if known else {})
+    networks = [one.network for one in FUZZED.values()]
+    with contextlib.suppress(MinifluxError):
+        place = list(again.NETWORKS).index(kind) if kind in again.NETWORKS else None
+        again.again([about], [PHOTO] if known else [], [] if place is None else networks[place : place + 1])
+
+
+FUZZED = steered()

@@ -14,7 +14,7 @@ from miniflux.conditions.ip_adapter import IPAdapter
 from miniflux.conditions.redux import Redux
 from miniflux.conditions.reference import Reference
 from miniflux.conditions.steering import Steering
-from miniflux.errors import InputError, ReplayError
+from miniflux.errors import InputError, MinifluxError, ReplayError
 from miniflux.models import controlnet, redux
 from miniflux.models.ip_adapter import InstantxIPAdapter, XlabsIPAdapter
 from miniflux.pictures import digest_of, on_white, open_picture
@@ -54,6 +54,8 @@ def again(
         for name in PICTURES:
             if name in told:
                 digests = told[name] if isinstance(told[name], list) else [told[name]]
+                if not all(isinstance(digest, str) for digest in digests):
+                    raise ReplayError(f"what its file says of the picture of a {kind} is no SHA-256")
                 missing = next((digest for digest in digests if digest not in opened), None)
                 if missing is not None:
                     raise ReplayError(
@@ -72,11 +74,13 @@ def again(
         if "pictures" in told:
             told["picture"] = told.pop("pictures")
         for name in ("window", "size"):
-            if name in told:
+            if isinstance(told.get(name), list):
                 told[name] = tuple(told[name])
         try:
             made.append(KINDS[kind](**told))
-        except TypeError as error:
+        except (TypeError, ValueError, OverflowError) as error:
+            if isinstance(error, MinifluxError):
+                raise
             raise ReplayError(f"what its file says of a {kind} is not understood: {error}") from error
     if unused:
         raise InputError("a picture was given (--picture) that did not steer this one")
