@@ -8,6 +8,7 @@ overlap with each shape drawn at the same place over a range of radii. Position:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from PIL import Image
@@ -69,6 +70,15 @@ def _patches(foreground: np.ndarray) -> list[np.ndarray]:
     return sorted(patches, key=lambda p: -int(p.sum()))
 
 
+@cache
+def _outline(kind: str) -> tuple[float, tuple[float, float]]:
+    """The extent of a shape, and how far the middle of its box lies from its centre (y, x), in radii."""
+    unit = np.asarray(scenes.mask(scenes.Shape(kind, "", 0.5, 0.5, 0.4), 200, 200)) > 127
+    ys, xs = np.nonzero(unit)
+    span = (max(np.ptp(ys), np.ptp(xs)) + 1) / 80
+    return float(span), (((ys.max() + ys.min() + 1) / 2 - 100) / 80, ((xs.max() + xs.min() + 1) / 2 - 100) / 80)
+
+
 def _shape_of(patch: np.ndarray) -> tuple[str, float]:
     """The shape whose drawing overlaps a patch best, and that overlap (intersection over union)."""
     height, width = patch.shape
@@ -77,10 +87,7 @@ def _shape_of(patch: np.ndarray) -> tuple[str, float]:
     extent = max(np.ptp(rows), np.ptp(columns)) + 1
     best, name = -1.0, ""
     for kind in scenes.SHAPES:
-        unit = np.asarray(scenes.mask(scenes.Shape(kind, "", 0.5, 0.5, 0.4), 200, 200)) > 127
-        ys, xs = np.nonzero(unit)
-        span = (max(np.ptp(ys), np.ptp(xs)) + 1) / 80  # extent of the shape in radii
-        middle = ((ys.max() + ys.min() + 1) / 2 - 100) / 80, ((xs.max() + xs.min() + 1) / 2 - 100) / 80
+        span, middle = _outline(kind)
         for factor in (0.9, 0.95, 1.0, 1.05, 1.1):
             radius = factor * extent / span
             y = (rows.min() + rows.max() + 1) / 2 - middle[0] * radius
