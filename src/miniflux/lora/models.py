@@ -13,7 +13,7 @@ from miniflux.checkpoints.loading import bare
 from miniflux.checkpoints.networks import BY_PART
 from miniflux.lora.dialects import PartName, Place
 from miniflux.lora.files import Group, shape_of
-from miniflux.models.flux1 import Flux1
+from miniflux.models.flux1 import Flux1, Flux1Config
 from miniflux.variants import FLUX2_SIZES, VARIANTS, Flux2Sizes, Variant, variant
 
 
@@ -28,8 +28,8 @@ def stand_ins(model: str | Variant) -> dict[PartName, nn.Module]:
 
 
 @cache
-def _flux1_shapes(name: str) -> dict[str, tuple[int, int]]:
-    model = bare(Flux1, VARIANTS[name].transformer)
+def _flux1_shapes(config: Flux1Config) -> dict[str, tuple[int, int]]:
+    model = bare(Flux1, config)
     return {
         key: (module.out_features, module.in_features)
         for key, module in model.named_modules()
@@ -77,8 +77,8 @@ def fitting_models(groups: Sequence[Group], found: Mapping[PartName, nn.Module])
     if not asked:
         return ""
     scores: dict[str, int] = {}
-    for name in VARIANTS:
-        shapes = _flux1_shapes(name)
+    for name, one in VARIANTS.items():
+        shapes = _flux1_shapes(one.transformer)  # which several variants share
         hidden = shapes["img_in"][0]
         scores[name] = sum(_agrees(shapes.get(p.target), p, hidden, given) for p, given in asked)
     for name, sizes in FLUX2_SIZES.items():
