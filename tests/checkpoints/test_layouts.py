@@ -255,15 +255,16 @@ def test_convolutions_of_old_diffusers_files() -> None:
 
 def test_variants_share_their_tables() -> None:
     """Every registered model can be read and written in every layout of its networks."""
+    parts: dict[tuple[Callable[[Any], nn.Module], Any], None] = {}  # those that variants share once
     for chosen in VARIANTS.values():
-        parts: list[tuple[Callable[[Any], nn.Module], Any]] = [
+        parts |= dict.fromkeys((
             (Flux1, chosen.transformer),
             (Autoencoder, chosen.autoencoder),
             (ClipTextEncoder, chosen.clip),
             (T5Encoder, chosen.t5),
-        ]
-        for build, config in parts:
-            module = meta(build, config)
-            for layout in layouts_of(module):
-                theirs = to_layout(module, module.state_dict(), layout)
-                assert not compare(module, theirs).problems
+        ))  # fmt: skip
+    for build, config in parts:
+        module = meta(build, config)
+        for layout in layouts_of(module):
+            theirs = to_layout(module, module.state_dict(), layout)
+            assert not compare(module, theirs).problems
