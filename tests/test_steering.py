@@ -350,3 +350,19 @@ def test_whatever_a_file_says_of_conditions_is_refused_in_words(
 
 
 FUZZED = steered()
+
+
+XLABS = {"hint_channels": 4, "control_channels": 16, "depth_single_blocks": 0}
+
+
+@pytest.mark.parametrize(
+    ("more", "name"), [(XLABS, "of XLabs, 1 blocks"), ({"modes": 3}, "ControlNet, 1 + 1 blocks, union of 3 modes")]
+)
+def test_our_own_files_are_read_back_and_named(more: dict[str, int], name: str, tmp_path: Path) -> None:
+    """Under its own names, of either kind; rotary axes that no release has stand in the header."""
+    path = tmp_path / "net.safetensors"
+    save(controlnet(**more), path)
+    network = conditions.load(path).network
+    assert isinstance(network, ControlNet) and network.config.axes_dim == TINY.axes_dim
+    (part,) = miniflux.checkpoints.inspect(path).parts
+    assert part.network == "ControlNet" and name in part.variant

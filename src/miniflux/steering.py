@@ -11,21 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from miniflux.checkpoints.configs import axes_beside, json_object
+from miniflux.checkpoints.configs import axes_beside, axes_in, json_object
 from miniflux.checkpoints.files import TensorSource, open_tensors
 from miniflux.checkpoints.folders import path_of
 from miniflux.checkpoints.formats.reading import GivenTensors, contents_of
 from miniflux.checkpoints.layouts import own_shapes
 from miniflux.checkpoints.loading import bare, load_into
-from miniflux.checkpoints.networks import STEERING, Network
-from miniflux.checkpoints.networks.vision import CLIP_VISION, SIGLIP_VISION
-from miniflux.checkpoints.opened import network_of
+from miniflux.checkpoints.networks import BY_KIND, Network
+from miniflux.checkpoints.networks.vision import CLIP_VISION, PATCHES, SIGLIP_VISION
+from miniflux.checkpoints.opened import known_in, network_of
 from miniflux.conditions import Steering
 from miniflux.errors import CheckpointError, ConfigError
 from miniflux.inspection import describe
+from miniflux.models.controlnet import ControlNet
 from miniflux.models.ip_adapter import XlabsIPAdapter
 from miniflux.models.redux import Redux
-from miniflux.models.vision import VisionConfig
+from miniflux.models.vision import SiglipVision, VisionConfig
 from miniflux.variants import CLIP_VIT_L14, SIGLIP_SO400M, VARIANTS
 from miniflux.weights.origin import stamps
 
@@ -59,13 +60,14 @@ def load(
     place = path_of(path)
     folder = next((place / name for name in FOLDERS if (place / name).is_dir()), place)
     source = _opened(folder)
-    record = next((one for one in STEERING if any(sign in source.entries for sign in _signs(one))), None)
-    if record is None or record in (SIGLIP_VISION, CLIP_VISION):
+    kind = next((found.what.kind for found in known_in(source) if not found.prefix), None)
+    if kind is None or kind is SiglipVision:
         found = network_of(source)
-        what = found.__name__ if found else "a vision tower" if record else describe(source)
+        what = found.__name__ if found else describe(source)
         raise CheckpointError(f"{folder}: expected a ControlNet, Redux or an IP-Adapter, found {what}")
+    record = BY_KIND[kind]
     network, files = _loaded(record, source, folder, dtype, device), [(record.word, stamp) for stamp in stamps(folder)]
-    if record.kind is not Redux and record.part != "ip-adapter":
+    if isinstance(network, ControlNet):
         if vision is not None:
             raise CheckpointError(f"{folder}: a {record.word} sees control pictures by itself, and vision was given")
         return Steering(network, None, tuple(files))
@@ -85,12 +87,6 @@ def load(
 
 def _called(record: Network) -> str:
     return "SigLIP" if record is SIGLIP_VISION else "CLIP"
-
-
-def _signs(record: Network) -> tuple[str, ...]:
-    """Its own, and what marks its other layouts."""
-    marks = {"ControlNet": ("controlnet_x_embedder.weight",), "XlabsIPAdapter": ("image_proj.proj.weight",)}
-    return (*record.signs, *marks.get(record.kind.__name__, ()))
 
 
 def _opened(path: Path) -> TensorSource:
@@ -142,12 +138,13 @@ def _config(record: Network, source: TensorSource, path: Path) -> Any:
         if record.of_json is not None:
             usual = CLIP_VIT_L14 if record is CLIP_VISION else SIGLIP_SO400M
             told: VisionConfig = record.of_json(beside) if beside else usual
-            heads = told.num_attention_heads if beside or shapes_fit(shapes, usual) else 1
+            # No shape tells their number: as the released tower of this width has them.
+            heads = told.num_attention_heads if beside or shapes[PATCHES][0] == usual.hidden_size else 1
             return replace(told, **record.sizes(shapes, told), num_attention_heads=heads)
         if record.head:
             head = shapes[record.head][0]
             released = {sum(v.transformer.axes_dim): v.transformer.axes_dim for v in VARIANTS.values()}
-            axes = (axes_beside(path) if beside else None) or released.get(head)
+            axes = (axes_beside(path) if beside else None) or axes_in(source.metadata) or released.get(head)
             if axes is None:
                 raise ConfigError(f"heads of {head} channels, whose rotary axes are not in the file")
             more = {"axes_dim": axes}
@@ -155,8 +152,3 @@ def _config(record: Network, source: TensorSource, path: Path) -> Any:
     except (KeyError, IndexError, ValueError, TypeError, ZeroDivisionError) as error:
         what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else error
         raise CheckpointError(f"{path}: no {record.word} of known sizes: {what}") from error
-
-
-def shapes_fit(shapes: Mapping[str, tuple[int, ...]], usual: VisionConfig) -> bool:
-    """Whether a tower is as wide as the released one, so that it has its number of heads."""
-    return shapes["vision_model.embeddings.patch_embedding.weight"][0] == usual.hidden_size

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import transformers
 from PIL import Image, ImageDraw
 
@@ -29,7 +30,7 @@ def test_edges() -> None:
         canny(picture, low=-1)
 
 
-def test_depth(tmp_path: Path) -> None:
+def test_depth(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """With a tiny random estimator in a folder: the same numbers as by hand."""
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 14, "image_size": 42}
     backbone = transformers.Dinov2Config(**sizes, out_indices=[1, 2], apply_layernorm=True, reshape_hidden_states=False)
@@ -39,10 +40,27 @@ def test_depth(tmp_path: Path) -> None:
     )  # fmt: skip
     transformers.DepthAnythingForDepthEstimation(config).save_pretrained(tmp_path)
     transformers.DPTImageProcessor(size={"height": 42, "width": 42}, ensure_multiple_of=14).save_pretrained(tmp_path)
-    found = depth(Image.effect_noise((50, 40), 80).convert("RGB"), tmp_path, size=(64, 48))
-    assert found.size == (64, 48) and found.mode == "RGB"
-    pixels = np.asarray(found)
-    assert np.array_equal(pixels[..., 0], pixels[..., 1])
+    estimator = transformers.DepthAnythingForDepthEstimation.from_pretrained(tmp_path).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in estimator.parameters():
+            parameter.uniform_(0.0, 0.3, generator=generator)  # positive, so that no ReLU ends in zeros
+        depths = estimator(torch.randn(1, 3, 42, 42, generator=generator)).predicted_depth
+        last = estimator.head.conv3
+        last.weight *= 200 / (depths.max() - depths.min())  # so that they spread over the greys
+        last.bias.zero_()
+    estimator.save_pretrained(tmp_path)
+    photo = Image.effect_noise((50, 40), 80).convert("RGB")
+    found = np.asarray(depth(photo, tmp_path, size=(64, 48)))
+    seen = transformers.AutoImageProcessor.from_pretrained(tmp_path)(
+        photo.resize((64, 48), Image.Resampling.LANCZOS), return_tensors="pt"
+    )
+    with torch.no_grad():
+        told = estimator(**seen).predicted_depth[:, None]
+    told = torch.nn.functional.interpolate(told, (48, 64), mode="bicubic", antialias=True)[0, 0]
+    expected = told.clamp(0, 255).round().byte().numpy()
+    assert len(np.unique(expected)) > 20 and all(np.array_equal(found[..., channel], expected) for channel in range(3))
+    assert ("those above 255 are all white" in caplog.text) == (float(told.max()) > 255)
     with pytest.raises(InputError, match="no folder of a depth estimator"):
         depth(Image.new("RGB", (8, 8)), tmp_path / "none")
     (tmp_path / "empty").mkdir()

@@ -170,7 +170,7 @@ def picture_and_mask(options: argparse.Namespace) -> tuple[Any, Any]:
         mask = border
     if mask is None:
         for name in ("mask_grow", "mask_feather", "mask_threshold"):
-            if getattr(options, name):
+            if getattr(options, name) not in (None, 0) or (name == "mask_threshold" and options.mask_threshold == 0):
                 raise InputError(f"--{name.replace('_', '-')} changes a mask, and none is given")
         return image, None
     if options.mask_threshold is not None:

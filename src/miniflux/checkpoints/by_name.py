@@ -54,4 +54,4 @@ def _named(known: Known, spelling: Spelling, prefix: str, entries: Mapping[str, 
         name = known.named(renamed(spelling.rows, shapes), known.released)
     except (KeyError, ValueError, IndexError):  # a tensor that tells the size is not there, or has other axes
         name = f"an incomplete {known.network}"
-    return f"{name}, {STEERS if known.steers else NOT_YET}"
+    return f"{name}, {STEERS if known.kind else NOT_YET}"

@@ -108,7 +108,7 @@ def transformer_config(
         raise CheckpointError(f"no {called}: the shape of {', '.join(odd)}")
     head = shape[record.head][0]
     released = {sum(c.axes_dim): tuple(c.axes_dim) for v in VARIANTS.values() if (c := record.of(v)) is not None}
-    axes = axes_dim or _axes_in(metadata) or released.get(head) or (None if to_run else (head,))
+    axes = axes_dim or axes_in(metadata) or released.get(head) or (None if to_run else (head,))
     if axes is None:
         known = f"; known are those of heads of {', '.join(map(str, sorted(released)))}" if released else ""
         raise CheckpointError(f"a {called} with heads of {head} channels: its rotary axes are not in the file{known}")
@@ -122,7 +122,7 @@ def transformer_config(
 flux1_config = partial(transformer_config, FLUX1)
 
 
-def _axes_in(metadata: Mapping[str, str]) -> tuple[int, ...] | None:
+def axes_in(metadata: Mapping[str, str]) -> tuple[int, ...] | None:
     """Rotary axes from a file's header, if they are there."""
     if "axes_dim" not in metadata:
         return None

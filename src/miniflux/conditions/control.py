@@ -16,7 +16,7 @@ from miniflux.conditions.condition import Added, Picture, Scene
 from miniflux.errors import InputError
 from miniflux.families import Family
 from miniflux.models.flux1 import Flux1Config
-from miniflux.pictures import digest_of, on_white, open_picture
+from miniflux.pictures import digest_of, from_image, on_white, open_picture
 from miniflux.sampling import Schedule
 
 
@@ -54,10 +54,20 @@ class Control:
         return 0
 
     def added(self, scene: Scene) -> Added:
-        picture, size = self.picture, (scene.width, scene.height)
-        if isinstance(picture, Image.Image):
-            picture = picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
-        elif isinstance(picture, str) or picture.shape != (3, scene.height, scene.width):
-            given = "x".join(map(str, getattr(picture, "shape", ())))
-            raise InputError(f"control pixels must be (3, {scene.height}, {scene.width}), got {given}")
-        return Added(channels=scene.family.pack(scene.encode(picture)))
+        return Added(channels=scene.family.pack(scene.encode(control_pixels(self.picture, scene))))
+
+
+def control_pixels(picture: Picture | str, scene: Scene) -> Tensor:
+    """A control picture as pixels (3, H, W) in [-1, 1], enlarged or reduced to the size that is drawn.
+
+    Raises:
+        InputError: pixels were given, of another size.
+    """
+    if isinstance(picture, Image.Image):
+        size = (scene.width, scene.height)
+        return from_image(picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS))
+    assert isinstance(picture, Tensor)
+    if picture.shape != (3, scene.height, scene.width):
+        given = "x".join(map(str, picture.shape))
+        raise InputError(f"control pixels must be (3, {scene.height}, {scene.width}), got {given}")
+    return picture

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from miniflux.checks import whole
 from miniflux.conditions.condition import Added, Picture, Scene
+from miniflux.conditions.control import control_pixels
 from miniflux.conditions.steering import (
     Steering,
     Strength,
@@ -26,12 +26,13 @@ from miniflux.conditions.steering import (
     steering_of,
     strength_of,
     told_of,
+    with_added,
 )
 from miniflux.errors import InputError
 from miniflux.families import Family
 from miniflux.models import controlnet
 from miniflux.models.flux1 import Flux1Config, RunBlock
-from miniflux.pictures import digest_of, from_image, on_white, open_picture
+from miniflux.pictures import digest_of, on_white, open_picture
 from miniflux.sampling import Schedule, Told
 
 MODES = ("canny", "tile", "depth", "blur", "pose", "gray", "low quality")
@@ -95,18 +96,10 @@ class ControlNet:
         return 0
 
     def added(self, scene: Scene) -> Added:
-        run = _Run(self, self._net, self._control(scene), scene)
+        pixels, net = control_pixels(self.picture, scene), self._net
+        seen = pixels[None] if net.config.hint_channels else scene.family.pack(scene.encode(pixels))
+        run = _Run(self, net, seen, scene)
         return Added(hears=(run.hear,), wraps=(run.wrap,))
-
-    def _control(self, scene: Scene) -> Tensor:
-        """The picture as the network sees it: tokens of its latents, or its pixels (1, 3, H, W)."""
-        picture, size = self.picture, (scene.width, scene.height)
-        if isinstance(picture, Image.Image):
-            picture = from_image(picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS))
-        if isinstance(picture, str) or picture.shape != (3, scene.height, scene.width):
-            given = "x".join(map(str, getattr(picture, "shape", ())))
-            raise InputError(f"control pixels must be (3, {scene.height}, {scene.width}), got {given}")
-        return picture[None] if self._net.config.hint_channels else scene.family.pack(scene.encode(picture))
 
 
 def mode_of(mode: int | str | None, modes: int) -> int | None:
@@ -127,12 +120,20 @@ def mode_of(mode: int | str | None, modes: int) -> int | None:
 
 @dataclass
 class _Run:
-    """A ControlNet at work on the pictures of one call: it is asked when the first block of a call is computed."""
+    """A ControlNet at work on the pictures of one call: it is asked when the first block of a call is computed.
+
+    Attributes:
+        seen: tokens (1, L, C) of the control picture's latents; or its pixels (1, 3, H, W), for XLabs' networks.
+        control: the tokens that become of it, once they are known.
+        told: what the network is told in the call that is being made; None outside of the window.
+        found: what is added in this call after the blocks of each kind; None until it is asked for.
+    """
 
     condition: ControlNet
     network: controlnet.ControlNet
-    control: Tensor
+    seen: Tensor
     scene: Scene
+    control: Tensor | None = None
     told: Told | None = None
     found: dict[str, list[Tensor]] | None = field(default=None, repr=False)
 
@@ -152,10 +153,7 @@ class _Run:
             if not found:
                 return out
             addition = found[self._place(kind, int(number))]
-            first = 0 if kind == "double_blocks" else self.told.words.txt.shape[1]
-            tokens = out[0].clone()
-            tokens[:, first : first + addition.shape[1]] += addition.to(tokens)
-            return (tokens, *out[1:])
+            return with_added(out, addition, self.told.words.txt.shape[1])
 
         return add
 
@@ -175,7 +173,8 @@ class _Run:
         if config.guidance_embed:
             guidance = torch.full_like(told.timesteps, USUAL_GUIDANCE) if told.guidance is None else told.guidance
             guidance = guidance.to(like)
-        control = network.control_tokens(self.control.to(like))
+        if self.control is None:
+            self.control = network.control_tokens(self.seen.to(like))
         double, single = network(
             told.img[:, :sees, : config.in_channels].to(like),
             told.img_ids[:, :sees],
@@ -183,7 +182,7 @@ class _Run:
             words.txt_ids,
             told.timesteps.to(like),
             words.vec.to(like),
-            control.expand(len(told.img), -1, -1),
+            self.control.expand(len(told.img), -1, -1),
             guidance,
             words.mask,
             self.condition.mode if isinstance(self.condition.mode, int) else None,

@@ -24,6 +24,7 @@ from miniflux.conditions.steering import (
     steering_of,
     strength_of,
     told_of,
+    with_added,
 )
 from miniflux.errors import InputError
 from miniflux.families import Family
@@ -101,16 +102,24 @@ class IPAdapter:
 
 @dataclass
 class _Run:
-    """An IP-Adapter at work on the pictures of one call."""
+    """An IP-Adapter at work on the pictures of one call.
+
+    Attributes:
+        told: what the network is told in the call that is being made; None outside of the window.
+        words: of the pictures, for each row of this call (B, P, context); None until they are asked for.
+        known: words (1, P, context) of the picture (True), and of the one for a guide's other texts (False).
+    """
 
     condition: IPAdapter
     network: XlabsIPAdapter | InstantxIPAdapter
     scene: Scene
     told: Told | None = None
+    words: Tensor | None = field(default=None, repr=False)
     known: dict[bool, Tensor] = field(default_factory=dict[bool, Tensor], repr=False)
 
     def hear(self, told: Told) -> None:
-        self.told = told if Window(*self.condition.window).holds(told.timesteps, self.scene.levels) else None
+        inside = Window(*self.condition.window).holds(told.timesteps, self.scene.levels)
+        self.told, self.words = (told if inside else None), None
 
     def wrap(self, run: RunBlock) -> RunBlock:
         def look(name: str, block: Any, streams: tuple[Tensor, ...], context: tuple[Any, ...]) -> tuple[Tensor, ...]:
@@ -127,17 +136,15 @@ class _Run:
             if not queries:  # the block was left out
                 return out
             text, count = self.told.words.txt.shape[1], self.scene.rows * self.scene.columns
-            q = queries[0][:, :, text : text + count]
-            found = self.network.look(name, q, self._words(self.told))
+            if self.words is None:
+                self.words = self._words(self.told)
+            found = self.network.look(name, queries[0][:, :, text : text + count], self.words)
             if found is None:
                 return out
             kind, _, number = name.partition(".")
             place = int(number) + (0 if kind == "double_blocks" else self.network.config.double)
-            first = 0 if kind == "double_blocks" else text
-            tokens = out[0].clone()
             scale = strength_of(self.condition.scale, place, float(self.told.timesteps[0]))
-            tokens[:, first : first + count] += (scale * found).to(tokens)
-            return (tokens, *out[1:])
+            return with_added(out, scale * found, text)
 
         return look
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from PIL import Image
 from miniflux.checks import check_number
 from miniflux.errors import InputError, MissingExtraError
 from miniflux.pictures import on_white, open_picture
+
+log = logging.getLogger(__name__)
 
 LOW, HIGH = 50, 200  # thresholds of the release (`flux/modules/image_embedders.py`, CannyImageEncoder)
 
@@ -70,6 +73,8 @@ def depth(picture: Image.Image | str, estimator: str | Path, size: tuple[int, in
     with torch.inference_mode():
         found = model(processor(seen, return_tensors="pt")["pixel_values"]).predicted_depth[:, None]
     found = F.interpolate(found, (seen.height, seen.width), mode="bicubic", antialias=True)
+    if (most := float(found.max())) > 255:
+        log.warning("%s: depths up to %.0f; those above 255 are all white", folder, most)
     grey = rearrange(found.clamp(0, 255), "1 1 h w -> h w 1").round().byte().expand(-1, -1, 3)
     return Image.fromarray(grey.numpy())
 

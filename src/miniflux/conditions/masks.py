@@ -64,7 +64,11 @@ def feathered(mask: Tensor, pixels: float) -> Tensor:
 
 
 def hardened(mask: Tensor, threshold: float = HARD) -> Tensor:
-    """A mask without greys, as diffusers rounds it: 1 from the threshold on."""
+    """A mask without greys, as diffusers rounds it: 1 from the threshold on.
+
+    Raises:
+        InputError: the threshold is not from 0 to 1.
+    """
     return (mask >= check_number("the threshold of a mask", threshold, 0, 1)).float()
 
 
@@ -108,23 +112,27 @@ class Closeup:
         photo = part.pasted(drawn)
 
     Attributes:
-        whole: the picture.
-        where: the mask (H, W) of it.
+        image: the whole picture: a path or a Pillow picture.
+        where: the mask (H, W) of it, 0 to 1.
         margin: pixels around the masked part that are seen, too.
-        size: (width, height) to draw at.
+        size: (width, height) to draw at, multiples of 16.
+
+    Raises:
+        InputError: the mask has another size than the picture or is black, a number is out of its range, or `size` is
+            not of multiples of 16.
     """
 
-    whole: Image.Image | str
+    image: Image.Image | str
     where: Tensor
     margin: int = 32
     size: tuple[int, int] = (1024, 1024)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "whole", on_white(open_picture(self.whole)))
-        assert isinstance(self.whole, Image.Image)
+        object.__setattr__(self, "image", on_white(open_picture(self.image)))
+        assert isinstance(self.image, Image.Image)
         whole("the margin", self.margin, 0)
-        if tuple(self.where.shape) != (self.whole.height, self.whole.width):
-            size = f"{self.whole.width}x{self.whole.height}"
+        if tuple(self.where.shape) != (self.image.height, self.image.width):
+            size = f"{self.image.width}x{self.image.height}"
             raise InputError(
                 f"the mask is {self.where.shape[-1]}x{self.where.shape[0]}, the picture {size}: make them equal"
             )
@@ -137,22 +145,22 @@ class Closeup:
     def box(self) -> tuple[int, int, int, int]:
         """Left, top, right, bottom of the part: the masked pixels with their margin, widened to the shape of `size` as
         far as the picture reaches."""
-        assert isinstance(self.whole, Image.Image)
+        assert isinstance(self.image, Image.Image)
         rows, columns = (torch.nonzero(self.where.amax(dim)).flatten() for dim in (1, 0))
         spans: list[tuple[int, int]] = []
-        for found, limit in ((columns, self.whole.width), (rows, self.whole.height)):
+        for found, limit in ((columns, self.image.width), (rows, self.image.height)):
             spans.append((max(0, int(found[0]) - self.margin), min(limit, int(found[-1]) + 1 + self.margin)))
         (left, right), (top, bottom) = spans
         scale = max((right - left) / self.size[0], (bottom - top) / self.size[1])
-        left, right = _widened(left, right, round(scale * self.size[0]), self.whole.width)
-        top, bottom = _widened(top, bottom, round(scale * self.size[1]), self.whole.height)
+        left, right = _widened(left, right, round(scale * self.size[0]), self.image.width)
+        top, bottom = _widened(top, bottom, round(scale * self.size[1]), self.image.height)
         return left, top, right, bottom
 
     @property
     def picture(self) -> Image.Image:
         """The part, at the size it is drawn at."""
-        assert isinstance(self.whole, Image.Image)
-        return self.whole.crop(self.box).resize(self.size, Image.Resampling.LANCZOS)
+        assert isinstance(self.image, Image.Image)
+        return self.image.crop(self.box).resize(self.size, Image.Resampling.LANCZOS)
 
     @property
     def mask(self) -> Tensor:
@@ -164,11 +172,11 @@ class Closeup:
     def pasted(self, drawn: Image.Image) -> Image.Image:
         """The whole picture with what was drawn in its place: blended as the mask says; where that is 0, the same bytes
         as before."""
-        assert isinstance(self.whole, Image.Image)
+        assert isinstance(self.image, Image.Image)
         left, top, right, bottom = self.box
         part = drawn.resize((right - left, bottom - top), Image.Resampling.LANCZOS)
         alpha = Image.fromarray((self.where[top:bottom, left:right] * 255).round().byte().numpy())
-        result = self.whole.copy()
+        result = self.image.copy()
         result.paste(part, (left, top), alpha)
         return result
 

@@ -103,15 +103,24 @@ class Redux:
         return self.network.vision.config.patches * (1 if self.together == "diffusers" else len(self._pictures))
 
     def added(self, scene: Scene) -> Added:
-        return Added(words=self._words)
+        made: list[Tensor] = []  # of the pictures, once for all prompts
+
+        def with_pictures(words: Words) -> Words:
+            made.extend(() if made else self._made(words.txt))
+            return self._joined(words, made)
+
+        return Added(words=with_pictures)
 
     @torch.inference_mode()
-    def _words(self, words: Words) -> Words:
-        """The words of a prompt, and behind them those of the pictures."""
+    def _made(self, like: Tensor) -> list[Tensor]:
+        """The words (1, N, C) of each picture, in the precision and on the device of those of a prompt."""
         vision, network = self.network.vision, self._net
         assert vision is not None
-        like = placed(network, words.txt)
-        made = [network(seen(vision, picture, words.txt)[0].to(like)).to(words.txt) for picture in self._pictures]
+        weight = placed(network, like)
+        return [network(seen(vision, picture, like)[0].to(weight)).to(like) for picture in self._pictures]
+
+    def _joined(self, words: Words, made: Sequence[Tensor]) -> Words:
+        """The words of a prompt, and behind them those of the pictures."""
         if self.together == "diffusers":
             more = sum(scale * one for scale, one in zip(self._scales, made, strict=True))
             assert isinstance(more, Tensor)

@@ -6,7 +6,7 @@ learned (`kontext_size`), without regard to its shape; here it keeps its own siz
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
@@ -43,13 +43,14 @@ class Reference:
     picture: Picture | str
     size: tuple[int, int] | None = None
     index: int = 1
+    _digest: str = field(init=False, repr=False)  # of the picture as it was given
 
     def __post_init__(self) -> None:
         whole("the index of a reference", self.index, 1, MAX_INDEX)
         picture = self.picture
         if not isinstance(picture, Tensor):
             picture = on_white(open_picture(picture))
-            object.__setattr__(self, "_given", digest_of(picture))
+            object.__setattr__(self, "_digest", digest_of(picture))
             given = picture.size if self.size is None else self.size
             width, height = (max(1, round(side / PIXELS_PER_TOKEN)) * PIXELS_PER_TOKEN for side in given)
             size = width, height
@@ -59,6 +60,8 @@ class Reference:
                 f"reference pixels must be (3, H, W) of sides that are multiples of {PIXELS_PER_TOKEN}, got "
                 f"{tuple(picture.shape)}"
             )
+        else:
+            object.__setattr__(self, "_digest", digest_of(picture))
         object.__setattr__(self, "picture", picture)
 
     @property
@@ -75,8 +78,7 @@ class Reference:
         return levels
 
     def described(self) -> dict[str, Any]:
-        assert not isinstance(self.picture, str)
-        about = {"picture": getattr(self, "_given", None) or digest_of(self.picture), "index": self.index}
+        about = {"picture": self._digest, "index": self.index}
         return about | ({} if self.size is None else {"size": list(self.size)})
 
     def tokens(self, rows: int, columns: int) -> int:

@@ -55,12 +55,11 @@ def steering_of(kind: type[nn.Module] | tuple[type[nn.Module], ...], given: Any,
     return steering
 
 
-def check_strength(scale: Strength, blocks: int | None = None) -> None:
-    """Raises InputError unless it is one of what `Strength` says, for so many blocks; None where they are not told
-    apart."""
+def check_strength(scale: Strength, blocks: int) -> None:
+    """Raises InputError unless it is one of what `Strength` says, for so many blocks."""
     if callable(scale):
         return
-    if isinstance(scale, Sequence) and not isinstance(scale, str) and blocks is not None:
+    if isinstance(scale, Sequence) and not isinstance(scale, str):
         if len(scale) != blocks:
             raise InputError(f"scale must have a number for each of {blocks} blocks, got {len(scale)}")
         for i, one in enumerate(scale):
@@ -76,7 +75,7 @@ def strength_of(scale: Strength, block: int, sigma: float) -> float:
     return float(scale[block]) if isinstance(scale, Sequence) else float(scale)
 
 
-def told_of(scale: Strength, levels: Schedule | None = None) -> Any:
+def told_of(scale: Strength) -> Any:
     """As plain JSON; of a function that it is one."""
     return "a function" if callable(scale) else list(scale) if isinstance(scale, Sequence) else float(scale)
 
@@ -103,6 +102,14 @@ class Window:
         passed = torch.tensor(levels.falling[:-1]).to(timesteps.dtype) >= timesteps[0].cpu()
         step, steps = max(0, int(passed.sum()) - 1), levels.steps
         return not (step / steps < self.start or (step + 1) / steps > self.stop)
+
+
+def with_added(streams: tuple[Tensor, ...], addition: Tensor, text_tokens: int) -> tuple[Tensor, ...]:
+    """The streams of a block with something added to the first of its image tokens (B, L', hidden), in memory of their
+    own: (img, txt) of a double block, (txt and img joined,) of a single one, behind so many text tokens."""
+    first, tokens = (0 if len(streams) == 2 else text_tokens), streams[0].clone()
+    tokens[:, first : first + addition.shape[1]] += addition.to(tokens)
+    return (tokens, *streams[1:])
 
 
 def placed(network: nn.Module, like: Tensor) -> Tensor:

@@ -50,6 +50,15 @@ class LayerSizes(Protocol):
     def layer_norm_eps(self) -> float: ...
 
 
+def check_layers(config: LayerSizes) -> None:
+    """Raises ConfigError unless heads divide the width, and the activation is known."""
+    width, heads = config.hidden_size, config.num_attention_heads
+    if width % heads:
+        raise ConfigError(f"hidden_size {width} is not a multiple of num_attention_heads {heads}")
+    if config.hidden_act not in ACTIVATIONS:
+        raise ConfigError(f"hidden_act {config.hidden_act!r} is not one of {sorted(ACTIVATIONS)}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClipTextConfig:
     """Sizes of a CLIP text tower; field names as in the published `config.json` (its `text_config`, if it has one).
@@ -69,12 +78,7 @@ class ClipTextConfig:
     eos_token_id: int = 49407
 
     def __post_init__(self) -> None:
-        if self.hidden_size % self.num_attention_heads:
-            raise ConfigError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
-            )
-        if self.hidden_act not in ACTIVATIONS:
-            raise ConfigError(f"hidden_act {self.hidden_act!r} is not one of {sorted(ACTIVATIONS)}")
+        check_layers(self)
 
 
 class ClipEmbeddings(nn.Module):

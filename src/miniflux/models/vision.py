@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from miniflux.errors import ConfigError, InputError
-from miniflux.models.clip import ACTIVATIONS, ClipEncoder, ClipMLP
+from miniflux.errors import InputError
+from miniflux.models.clip import ClipEncoder, ClipMLP, check_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +37,7 @@ class VisionConfig:
     projection_dim: int = 0
 
     def __post_init__(self) -> None:
-        if self.hidden_size % self.num_attention_heads:
-            raise ConfigError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
-            )
-        if self.hidden_act not in ACTIVATIONS:
-            raise ConfigError(f"hidden_act {self.hidden_act!r} is not one of {sorted(ACTIVATIONS)}")
+        check_layers(self)
 
     @property
     def patches(self) -> int:

@@ -22,7 +22,7 @@ __all__ = ["BY_CONFIG", "BY_KIND", "BY_PART", "NETWORKS", "PIPELINE", "STEERING"
 
 NETWORKS = (FLUX1, AUTOENCODER, CLIP, T5, TINY_DECODER)
 PIPELINE = tuple(network for network in NETWORKS if network.folder)  # those that make a whole model, in its order
-# Those that steer, each in a file of its own (`steering`): they are looked for where one of them is asked for.
+# Those that steer, each in a file of its own, told by `known` and read by `steering`.
 STEERING = (CONTROLNET, REDUX, XLABS_IP_ADAPTER, INSTANTX_IP_ADAPTER, SIGLIP_VISION, CLIP_VISION)
 BY_KIND: Mapping[type[nn.Module], Network] = {network.kind: network for network in (*NETWORKS, *STEERING)}
 BY_PART: Mapping[str, Network] = {network.part: network for network in NETWORKS}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from miniflux.checkpoints.networks.flux1 import FLUX1_DIFFUSERS
-from miniflux.checkpoints.networks.record import DIFFUSERS, Layout, Network, Shapes, count, row
+from miniflux.checkpoints.networks.flux1 import FLUX1_DIFFUSERS, trunk_sizes
+from miniflux.checkpoints.networks.record import DIFFUSERS, Layout, Network, Shapes, row
 from miniflux.models.controlnet import PATCH, ControlNet, ControlNetConfig
 
 HEAD = "double_blocks.0.img_attn.norm.query_norm.scale"
@@ -22,21 +22,10 @@ ROWS = [
 
 
 def _sizes(shapes: Shapes, default: object) -> dict[str, Any]:
-    """All but the rotary axes."""
-    hidden, channels = shapes["img_in.weight"]
-    hint = shapes.get("input_hint_block.0.weight", (0,))[0]
+    hint, told = shapes.get("input_hint_block.0.weight", (0,))[0], trunk_sizes(shapes, HEAD)
     return {
-        "in_channels": channels,
-        "out_channels": channels,
-        "vec_in_dim": shapes["vector_in.in_layer.weight"][1],
-        "context_in_dim": shapes["txt_in.weight"][1],
-        "hidden_size": hidden,
-        "mlp_ratio": shapes["double_blocks.0.img_mlp.0.weight"][0] / hidden,
-        "num_heads": max(1, hidden // shapes[HEAD][0]),
-        "depth": count(shapes, r"double_blocks\.(\d+)\."),
-        "depth_single_blocks": count(shapes, r"single_blocks\.(\d+)\."),
-        "qkv_bias": "double_blocks.0.img_attn.qkv.bias" in shapes,
-        "guidance_embed": "guidance_in.in_layer.weight" in shapes,
+        **told,
+        "out_channels": told["in_channels"],
         "control_channels": hint * PATCH**2 or shapes["pos_embed_input.weight"][1],
         "modes": shapes.get("controlnet_mode_embedder.weight", (0,))[0],
         "hint_channels": hint,

@@ -62,22 +62,29 @@ MODULATION = r"(double|single)_blocks\.\d+\.(img_mod|txt_mod|modulation)\.lin|fi
 HEAD = "single_blocks.0.norm.query_norm.scale"
 
 
-def _sizes(shapes: Shapes, default: object) -> dict[str, Any]:
-    """All but the rotary axes, which no shape tells."""
+def trunk_sizes(shapes: Shapes, head: str) -> dict[str, Any]:
+    """What the transformer and its ControlNets tell alike: all but the output, and the rotary axes, which none tells.
+
+    Args:
+        head: a tensor as long as a head of attention.
+    """
     hidden, channels = shapes["img_in.weight"]
     return {
         "in_channels": channels,
-        "out_channels": shapes["final_layer.linear.weight"][0],
         "vec_in_dim": shapes["vector_in.in_layer.weight"][1],
         "context_in_dim": shapes["txt_in.weight"][1],
         "hidden_size": hidden,
         "mlp_ratio": shapes["double_blocks.0.img_mlp.0.weight"][0] / hidden,
-        "num_heads": max(1, hidden // shapes[HEAD][0]),
+        "num_heads": max(1, hidden // shapes[head][0]),
         "depth": count(shapes, r"double_blocks\.(\d+)\."),
         "depth_single_blocks": count(shapes, r"single_blocks\.(\d+)\."),
         "qkv_bias": "double_blocks.0.img_attn.qkv.bias" in shapes,
         "guidance_embed": any(key.startswith("guidance_in.") for key in shapes),
     }
+
+
+def _sizes(shapes: Shapes, default: object) -> dict[str, Any]:
+    return {**trunk_sizes(shapes, HEAD), "out_channels": shapes["final_layer.linear.weight"][0]}
 
 
 def _as_json(config: Flux1Config) -> dict[str, Any]:

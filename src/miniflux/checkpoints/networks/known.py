@@ -10,7 +10,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
 from miniflux.checkpoints.networks.record import DIFFUSERS, ORIGINAL, Row, Shapes, count, row
+from miniflux.models.controlnet import ControlNet
+from miniflux.models.ip_adapter import InstantxIPAdapter, XlabsIPAdapter
+from miniflux.models.redux import Redux
+from miniflux.models.vision import SiglipVision
 from miniflux.variants import (
     FLUX2_SIZES,
     FLUX3_SIZES,
@@ -49,14 +55,14 @@ class Known:
         named: its exact name, from the shapes of its tensors under its own names and `released`.
         spellings: the ways in which it is written, the first that is there counts.
         released: names by sizes, or sizes by names, of those that were published.
-        steers: whether `conditions.load` reads it.
+        kind: what `conditions.load` makes of it; None if it is only known.
     """
 
     network: str
     named: Callable[[Shapes, Released], str]
     spellings: tuple[Spelling, ...]
     released: Released = field(default_factory=dict[Any, Any])
-    steers: bool = False
+    kind: type[nn.Module] | None = None
 
 
 def _flux2(shapes: Shapes, released: Released) -> str:
@@ -84,13 +90,11 @@ def _flux2_autoencoder(shapes: Shapes, released: Released) -> str:
 
 
 def _controlnet(shapes: Shapes, released: Released) -> str:
-    double, single = (count(shapes, rf"{kind}transformer_blocks\.([^.]*)") for kind in ("", "single_"))
+    double, single = (count(shapes, rf"{kind}_blocks\.([^.]*)") for kind in ("double", "single"))
+    if "input_hint_block.0.weight" in shapes:
+        return f"FLUX.1 ControlNet of XLabs, {double} blocks"
     modes = shapes.get("controlnet_mode_embedder.weight", (0,))[0]
     return f"FLUX.1 ControlNet, {double} + {single} blocks" + (f", union of {modes} modes" if modes else "")
-
-
-def _xlabs_controlnet(shapes: Shapes, released: Released) -> str:
-    return f"FLUX.1 ControlNet of XLabs, {count(shapes, r'double_blocks[.]([^.]*)')} blocks"
 
 
 def _language_model(shapes: Shapes, released: Released) -> str:
@@ -189,12 +193,22 @@ KNOWN = (
             Spelling(DIFFUSERS, ("bn.running_mean", "quant_conv.weight")),
         ),
     ),
-    Known("ControlNet", _controlnet, (Spelling(DIFFUSERS, ("controlnet_x_embedder.weight",)),), steers=True),
     Known(
         "ControlNet",
-        _xlabs_controlnet,
-        (Spelling(XLABS, ("input_hint_block.0.weight", "controlnet_blocks.0.weight")),),
-        steers=True,
+        _controlnet,
+        (
+            Spelling(
+                DIFFUSERS,
+                ("controlnet_x_embedder.weight",),
+                (
+                    row("double_blocks.{i}.**", "transformer_blocks.{i}.**"),
+                    SINGLE,
+                    row("controlnet_mode_embedder.*", "controlnet_mode_embedder.*"),
+                ),
+            ),
+            Spelling(XLABS, ("pos_embed_input.weight", "controlnet_blocks.0.weight")),
+        ),
+        kind=ControlNet,
     ),
     Known(
         "IP-Adapter",
@@ -207,16 +221,16 @@ KNOWN = (
                 (row("double_blocks.{i}.**", "ip_adapter.{i}.**"),),
             ),
         ),
-        steers=True,
+        kind=XlabsIPAdapter,
     ),
     Known(
         "IP-Adapter",
         _instantx_ip_adapter,
         (Spelling(INSTANTX, ("ip_adapter.0.to_k_ip.weight", "image_proj.proj.0.weight")),),
-        steers=True,
+        kind=InstantxIPAdapter,
     ),
-    Known("Redux", _redux, (Spelling(ORIGINAL, ("redux_up.weight", "redux_down.weight")),), REDUX_SIZES, steers=True),
-    Known("SigLIP", _siglip, (Spelling(TRANSFORMERS, ("vision_model.head.probe",)),), SIGLIP_SIZES, steers=True),
+    Known("Redux", _redux, (Spelling(ORIGINAL, ("redux_up.weight", "redux_down.weight")),), REDUX_SIZES, kind=Redux),
+    Known("SigLIP", _siglip, (Spelling(TRANSFORMERS, ("vision_model.head.probe",)),), SIGLIP_SIZES, kind=SiglipVision),
     _language("Qwen3-VL", "q_norm", "model.language_model.", released=VISION_LANGUAGE_MODELS),
     _language("Qwen3", "q_norm", "model.", ""),
     _language("Mistral", "q_proj", "model.", ""),

@@ -1,8 +1,8 @@
 """The editing nano models: `python -m miniflux.nano.recipe.editing fill|kontext [FOLDER]`, after nano-dev is made.
 
 Both start as nano-dev. nano-fill sees a picture with a hole, and the mask, as channels beside the noise, as FLUX.1 Fill
-does; nano-kontext sees the picture to be changed as tokens behind its own, as FLUX.1 Kontext does. An hour each on one
-CPU core.
+does; nano-kontext sees the picture to be changed as tokens behind its own, as FLUX.1 Kontext does. Hours
+each on a CPU core; `edited` judges what they draw.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from miniflux.models.flux1 import Flux1
 from miniflux.nano import scenes
 from miniflux.nano.recipe import edits
 from miniflux.nano.recipe.export import export_network
-from miniflux.nano.recipe.flow import OTHERS, noise_levels
+from miniflux.nano.recipe.flow import OTHERS, SHORT, noise_levels
 from miniflux.nano.recipe.pairs import latents_of
 from miniflux.nano.recipe.polish import share_of
 from miniflux.nano.recipe.realism import encoders_of
@@ -41,7 +41,6 @@ from miniflux.training.state import TrainingState, cosine_rate
 log = logging.getLogger(__name__)
 
 MAIN = (128, 128)
-SHORT = 32  # T5 tokens that nearly every caption and instruction fits in
 MATTERS = 5.0  # how much more a token counts that shows a shape
 REUSE = 12  # batches that an example is seen in, on average
 
