@@ -49,7 +49,7 @@ MAY_IMPORT = {
     # A call, and what is said and kept of it
     "arguments": CORE | {"conditions", "lora", "pictures"},
     "plan": CORE | {"arguments", "conditions", "memory", "pictures"},
-    "settings": CORE | {"arguments", "plan", "pictures"},
+    "settings": CORE | {"arguments", "conditions", "plan", "pictures"},
     "result": {"settings", "weights", "sampling", "checks", "disk"},
     "cache": {"plan", "checkpoints", "weights", "sampling", "checks"},
     "loaded": {"checkpoints", "weights", "lora", "models", "text", "variants"},

@@ -116,7 +116,7 @@ def replay(
     _check_image(first.request, image)
     where = mask_for(mask, image)
     _check_mask(first.request, where)
-    steered = [again(record.conditions, pictures, networks) for record in records]
+    steered = [again([use.described() for use in record.request.conditions], pictures, networks) for record in records]
 
     pipes = {} if pipes is None else pipes
     results: list[Result] = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -11,29 +10,9 @@ from PIL import Image
 
 import miniflux
 from miniflux.apps.cli import main
-from miniflux.checkpoints import save
-from miniflux.conditions.again import KINDS, NETWORKS
-from miniflux.models.controlnet import ControlNet, ControlNetConfig
-from miniflux.settings.record import STEERED
-from tests.tiny import randomise
+from tests.steered import network, photo
 
 QUICK = ("--steps", "2", "--size", "64")
-
-
-def photo(path: Path, level: int = 80) -> str:
-    Image.effect_noise((64, 64), level).convert("RGB").save(path)
-    return str(path)
-
-
-def network(path: Path, **more: int) -> str:
-    """A small ControlNet for the bundled model."""
-    config = miniflux.load("nano").transformer.config
-    sizes = {**asdict(config), "depth": 1, "depth_single_blocks": 0, "control_channels": config.out_channels, **more}
-    net = randomise(ControlNet(ControlNetConfig(**sizes)))
-    for parameter in net.controlnet_blocks.parameters():
-        parameter.data *= 0.05
-    save(net, path)
-    return str(path)
 
 
 def test_steered_pictures_are_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,8 +32,8 @@ def test_steered_pictures_are_made_again(tmp_path: Path, capsys: pytest.CaptureF
         f"{net}={second}:0.5:tile",
     )
     assert main([*command]) == 0
-    about = miniflux.settings.read_picture(out).records[0].conditions
-    assert [(one["kind"], one.get("mode")) for one in about] == [("Reference", None), ("ControlNet", 1)]
+    about = miniflux.settings.read_picture(out).requests[0].conditions
+    assert [(one.kind, dict(one.about).get("mode")) for one in about] == [("Reference", None), ("ControlNet", 1)]
     again = ("replay", out, "--picture", first, "--picture", second, "--network", net)
     assert main([*again]) == 0 and "the same pixels" in capsys.readouterr().out
     for given, said in (
@@ -65,10 +44,6 @@ def test_steered_pictures_are_made_again(tmp_path: Path, capsys: pytest.CaptureF
         assert main(["replay", out, *given]) != 0 and said in capsys.readouterr().err
     other = network(tmp_path / "other.safetensors", modes=4)
     assert main([*again[:-1], other]) != 0 and "other.safetensors is another one" in capsys.readouterr().err
-
-
-def test_the_kinds_that_are_made_again_are_those_that_files_name() -> None:
-    assert set(STEERED) == set(KINDS) and set(NETWORKS) < set(KINDS)
 
 
 def test_masks_and_outpainting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

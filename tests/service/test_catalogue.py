@@ -18,6 +18,7 @@ from miniflux.lora.attaching import BUNDLED_LORAS
 from miniflux.service import Catalogue, Models, catalogue
 from miniflux.settings import Request
 from miniflux.weights.finding import BUNDLED
+from tests.steered import network
 
 PARTS = ("ae.safetensors", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 NANO = BUNDLED / "flux1-nano-dev.safetensors"
@@ -135,6 +136,18 @@ def test_file_that_cannot_be_used_is_refused_from_its_header(
     make(path)
     with pytest.raises(MinifluxError, match=said):
         Catalogue(weights=BUNDLED).add(path)
+
+
+def test_networks_that_steer_are_told_from_their_keys(tmp_path: Path) -> None:
+    """Listed apart from the models, with the kind of condition that they are for."""
+    (tmp_path / "control").mkdir()
+    path = Path(network(tmp_path / "control" / "edges.safetensors"))
+    catalogue = Catalogue(folder=tmp_path)
+    assert catalogue.scan() and not catalogue.scan() and not catalogue.refused
+    name = str(path.relative_to(tmp_path))
+    assert catalogue.networks == {name: ("ControlNet", path)} and not any(one.path for one in catalogue.listed())
+    path.unlink()
+    assert catalogue.scan() and not catalogue.networks
 
 
 def test_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:

@@ -243,8 +243,8 @@ def test_answers_are_given_only_while_they_are_true(tmp_path: Path) -> None:
     assert bare.answer(ask(1)) is None
 
 
-def test_a_change_to_a_picture_cannot_be_queued(shared: Models) -> None:
-    with pytest.raises(InputError, match="a queue does not carry"):
+def test_without_a_place_for_pictures_none_can_be_changed(shared: Models) -> None:
+    with pytest.raises(InputError, match="no place for pictures"):
         shared.draw(ask(0, image="0" * 64), quiet)
 
 

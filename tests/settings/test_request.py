@@ -17,7 +17,7 @@ from miniflux.pipeline import Pipeline
 from miniflux.sampling import CACHES, GUIDES, SOLVERS, cache, guide
 from miniflux.sampling.latents import MAX_SEED
 from miniflux.sampling.schedules import SPACINGS
-from miniflux.settings import AtLevels, LoraUse, Request, strict
+from miniflux.settings import AtLevels, ConditionUse, LoraUse, Request, strict
 from miniflux.text import Padding
 from miniflux.variants import variant
 
@@ -36,6 +36,17 @@ guides = st.sampled_from(sorted(GUIDES)).flatmap(
 caches = st.sampled_from(["first-block", "tea", "taylor"]).map(cache)
 levels = st.lists(st.floats(0.01, 0.99), min_size=1, max_size=6, unique=True).map(
     lambda found: (1.0, *sorted(found, reverse=True), 0.0)
+)
+
+
+digests = st.text("0123456789abcdef", min_size=64, max_size=64)
+steered = st.builds(
+    ConditionUse,
+    st.sampled_from(["ControlNet", "Redux"]),
+    st.tuples(
+        st.tuples(st.just("picture"), digests), st.tuples(st.just("scale"), st.floats(0, 2) | st.just((0.5, 1.0)))
+    ),
+    st.none() | words.filter(bool),
 )
 
 
@@ -67,6 +78,7 @@ def requests(draw: st.DrawFn) -> Request:
         t5_length=draw(st.none() | st.integers(1, 512)),
         padding=draw(st.sampled_from(get_args(Padding))),
         dtype=draw(st.sampled_from([None, "float32", "bfloat16"])),
+        conditions=tuple(draw(st.lists(steered, max_size=2))),
     )
 
 
@@ -84,7 +96,7 @@ def test_every_field_is_read_and_written() -> None:
     names = {f.name for f in fields(Request)}
     assert set(READ) == names
     arguments = set(Pipeline.generate.__annotations__) - {"return"}
-    watching = {"progress", "callback", "watch", "resume", "check_cache", "run", "wraps", "attend", "conditions"}
+    watching = {"progress", "callback", "watch", "resume", "check_cache", "run", "wraps", "attend"}
     assert arguments - watching == names - {"model", "loras", "dtype"}
 
 

@@ -25,7 +25,7 @@ NETWORKS = {
     "IPAdapter": (XlabsIPAdapter, InstantxIPAdapter),
 }
 KINDS = {"Control": Control, "Reference": Reference, "ControlNet": ControlNet, "Redux": Redux, "IPAdapter": IPAdapter}
-PICTURES = ("picture", "pictures", "negative")
+PICTURES = ("picture", "pictures", "negative")  # settings that are the SHA-256 of a picture, or of several
 
 
 def again(

@@ -4,6 +4,7 @@ No code of the web is in here: the page and later an HTTP server parse, call the
 """
 
 from miniflux.service.catalogue import Catalogue, Listed
+from miniflux.service.given import Given
 from miniflux.service.grids import Axis, Grid, batch, parse_prompts
 from miniflux.service.history import Entry, History, new_session
 from miniflux.service.models import Models
@@ -14,6 +15,7 @@ __all__ = [
     "Catalogue",
     "Cost",
     "Entry",
+    "Given",
     "Grid",
     "History",
     "Job",

@@ -8,13 +8,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import chain, count
 from pathlib import Path
+from typing import Any
 
 from miniflux.assembly import locate
 from miniflux.checkpoints.files import TensorSource
 from miniflux.checkpoints.folders import MAX_FOLDERS, entries, models
 from miniflux.checkpoints.formats.reading import format_of
 from miniflux.checkpoints.loading import bare, compare
-from miniflux.checkpoints.opened import open_part, parts_of
+from miniflux.checkpoints.opened import known_in, open_part, parts_of
+from miniflux.conditions.again import NETWORKS
 from miniflux.errors import CheckpointError, InputError, MinifluxError, WeightsNotFoundError
 from miniflux.models.flux1 import Flux1
 from miniflux.variants import ALIASES, VARIANTS, Variant, variant
@@ -23,6 +25,7 @@ from miniflux.weights.origin import Stamp, stamped
 
 log = logging.getLogger(__name__)
 
+MODEL = "model"
 SHOWN = 3  # tensors that a refusal names
 
 
@@ -107,8 +110,9 @@ def checked(path: Path, first: Sequence[Path] = ()) -> Found:
     return Found(path, variant, format_of(source), parts, tuple(stamp for _, stamp in stamped(files)))
 
 
-def candidates(folder: Path) -> Iterator[tuple[Path, MinifluxError | None]]:
-    """What may be a FLUX.1 model in a folder and in the folders in it, and what cannot be read, with the reason.
+def candidates(folder: Path) -> Iterator[tuple[Path, MinifluxError | str]]:
+    """What may be used of a folder and of the folders in it: paths, and what is there - "model", the kind of condition
+    whose network it is, or why it cannot be read.
 
     Folders of whole pipelines count as one; files of other networks, as LoRAs and encoders, are passed over.
     """
@@ -123,7 +127,7 @@ def candidates(folder: Path) -> Iterator[tuple[Path, MinifluxError | None]]:
             try:
                 inside = [entry for entry in entries(place) if entry.is_dir()]
                 if place.joinpath("transformer").is_dir():
-                    yield place, None
+                    yield place, MODEL
                     continue
                 deeper += inside
                 found = models(place)
@@ -132,11 +136,19 @@ def candidates(folder: Path) -> Iterator[tuple[Path, MinifluxError | None]]:
                 continue
             for model in found:
                 try:
-                    if Flux1 in parts_of(TensorSource(model.complete())):
-                        yield model.path, None
+                    source = TensorSource(model.complete())
+                    if kinds := [kind for found in known_in(source) if (kind := _steers(found.what.kind))]:
+                        yield model.path, kinds[0]
+                    elif Flux1 in parts_of(source):
+                        yield model.path, MODEL
                 except CheckpointError as error:
                     yield model.path, error
         level = deeper
+
+
+def _steers(network: type[Any] | None) -> str | None:
+    """The kind of condition that a kind of network is for, if it is for one."""
+    return next((kind for kind, networks in NETWORKS.items() if network in networks), None)
 
 
 class Catalogue:
@@ -157,6 +169,8 @@ class Catalogue:
         self.folder = None if folder is None else Path(os.path.abspath(folder))
         self.refused: dict[str, str] = {}
         """What in the folder cannot be used, by its name there, and why."""
+        self.networks: dict[str, tuple[str, Path]] = {}
+        """What in the folder steers: the kind of condition it is for and its path, by its name there."""
         self._files: dict[Path, Found] = {}  # by the paths that were given, and those in the folder
 
     def listed(self) -> list[Listed]:
@@ -199,13 +213,16 @@ class Catalogue:
         folder = self.folder
         if folder is None:
             return False
-        before, refused = dict(self._files), dict[str, str]()
+        before, refused, networks = dict(self._files), dict[str, str](), dict[str, tuple[str, Path]]()
         files = {path: found for path, found in before.items() if not path.is_relative_to(folder) and found.unchanged}
-        for path, reason in candidates(folder):
+        for path, what in candidates(folder):
             known = before.get(path)
             try:
-                if reason is not None:
-                    raise reason
+                if isinstance(what, MinifluxError):
+                    raise what
+                if what != MODEL:
+                    networks[str(path.relative_to(folder))] = what, path
+                    continue
                 unchanged = known is not None and known.unchanged
                 files[path] = known if known is not None and unchanged else checked(path, [*self.first, folder])
             except MinifluxError as error:
@@ -213,8 +230,8 @@ class Catalogue:
                 refused[name] = str(error).partition("\n")[0].replace(str(path), name).replace(f"{folder}{os.sep}", "")
         for name in refused.keys() - self.refused.keys():
             log.warning("not in the list of models: %s", refused[name])
-        changed = files != before or refused != self.refused
-        self._files, self.refused = files, refused
+        changed = files != before or refused != self.refused or networks != self.networks
+        self._files, self.refused, self.networks = files, refused, networks
         return changed
 
     def variant_of(self, model: str) -> Variant:

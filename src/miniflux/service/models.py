@@ -12,22 +12,24 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
 from miniflux import lora
 from miniflux.cache import ResultCache, result_cache
-from miniflux.errors import CheckpointError, InputError, LoraError
+from miniflux.errors import CheckpointError, LoraError
 from miniflux.lora import Receipt
 from miniflux.lora.attaching import resolved
 from miniflux.lora.fitting import fitted
 from miniflux.lora.models import stand_ins
 from miniflux.memory.room import Room
 from miniflux.pipeline import Pipeline, load
+from miniflux.plan import Plan
 from miniflux.result import Result
 from miniflux.sampling import Moment
 from miniflux.service.catalogue import Catalogue, Listed
+from miniflux.service.given import Given, unsteered
 from miniflux.service.queue import Cost, Preview, Step
 from miniflux.settings import LoraUse, Request
 from miniflux.variants import ALIASES, VARIANTS
@@ -36,6 +38,7 @@ from miniflux.weights.origin import Stamp, stamps
 log = logging.getLogger(__name__)
 
 REMEMBERED = 256  # requests whose answers are looked up without the model
+LONGER = ("Reference",)  # conditions that make steps longer, by tokens that can be counted without a network
 LONG = 10_000  # characters of a prompt that is not remembered so
 
 
@@ -61,6 +64,7 @@ class Models:
             bound.
         cache: pictures that were drawn before, see `miniflux.load`; shared by all models.
         folder: models in it are listed as well, see `Catalogue.scan`.
+        given: where pictures are that requests name; None to refuse such requests.
 
     Raises:
         InputError: there is no such folder.
@@ -75,7 +79,9 @@ class Models:
         max_bytes: int | None = None,
         cache: ResultCache | str | Path | None = None,
         folder: str | Path | None = None,
+        given: Given | None = None,
     ) -> None:
+        self.given = given
         self.weights, self.device, self.dtype, self.max_bytes = weights, device, dtype, max_bytes
         self.catalogue = Catalogue(weights, folder)
         self.results = result_cache(cache)
@@ -175,25 +181,24 @@ class Models:
         """Draw, telling `step` about every step: what `Queue` wants to be given.
 
         Raises:
-            InputError, MinifluxError: as `Pipeline.generate`; or the request is for a change to another picture.
+            InputError, MinifluxError: as `Pipeline.generate`; or a picture that it names is not here.
         """
-        if request.image is not None:
-            raise InputError("the request changes a picture, which a queue does not carry")
+        steering = self._steering(request)
         with self.use(request) as pipe:
-            width, height = request.size(pipe.variant)
+            plan = request.plan(pipe.variant, steering.get("conditions", ()))
             preview: list[Preview | None] = [None]
             # The table takes 1.4 % of a step of nano at 128x128, the tiny decoder 14 %.
             decoder = "table" if pipe.variant.preview else "tiny" if pipe.tiny is not None else None
 
             def watch(_: int, moment: Moment) -> None:
                 if decoder is not None:
-                    preview[0] = partial(pipe.preview, moment, width, height, decoder)
+                    preview[0] = partial(pipe.preview, moment, plan.width, plan.height, decoder)
 
             def progress(done: int, _: int) -> None:
                 step(done, preview[0])
 
-            with self._beside_others(pipe, request, lambda: step(0, None)):
-                result = pipe.generate(**request.arguments(), watch=watch, progress=progress)
+            with self._beside_others(pipe, plan, lambda: step(0, None)):
+                result = pipe.generate(**request.arguments(), **steering, watch=watch, progress=progress)
         if result.keys and len(request.prompt) < LONG:
             with self._lock:
                 self._answers[request] = replace(result, images=[], latents=torch.empty(0), moment=None)
@@ -201,14 +206,14 @@ class Models:
                     self._answers.popitem(last=False)
         return result
 
-    def _beside_others(
-        self, pipe: Pipeline, request: Request, waiting: Callable[[], None]
-    ) -> AbstractContextManager[None]:
+    def _steering(self, request: Request) -> dict[str, Any]:
+        return unsteered(request) if self.given is None else self.given.steering(request)
+
+    def _beside_others(self, pipe: Pipeline, plan: Plan, waiting: Callable[[], None]) -> AbstractContextManager[None]:
         """Begins when there is memory for the run beside those at work."""
         if pipe.memory is None:
             return nullcontext()
-        run = request.plan(pipe.variant).needs()
-        return self._room.taken(pipe.memory.ledger(run).working, pipe.memory.device, waiting)
+        return self._room.taken(pipe.memory.ledger(plan.needs()).working, pipe.memory.device, waiting)
 
     def answer(self, request: Request) -> Result | None:
         """What was drawn for the same request before, if the cache still holds it: for `Queue(answer=...)`."""
@@ -230,7 +235,7 @@ class Models:
         """What a request will cost.
 
         Raises:
-            InputError, WeightsNotFoundError: a model that is not here.
+            InputError, WeightsNotFoundError: a model or a picture that is not here.
         """
         key = self._key(request)
         with self._lock:
@@ -238,10 +243,15 @@ class Models:
         if loaded is None:
             self.catalogue.bytes_of(key[0])  # refuses what is not here
         chosen = self.catalogue.variant_of(key[0]) if loaded is None else loaded.pipe.variant
-        plan = request.plan(chosen)
+        if self.given is None:
+            unsteered(request)
+        plan = request.plan(chosen, () if self.given is None else self.given.conditions(request, LONGER))
         method = None if request.guide is None else type(request.guide).__name__
         kind = (key, request.solver, method)
-        tokens = plan.calls * plan.rows * plan.columns  # of one picture, all that its guide and its solver ask for
+        # Of one picture, all that its guide and its solver ask for.
+        tokens = plan.calls * (
+            plan.rows * plan.columns + sum(c.tokens(plan.rows, plan.columns) for c in plan.conditions)
+        )
         return Cost(kind=kind, size=tokens / plan.steps, steps=plan.total * plan.steps)
 
 

@@ -3,5 +3,6 @@
 from miniflux.settings.reading import Reading, read_picture
 from miniflux.settings.record import FileFact, Record, Sheet
 from miniflux.settings.request import AtLevels, LoraUse, Request
+from miniflux.settings.steered import ConditionUse
 
-__all__ = ["AtLevels", "FileFact", "LoraUse", "Reading", "Record", "Request", "Sheet", "read_picture"]
+__all__ = ["AtLevels", "ConditionUse", "FileFact", "LoraUse", "Reading", "Record", "Request", "Sheet", "read_picture"]

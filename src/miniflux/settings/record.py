@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from miniflux.conditions.again import KINDS
 from miniflux.errors import SettingsError
 from miniflux.settings import strict
 from miniflux.settings.request import MAX_LEVELS, MAX_LORAS, Request, taken
@@ -22,7 +23,6 @@ FACTS = (
     *("loras", "files", "steps", "steps_asked", "sigmas", "guidance", "guide", "cache"),
     *("cached", "not_cached", "replaced", "resumed", "changed", "wrapped", "conditions", "sheet"),
 )
-STEERED = ("Control", "Reference", "ControlNet", "Redux", "IPAdapter")  # conditions that can be given again
 BILL = ("evaluated", "skipped", "latent_l2", "psnr")  # what a step cache did, beside its settings
 
 
@@ -59,7 +59,6 @@ class Record:
         version, torch, device, dtype, threads: what it was made with; empty, or 0, if the file does not say.
         sigmas: its noise levels.
         files: what it was made from; empty if the file does not say.
-        conditions: what steered it beside its words and the picture that was changed, as `Condition.described` tells.
         doubts: why drawing it again may give another picture, a line each.
         sheet: of the first picture of a labelled sheet.
     """
@@ -72,7 +71,6 @@ class Record:
     threads: int = 0
     sigmas: tuple[float, ...] = ()
     files: tuple[FileFact, ...] = ()
-    conditions: tuple[Mapping[str, Any], ...] = ()
     doubts: tuple[str, ...] = ()
     sheet: Sheet | None = None
 
@@ -103,8 +101,8 @@ def record_of(value: object) -> Record:
         strict.record("conditions", x) for x in strict.items("conditions", about.get("conditions") or [], MAX_CHANGES)
     ]
     kinds = [strict.text("conditions: kind", condition.get("kind"), 100) for condition in steered]
-    doubts += [f"it was steered by {kind}, which is not given again" for kind in kinds if kind not in STEERED]
-    steered = [condition for condition, kind in zip(steered, kinds, strict=True) if kind in STEERED]
+    doubts += [f"it was steered by {kind}, which is not given again" for kind in kinds if kind not in KINDS]
+    given = [condition for condition, kind in zip(steered, kinds, strict=True) if kind in KINDS]
     if about.get("resumed"):
         doubts.append(f"it went on from step {strict.integer('resumed', about['resumed'])} of an earlier run")
     if about.get("changed"):
@@ -120,6 +118,7 @@ def record_of(value: object) -> Record:
         guidance=_strength("guidance", about.get("guidance"), sigmas),
         guide=_guide(about.get("guide"), sigmas),
         cache=_cache(about.get("cache")),
+        conditions=taken("conditions", given),
     )
     return Record(
         request=request,
@@ -130,7 +129,6 @@ def record_of(value: object) -> Record:
         threads=strict.integer("threads", about.get("threads", 0)),
         sigmas=sigmas,
         files=files,
-        conditions=tuple(steered),
         doubts=tuple(doubts),
         sheet=_sheet(about.get("sheet")),
     )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from miniflux.arguments import AUTO, MAX_IMAGES
 from miniflux.checks import check_number, made, whole
+from miniflux.conditions import Condition
 from miniflux.errors import InputError, SettingsError
 from miniflux.plan import Plan
 from miniflux.sampling import CACHES, GUIDES, solver
@@ -16,6 +17,7 @@ from miniflux.sampling.caches import Cache, Measure
 from miniflux.sampling.guidance import Cfg
 from miniflux.sampling.latents import MAX_SEED
 from miniflux.settings import strict
+from miniflux.settings.steered import ConditionUse, conditions
 from miniflux.text import Padding, check_padding
 from miniflux.variants import ALIASES, VARIANTS, Variant, variant
 
@@ -91,6 +93,7 @@ class Request:
         loras: in the order in which they are attached.
         images: how many; picture i is drawn from seed + i.
         image, mask: SHA-256 of the picture (or latents) that is changed and of where, which are given to whoever draws.
+        conditions: what else steers it, as plain data; whoever draws has the pictures and the networks.
         dtype: as of `miniflux.load`; None to choose for the device.
 
     Raises:
@@ -120,6 +123,7 @@ class Request:
     image: str | None = None
     mask: str | None = None
     strength: float = 1.0
+    conditions: tuple[ConditionUse, ...] = ()
     stop: int | None = None
     dtype: str | None = None
 
@@ -166,13 +170,29 @@ class Request:
         """
         self.plan(chosen)
 
-    def plan(self, chosen: Variant) -> Plan:
+    def plan(self, chosen: Variant, conditions: Sequence[Condition] = ()) -> Plan:
         """The call that it stands for, resolved for a model.
+
+        Args:
+            conditions: those that `Request.conditions` tells of, if they are at hand: their tokens count.
 
         Raises:
             InputError: as `Pipeline.generate`.
         """
-        return Plan.of(chosen, **self.arguments(), image=self.image, mask=self.mask, strength=self.strength)
+        return Plan.of(
+            chosen,
+            **self.arguments(),
+            image=self.image,
+            mask=self.mask,
+            strength=self.strength,
+            conditions=conditions,
+        )
+
+    @property
+    def pictures(self) -> tuple[str, ...]:
+        """The SHA-256 of every picture that it needs."""
+        given = tuple(digest for digest in (self.image, self.mask) if digest is not None)
+        return (*given, *(digest for use in self.conditions for digest in use.pictures))
 
     @property
     def _spacing(self) -> str | list[float]:
@@ -193,8 +213,8 @@ class Request:
         return replace(self, images=1, seed=self.seed + i, variation=varied)
 
     def arguments(self) -> dict[str, Any]:
-        """What to call `Pipeline.generate` with; `image` and `mask` are to be added by whoever has them."""
-        elsewhere = ("model", "loras", "dtype", "image", "mask", "strength")
+        """What to call `Pipeline.generate` with; pictures and conditions are to be added by whoever has them."""
+        elsewhere = ("model", "loras", "dtype", "image", "mask", "strength", "conditions")
         found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in elsewhere}
         found["schedule"] = self._spacing
         return found
@@ -267,6 +287,7 @@ _WRITE = {
     "guide": _guide_as_json,
     "cache": _cache_as_json,
     "loras": lambda uses: [_lora_as_json(use) for use in uses],
+    "conditions": lambda uses: [use.as_json() for use in uses],
     "schedule": _listed,
     "restart": _listed,
     "variation": _listed,
@@ -381,6 +402,7 @@ READ: dict[str, Callable[[str, Any], Any]] = {
     "image": strict.text,
     "mask": strict.text,
     "strength": strict.number,
+    "conditions": conditions,
     "stop": strict.integer,
     "dtype": strict.text,
 }

@@ -278,7 +278,6 @@ def test_who_comes_by_a_link_keeps_the_session() -> None:
     [
         *("/gradio_api/proxy=https://x.hf.space", "/gradio_api/stream/x", "/gradio_api/deep_link", "/monitoring"),
         *(
-            "/gradio_api/file=/etc/passwd",
             "/gradio_api/openapi.json",
             "/docs",
             "/gradio_api/vibe-code",

@@ -262,3 +262,43 @@ def test_files_of_an_earlier_page_go_after_a_day(uploads: Uploads, tmp_path: Pat
     assert later.used() == 9
     later.sweep(time.time() + IDLE_SECONDS + 5)
     assert not place.exists()
+
+
+def test_pictures_in_slots_stay_with_their_session(uploads: Uploads, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer than other files; the latest ones; shown to nobody else; gone when they were read for good, or with it."""
+    monkeypatch.setattr(module, "SLOTS", 2)
+    (first,), (text,) = send(uploads, ANN, ("a.png", b"1")), send(uploads, ANN, ("a.txt", b"1"))
+    uploads.sweep(time.time() + UPLOAD_SECONDS + 1)
+    assert uploads.own(ANN, first) and not text.exists() and not uploads.own(BOB, first)
+    assert not uploads.own(ANN, first.parent / ".." / "0" / "a.png") and not uploads.own(ANN, first.parent)
+    (second,), (third,) = send(uploads, ANN, ("b.png", b"2")), send(uploads, ANN, ("c.png", b"3"))
+    assert [uploads.own(ANN, path) for path in (first, second, third)] == [False, True, True]
+    uploads.done(BOB, [second])
+    uploads.done(ANN, [third])
+    assert [uploads.own(ANN, path) for path in (second, third)] == [True, False]
+    uploads.use(ANN, [second])
+    for name in ("d.png", "e.png", "f.png"):
+        send(uploads, ANN, (name, b"4"))
+    assert uploads.own(ANN, second) and len(left(uploads)) == 3
+    uploads.use(ANN, [])
+    send(uploads, ANN, ("g.png", b"4"))
+    assert not uploads.own(ANN, second) and len(left(uploads)) == 2
+    made = uploads.hold(ANN, "made.png", lambda path: path.write_bytes(b"4"))
+    assert uploads.own(ANN, made) and uploads.used(ANN) == 3
+    uploads.sweep(time.time() + IDLE_SECONDS + 1)
+    assert not left(uploads)
+
+
+def test_what_is_no_picture_is_not_shown(uploads: Uploads) -> None:
+    for name in ("a.html", "a.svg", "a.txt"):
+        (path,) = send(uploads, ANN, (name, b"<script>"))
+        assert not uploads.own(ANN, path)
+
+
+def test_a_picture_that_cannot_be_held_leaves_nothing(uploads: Uploads) -> None:
+    def fails(_: Path) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    with pytest.raises(OutputError, match="made.png: cannot be kept: full"):
+        uploads.hold(ANN, "made.png", fails)
+    assert not left(uploads) and not uploads.used()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -82,7 +83,7 @@ def lying(page: Page) -> list[Path]:
         ("CONNECT evil.example:443 HTTP/1.1\nHost: 127.0.0.1\n\n", 400),
         ("GET /%2e%2e/%2e%2e/etc/passwd HTTP/1.1\nHost: 127.0.0.1\n\n", 404),
         ("GET /assets/..%2f..%2f..%2fetc/passwd HTTP/1.1\nHost: 127.0.0.1\n\n", 404),
-        ("GET /gradio_api/file=/etc/passwd HTTP/1.1\nHost: 127.0.0.1\n\n", 404),
+        ("GET /gradio_api/file=/etc/passwd HTTP/1.1\nHost: 127.0.0.1\n\n", 403),
         ("GET / HTTP/1.1\nHost: 127.0.0.1\nConnection: Upgrade\nUpgrade: websocket\nOrigin: http://evil.example\n"
          "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\nSec-WebSocket-Version: 13\n\n", 403),
     ],
@@ -217,3 +218,19 @@ def test_a_foreign_file_is_not_read(page: Page, tmp_path: Path) -> None:
     ]
     answer = client.post("/gradio_api/run/predict", json={"fn_index": files["id"], "data": data, "session_hash": "x"})
     assert answer.status_code >= 400 and "secret prompt" not in answer.text
+
+
+def test_a_picture_in_a_slot_is_shown_to_who_sent_it(page: Page) -> None:
+    """And to nobody else: not without the cookie, not with another; nor anything that is no picture."""
+    ann, bob, kinds = asks(page), asks(page), dict[str, str]()
+    with contextlib.closing(ann), contextlib.closing(bob):
+        for name in ("a.png", "a.html"):
+            (kinds[name],) = ann.post("/gradio_api/upload", files={"files": (name, b"data")}).json()
+        shown = ann.get(f"/gradio_api/file={kinds['a.png']}")
+        assert (shown.status_code, shown.content, shown.headers["content-type"]) == (200, b"data", "image/png")
+        assert shown.headers["x-content-type-options"] == "nosniff"
+        assert ann.get(f"/gradio_api/file={kinds['a.html']}").status_code == 404
+        assert bob.get(f"/gradio_api/file={kinds['a.png']}").status_code == 404
+        for path in ("/etc/passwd", "etc/passwd", f"{page.site.folder}"):
+            assert ann.get(f"/gradio_api/file={path}").status_code == 404
+        assert httpx.get(f"{page.url}/gradio_api/file={kinds['a.png']}", trust_env=False).status_code == 403

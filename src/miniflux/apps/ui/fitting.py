@@ -38,6 +38,15 @@ def sides_of(model: Listed) -> tuple[int, int]:
     return max(SIDE, SIDE * math.ceil(low / SIDE)), max(SIDE, SIDE * math.floor(high / SIDE))
 
 
+def size_like(size: tuple[int, int], model: Listed) -> tuple[int, int]:
+    """Width and height of about the shape of a picture, and of its size where the model can draw that."""
+    least, most = sides_of(model)
+    scale = min(1.0, most / max(size))
+    scale = max(scale, least / min(size)) if min(size) * scale < least else scale
+    width, height = (min(max(SIDE * round(side * scale / SIDE), least), most) for side in size)
+    return width, height
+
+
 def unlearned(request: Request, model: Listed) -> str:
     """What to say of a size that the model never learned; empty if it did."""
     width, height = request.size(model.variant)

@@ -43,19 +43,29 @@ STEP_CACHES = {
 ASPECTS = {"1:1": (1, 1), "4:3": (4, 3), "3:4": (3, 4), "3:2": (3, 2), "2:3": (2, 3), "16:9": (16, 9), "9:16": (9, 16)}
 CARRIED = ("variation", "t5_length", "padding", "stop")
 """Settings that the page has no control for, and keeps when they come with a picture."""
-KEPT = (*CARRIED, "guidance", "guide", "cache")  # the last three where they are more than their controls show
+STEERING = ("image", "mask", "strength", "conditions")
+"""Settings that go with pictures, which are in slots of the page, or known by their SHA-256."""
+KEPT = (*CARRIED, *STEERING, "guidance", "guide", "cache")  # the last three where controls show less
 
 SEEDS = 2**32  # new seeds are below it: short enough to be written down
 RANDOM = ("", "-1")
+SHOWN = ("guide", "shift", "restart", "cache", *STEERING)
+"""Settings that a picture is said to have, where it has them."""
+
+Networks = Mapping[str, tuple[str, Path]]
+"""What steers, by its name: the kind of condition that it is for, and its path, which the page is not told."""
 
 
-def request_from(given: Mapping[str, Any], shelf: Shelf, listed: Mapping[str, Listed]) -> Request:
+def request_from(
+    given: Mapping[str, Any], shelf: Shelf, listed: Mapping[str, Listed], networks: Networks | None = None
+) -> Request:
     """What the controls ask for.
 
     Args:
         given: values by the names of the controls: `prompt`, `negative`, `model`, `loras`, `steps`, `guidance`,
             `method`, `scale`, `window_from`, `window_to`, `solver`, `schedule`, `shift`, `step_cache`, `restart`,
-            `seed`, `images`, `width`, `height`, and `rest`, what none shows.
+            `seed`, `images`, `width`, `height`, and `rest`, what none shows; `steering`, what the slots say.
+        networks: that steer; none if there are none.
 
     Raises:
         InputError: a value is not what it may be; the message names it.
@@ -94,10 +104,28 @@ def request_from(given: Mapping[str, Any], shelf: Shelf, listed: Mapping[str, Li
         about["shift"] = shift_from(given["shift"])
     if given["restart"]:
         about["restart"] = restart_from(given["restart"])
-    return Request.from_json(about)
+    steering = given.get("steering") or {}
+    if "image" in steering:
+        about = {name: value for name, value in about.items() if name not in ("image", "mask", "strength")}
+    request = Request.from_json({**about, **steering})
+    uses = tuple(replace(use, network=path_of(use.network, networks or {})) for use in request.conditions)
+    return replace(request, conditions=uses)
 
 
-def values_from(request: Request, shelf: Shelf, listed: Mapping[str, Listed]) -> tuple[dict[str, Any], list[str]]:
+def path_of(network: str | None, networks: Networks) -> str | None:
+    """The path of a network that is known by its name.
+
+    Raises:
+        InputError: it is not in the list.
+    """
+    if network is None or network in networks:
+        return None if network is None else str(networks[network][1])
+    raise InputError(f"the network {shown(network)} is not in the folder of models")
+
+
+def values_from(
+    request: Request, shelf: Shelf, listed: Mapping[str, Listed], networks: Networks | None = None
+) -> tuple[dict[str, Any], list[str]]:
     """The values of the controls for a request, and what of it the page cannot have, a line each."""
     notes: list[str] = []
     about = request.as_json()
@@ -120,7 +148,10 @@ def values_from(request: Request, shelf: Shelf, listed: Mapping[str, Listed]) ->
         rest["cache"] = cache
     if isinstance(request.guidance, AtLevels):
         rest["guidance"] = about["guidance"]
-    if request.image is not None:
+    if all(digest in shelf.given for digest in request.pictures):
+        rest |= {name: about[name] for name in STEERING if name in about and name != "conditions"}
+        rest |= _steered(request, networks or {}, notes)
+    else:
         notes.append("it was made from another picture, which is not inside it")
     if request.dtype is not None:
         notes.append(f"dtype {request.dtype}: the page draws in the precision it was started with")
@@ -147,6 +178,18 @@ def values_from(request: Request, shelf: Shelf, listed: Mapping[str, Listed]) ->
         "height": request.height or model.size,
         "rest": rest,
     }, notes
+
+
+def _steered(request: Request, networks: Networks, notes: list[str]) -> dict[str, Any]:
+    """Conditions as the page keeps them, networks by their names; those whose network is not here are left out."""
+    names = {str(path): name for name, (_, path) in networks.items()}
+    kept: list[dict[str, Any]] = []
+    for use in request.conditions:
+        if use.network in (None, *names):
+            kept.append(replace(use, network=None if use.network is None else names[use.network]).as_json())
+        else:
+            notes.append(f"the network {shown(name_of(use.network))} of a {use.kind} is not here")
+    return {"conditions": kept} if kept else {}
 
 
 def _matched(request: Request, shelf: Shelf, notes: list[str]) -> dict[str, LoraUse]:
@@ -334,6 +377,11 @@ def number(name: str, value: Any) -> float:
 def described(request: Request, model: Listed | None) -> list[tuple[str, str]]:
     """All settings of a picture, as (name, value) lines of text for people."""
     about = request.as_json()
+    if request.conditions:
+        about["conditions"] = [
+            use.as_json() | ({} if use.network is None else {"network": name_of(use.network)})
+            for use in request.conditions
+        ]
     steps, guidance = request.steps, request.guidance
     if model is not None:
         steps, guidance = steps or model.steps, model.guidance if guidance is None else guidance
@@ -348,13 +396,15 @@ def described(request: Request, model: Listed | None) -> list[tuple[str, str]]:
         *((f"LoRA {Path(use.file).stem}", f"strength {plainly(use.strength)}") for use in request.loras),
         ("solver", request.solver),
         ("schedule", plainly(about.get("schedule", AUTO))),
-        *((name, plainly(about[name])) for name in ("guide", "shift", "restart", "cache", *CARRIED) if name in about),
+        *((name, plainly(about[name])) for name in (*SHOWN, *CARRIED) if name in about),
     ]
     return [line for line in lines if line[1]]
 
 
 def plainly(value: Any) -> str:
     """A value of plain JSON as words."""
+    if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):
+        return f"{value[:12]}…"
     if isinstance(value, dict):
         return ", ".join(f"{name} {plainly(part)}" for name, part in value.items())
     return ", ".join(map(plainly, value)) if isinstance(value, list) else str(value)

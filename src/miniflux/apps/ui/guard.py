@@ -38,7 +38,7 @@ OPEN = re.compile(r"/|/(theme\.css|robots\.txt|favicon\.ico|manifest\.json|pwa_i
 READ = re.compile(
     r"/config/?|/logout|/studio/.*"
     r"|/gradio_api/(info/?|user/?|token/?|login_check/?|app_id/?|theme\.css|queue/data|queue/status|upload_progress)"
-    r"|/gradio_api/heartbeat/[^/]+"
+    r"|/gradio_api/heartbeat/[^/]+|/gradio_api/file=.+"
 )
 WRITE = re.compile(r"/login/?|/studio/.*|/gradio_api/(upload|queue/join/?|run/[^/]+/?|reset/?|cancel)")
 """What the page asks of Gradio. Its other routes (recordings, deep links, proxies, monitors) write files, fetch or tell

@@ -16,8 +16,11 @@ from miniflux.apps.ui import fitting, form
 from miniflux.apps.ui.layout import HELP, LEAST, MOST, Controls, learned
 from miniflux.apps.ui.routes import COOKIE, valid
 from miniflux.apps.ui.site import Shelf, Site
+from miniflux.apps.ui.slots import ITSELF, Slots, sized, steering_from
 from miniflux.checkpoints.folders import SAFETENSORS
+from miniflux.conditions.making import canny
 from miniflux.errors import InputError, MinifluxError
+from miniflux.pictures import on_white, open_picture
 from miniflux.service import Axis, Grid, Job, batch, parse_prompts
 from miniflux.settings import Request, read_picture
 
@@ -44,15 +47,16 @@ def connect(page: gr.Blocks, site: Site, c: Controls) -> None:
     handlers = Handlers(site, c)
     quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     form_in = set(c.settings.values())
+    drawn_in = form_in | c.slots
     filled = [*c.settings.values(), c.lock, c.aspect, c.stage, c.also, c.forget, c.more]
 
     def on(listen: Any, handler: Callable[..., Given], inputs: Any, outputs: list[Any], mode: str = "multiple") -> None:
         """Gradio by default drops what comes while the same handler is at work: a second press, the end of a drag."""
         listen(_telling(handler, c), inputs, outputs, trigger_mode=mode, **quick)
 
-    on(c.draw.click, handlers.draw, {*form_in, c.lock}, [c.seed, c.stage])
-    on(c.draw_all.click, handlers.draw_all, {*form_in, c.prompts}, [c.stage])
-    on(c.draw_grid.click, handlers.draw_grid, {*form_in, c.x, c.x_values, c.y, c.y_values}, [c.stage])
+    on(c.draw.click, handlers.draw, {*drawn_in, c.lock}, [c.seed, c.stage])
+    on(c.draw_all.click, handlers.draw_all, {*drawn_in, c.prompts}, [c.stage])
+    on(c.draw_grid.click, handlers.draw_grid, {*drawn_in, c.x, c.x_values, c.y, c.y_values}, [c.stage])
     on(c.die.click, handlers.roll, None, [c.seed])
     on(c.forget.click, handlers.forget, None, [c.rest, c.also, c.forget])
     on(c.model.input, handlers.model, form_in, [
@@ -63,6 +67,7 @@ def connect(page: gr.Blocks, site: Site, c: Controls) -> None:
     on(c.aspect.input, handlers.aspect, {c.aspect, c.model}, [c.width, c.height], "always_last")
     for side in (c.width, c.height):
         on(side.input, handlers.side, {c.width, c.height, c.model}, [c.aspect], "always_last")
+    on(c.edges.click, handlers.edges, {c.control, c.width, c.height}, [c.control, c.stage])
     on(c.files.upload, handlers.files, {*form_in, c.files}, [*filled, c.prompts, c.files])
     on(c.stage.use, handlers.use, None, filled)
     on(c.stage.again, handlers.again, None, [c.stage])
@@ -135,8 +140,26 @@ class Handlers:
         """What the controls hold, by the names that `form` uses."""
         return {name: given.get(component) for name, component in self.c.settings.items()}
 
-    def _request(self, given: Given, shelf: Shelf, **other: Any) -> Request:
-        return form.request_from({**self.values(given), **other}, shelf, self.site.listed)
+    def _request(self, given: Given, who: tuple[str, Shelf], **other: Any) -> Request:
+        session, shelf = who
+        slots = Slots.of(*(given.get(component) for component in (self.c.image, self.c.references, self.c.control)))
+        values = {**self.values(given), **other}
+        networks = self.site.models.catalogue.networks
+        model = self.site.listed.get(str(values["model"]), next(iter(self.site.listed.values())))
+        near, keep = functools.partial(fitting.size_like, model=model), functools.partial(self.site.give, session)
+        try:
+            values["steering"] = steering_from(values, slots, networks, near, keep)
+        finally:
+            self._read(session, given)
+        return form.request_from(values, shelf, self.site.listed, networks)
+
+    def _read(self, session: str, given: Given) -> None:
+        """The editor sends all it has whenever it is asked, and makes new files of it; other slots have theirs once."""
+        kept = [given.get(self.c.control), *(given.get(self.c.references) or ())]
+        self.site.uploads.use(session, [Path(path) for path in kept if path])
+        editor = given.get(self.c.image) or {}
+        sent = [editor.get("background"), editor.get("composite"), *(editor.get("layers") or ())]
+        self.site.uploads.done(session, [Path(path) for path in sent if path])
 
     def _begun(self, job: Job) -> dict[str, Any]:
         """What to say of a job that was just put in line."""
@@ -154,13 +177,13 @@ class Handlers:
     def draw(self, given: Given, web: gr.Request) -> Given:
         session, shelf = self._who(web)
         seed = given[self.c.seed] if given[self.c.lock] else ""
-        request = self._request(given, shelf, seed=seed)
+        request = self._request(given, (session, shelf), seed=seed)
         drawn = seed if given[self.c.lock] else str(request.seed)  # a locked field that says -1 goes on saying it
         return {self.c.stage: self._begun(self.site.submit(session, [request])), self.c.seed: drawn}
 
     def draw_all(self, given: Given, web: gr.Request) -> Given:
         session, shelf = self._who(web)
-        requests = batch(self._request(given, shelf), parse_prompts(given[self.c.prompts] or ""))
+        requests = batch(self._request(given, (session, shelf)), parse_prompts(given[self.c.prompts] or ""))
         return {self.c.stage: self._begun(self.site.submit(session, requests, f"batch of {len(requests)}"))}
 
     def draw_grid(self, given: Given, web: gr.Request) -> Given:
@@ -170,7 +193,7 @@ class Handlers:
         for axis in (x, y):
             self._check_axis(axis)
         x, y = self._models(x), None if y is None else self._models(y)
-        grid = Grid(self._request(given, shelf), x, y)
+        grid = Grid(self._request(given, (session, shelf)), x, y)
         return {self.c.stage: self._begun(self.site.submit_grid(session, grid))}
 
     def _check_axis(self, axis: Axis | None) -> None:
@@ -211,7 +234,7 @@ class Handlers:
 
     def _filled(self, request: Request, shelf: Shelf) -> tuple[Given, list[str]]:
         c, site = self.c, self.site
-        values, notes = form.values_from(request, shelf, site.listed)
+        values, notes = form.values_from(request, shelf, site.listed, site.models.catalogue.networks)
         model = site.listed[values["model"]]
         updates: Given = {c.settings[name]: gr.update(value=value) for name, value in values.items()}
         updates[c.loras] = values["loras"]
@@ -273,6 +296,16 @@ class Handlers:
         base = self.site.listed[given[self.c.model]].size
         return {self.c.aspect: form.aspect_of(given[self.c.width], given[self.c.height], base) or "own size"}
 
+    def edges(self, given: Given, web: gr.Request) -> Given:
+        """The control picture as its edges, at the size that is drawn."""
+        session, _ = self._who(web)
+        if given[self.c.control] is None:
+            raise InputError("there is no control picture whose edges could be found")
+        size = int(given[self.c.width]), int(given[self.c.height])
+        found = canny(sized(on_white(open_picture(given[self.c.control])), size))
+        place = self.site.uploads.hold(session, "edges.png", lambda path: found.save(path, "PNG"))
+        return {self.c.control: str(place), self.c.stage: said("ok", "The control picture shows its edges.")}
+
     def roll(self) -> Given:
         return {self.c.seed: str(form.new_seed())}
 
@@ -301,6 +334,9 @@ class Handlers:
             slider |= {"minimum": fitting.bound(value, least, min), "maximum": fitting.bound(value, most, max)}
         updates[c.aspect] = gr.update(info=learned(self.site.listed[model]))
         updates[c.refused] = gr.update(value=self.site.models.catalogue.refused)
+        networks = [ITSELF, *self.site.models.catalogue.networks]
+        if networks != [value for _, value in c.network.choices]:
+            updates[c.network] = gr.update(choices=networks, value=ITSELF)
         if list(self.site.listed) != [value for _, value in c.model.choices]:
             updates[c.model] = gr.update(choices=list(self.site.listed), value=model)
         return updates

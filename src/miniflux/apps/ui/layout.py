@@ -10,6 +10,7 @@ import gradio as gr
 
 from miniflux.apps.ui import fitting, form
 from miniflux.apps.ui.site import Shelf, Site
+from miniflux.apps.ui.slots import ITSELF, plain
 from miniflux.arguments import AUTO
 from miniflux.checkpoints.folders import SAFETENSORS
 from miniflux.sampling import SOLVERS
@@ -45,6 +46,14 @@ HELP = {
     "y": "What changes from top to bottom",
     "x_values": "Between commas; whole numbers also as 1-4",
     "y_values": "The same; prompts go on lines of their own",
+    "as_picture": "Width and height are then those of the picture, as near as the model can draw them",
+    "strength": "How much is changed, of what is painted or of all; at 1 nothing of it is left",
+    "grow": "What was painted, larger by so many pixels",
+    "feather": "A soft edge of so many pixels around it",
+    "outpaint": "Pixels to add: left, top, right, bottom, as 0, 0, 64, 0",
+    "network": "What sees the control picture: a Canny or Depth model itself, or a network in the folder of models",
+    "network_scale": "How strongly the network works",
+    "network_mode": "Of Union ControlNets: canny, tile, depth, blur, pose, gray, low quality",
 }
 AXES = [
     ("seed", "seed"),
@@ -74,6 +83,8 @@ STAGE = """miniflux.stage(element, props, {
 LORAS = "miniflux.loras(element, props, {remove: (d) => trigger('remove', d)}, watch);"
 """Gradio finds the names of our events in these texts."""
 
+PAINT = "Paint over what is drawn anew; with nothing painted, all of it is changed."
+SLOT = 512  # pixels of the editor's sides while it is empty
 DROP = (
     "Drop anywhere on the page: a LoRA (.safetensors), a saved picture, whose settings fill the controls, or a list of "
     "prompts (.txt)."
@@ -109,6 +120,14 @@ class Controls:
     shift: gr.Textbox
     step_cache: gr.Dropdown
     restart: gr.Textbox
+    as_picture: gr.Checkbox
+    strength: gr.Slider
+    grow: gr.Slider
+    feather: gr.Slider
+    outpaint: gr.Textbox
+    network: gr.Dropdown
+    network_scale: gr.Slider
+    network_mode: gr.Textbox
     rest: gr.JSON
     lock: gr.Checkbox
     aspect: gr.Dropdown
@@ -118,6 +137,10 @@ class Controls:
     y: gr.Dropdown
     y_values: gr.Textbox
     stage: gr.HTML
+    image: gr.ImageEditor
+    references: gr.Gallery
+    control: gr.Image
+    edges: gr.Button
     files: gr.File
     draw: gr.Button
     die: gr.Button
@@ -134,6 +157,11 @@ class Controls:
         """The components whose values make a request, by the names that `form` uses."""
         names = [f.name for f in fields(self)]
         return {name: getattr(self, name) for name in names[: names.index("lock")]}
+
+    @property
+    def slots(self) -> set[Any]:
+        """The components that hold pictures; their values are files, and are sent only where they are wanted."""
+        return {self.image, self.references, self.control}
 
     @property
     def keeping(self) -> dict[str, Any]:
@@ -168,6 +196,7 @@ def build(site: Site) -> Controls:
                 made |= _model(site, usable, drawn)
                 made |= _sampling(site, usable)
                 made |= _shape(site, usable)
+                made |= _pictures(site, usable, drawn)
                 made |= _more(usable)
                 made |= _many()
         with gr.Column(elem_id="mf-right", scale=1, min_width=0):
@@ -260,6 +289,72 @@ def _shape(site: Site, usable: Any) -> dict[str, Any]:
             made["die"] = gr.Button("⚄ Roll", elem_id="mf-die", min_width=80)
             made["lock"] = gr.Checkbox(label="Lock", value=False, min_width=120, **usable("lock"))
         made["images"] = gr.Slider(1, MOST["images"], value=1, step=1, label="Number of pictures", **usable("images"))
+    return made
+
+
+def _pictures(site: Site, usable: Any, drawn: dict[str, Any]) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    bare: dict[str, Any] = {"buttons": [], "sources": ["upload", "clipboard"]}
+    with gr.Accordion("Pictures to start from", open=False, elem_classes="mf-room", elem_id="mf-pictures"):
+        made["image"] = plain(
+            gr.ImageEditor(
+                label="Picture to change",
+                type="filepath",
+                height=380,
+                transforms=(),
+                brush=gr.Brush(default_size=24, colors=["#e0218a"], color_mode="fixed"),
+                layers=False,
+                canvas_size=(SLOT, SLOT),
+                elem_id="mf-image",
+                **bare,
+            )
+        )
+        gr.HTML(None, elem_id="mf-paint-note", js_on_load=f'miniflux.note(element, "{PAINT}");', **drawn)
+        made["as_picture"] = gr.Checkbox(label="As large as the picture", value=True, **usable("as_picture"))
+        made["strength"] = gr.Slider(
+            0.05, 1, value=0.75, step=0.05, label="Strength of the change", **usable("strength")
+        )
+        with gr.Row():
+            for name, least in (("grow", -32), ("feather", 0)):
+                made[name] = gr.Slider(
+                    least, 32, value=0, step=1, label=name.capitalize(), min_width=120, **usable(name)
+                )
+        made["outpaint"] = gr.Textbox(label="Outpaint", lines=1, max_lines=1, value="", **usable("outpaint"))
+        made["references"] = plain(
+            gr.Gallery(
+                label="References, for Kontext models",
+                type="filepath",
+                columns=3,
+                height=160,
+                object_fit="contain",
+                file_types=["image"],
+                interactive=True,
+                elem_id="mf-references",
+                sources=["upload", "clipboard"],
+                buttons=[],
+            )
+        )
+        made["control"] = plain(
+            gr.Image(
+                label="Control picture",
+                type="filepath",
+                image_mode=None,
+                height=220,
+                elem_id="mf-control",
+                **bare,
+            )
+        )
+        made["edges"] = gr.Button("Find its edges", size="sm", elem_id="mf-edges")
+        made["network"] = gr.Dropdown(
+            [ITSELF, *site.models.catalogue.networks], value=ITSELF, label="Seen by", **usable("network")
+        )
+        with gr.Row():
+            made["network_scale"] = gr.Slider(
+                0, 2, value=1, step=0.05, label="Scale of the network", min_width=120, **usable("network_scale")
+            )
+            made["network_mode"] = gr.Textbox(
+                label="Mode", lines=1, max_lines=1, value="", min_width=120, **usable("network_mode")
+            )
     return made
 
 

@@ -12,6 +12,7 @@ import io
 import re
 import secrets
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Depends, HTTPException
@@ -69,6 +70,14 @@ def router(site: Site, allowed: Callable[..., Any]) -> APIRouter:
         """Gradio's script asks how far an upload is, for a bar that this page does not show."""
         return Response('data: {"msg": "done"}\n\n', media_type="text/event-stream")
 
+    @routes.get("/gradio_api/file={place:path}")
+    def shown(web: WebRequest, place: str) -> Response:
+        """A picture in a slot of the page; Gradio's own route gives any file in its folder to anybody."""
+        session, path = session_of(web.cookies), Path(place)
+        if not site.uploads.own(session, path):
+            raise HTTPException(404, "no such picture")
+        return FileResponse(path, headers={"cache-control": "private, no-store"})
+
     @routes.get("/studio/state")
     def state(web: WebRequest, mark: str = "", seen: str = "") -> JSONResponse:
         return JSONResponse(state_of(site, session_of(web.cookies), mark, seen), headers={"cache-control": "no-store"})
@@ -106,7 +115,7 @@ def router(site: Site, allowed: Callable[..., Any]) -> APIRouter:
             site.history.zipped(session_of(web.cookies)), media_type="application/zip", headers=headers
         )
 
-    assert upload and progress and state and about and picture and pictures
+    assert upload and progress and shown and state and about and picture and pictures
     return routes
 
 

@@ -6,12 +6,14 @@ import logging
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from PIL import Image
+from torch import Tensor
 
 from miniflux.apps.ui.uploads import Uploads
 from miniflux.cache import ResultCache
@@ -22,7 +24,7 @@ from miniflux.lora.attaching import BUNDLED_LORAS
 from miniflux.memory.compute import choose_device, choose_dtype
 from miniflux.models.flux1 import Flux1Config
 from miniflux.result import Result
-from miniflux.service import Grid, History, Job, Listed, Models, Queue
+from miniflux.service import Given, Grid, History, Job, Listed, Models, Queue
 from miniflux.settings import Request
 from miniflux.variants import ALIASES
 
@@ -31,6 +33,7 @@ log = logging.getLogger(__name__)
 MAX_SHELVES = 1000  # browser sessions remembered at once, beside their history, which is on the disk
 MAX_NAMED = 3  # models that a line about a LoRA names
 MAX_LORAS = 32  # files that one session may drop
+MAX_GIVEN = 64  # pictures of one session that its requests may name; the latest ones
 MAX_UNTOLD = 8  # jobs of a session that are over, kept to say so
 CACHE_BYTES = 2**30  # of pictures kept to answer repeated requests
 BUNDLED = "realism"
@@ -62,9 +65,11 @@ class Lora:
 
 @dataclass
 class Shelf:
-    """What a browser session has, beside its history: LoRAs, and jobs whose end it has not been told."""
+    """What a browser session has, beside its history: LoRAs, the SHA-256 of pictures that it gave, the latest last, and
+    jobs whose end it has not been told."""
 
     loras: dict[str, Lora] = field(default_factory=dict[str, Lora])
+    given: dict[str, None] = field(default_factory=dict[str, None])
     jobs: list[Job] = field(default_factory=list[Job])
     lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -214,10 +219,34 @@ class Site:
         jobs = self.queue.jobs(session)
         return any(Path(use.file) == place for job in jobs for request in job.requests for use in request.loras)
 
+    # Pictures
+
+    def give(self, session: str, picture: Image.Image | Tensor) -> str:
+        """Keep a picture or a mask that requests of a session may name; errors as of `Given.add`."""
+        assert self.models.given is not None
+        digest, shelf = self.models.given.add(picture), self.shelf(session)
+        with shelf.lock:
+            shelf.given.pop(digest, None)
+            shelf.given[digest] = None
+            for old in list(shelf.given)[:-MAX_GIVEN]:
+                del shelf.given[old]
+        return digest
+
+    def has(self, session: str, digests: Iterable[str]) -> bool:
+        """Whether a session has given all of these pictures, and they are still here."""
+        given, shelf = self.models.given, self.shelf(session)
+        return all(digest in shelf.given and given is not None and digest in given for digest in digests)
+
+    def _check(self, session: str, requests: Sequence[Request]) -> None:
+        """Nobody draws from pictures of somebody else."""
+        if not self.has(session, (digest for request in requests for digest in request.pictures)):
+            raise InputError("a picture that it was made from is not here any more: put it into its slot again")
+
     # Jobs
 
     def submit(self, session: str, requests: Sequence[Request], title: str = "") -> Job:
-        """Put a job in line for a session; errors as of `Queue.submit`."""
+        """Put a job in line for a session; errors as of `Queue.submit`, or a picture is not here."""
+        self._check(session, requests)
         job = self.queue.submit(session, *requests, title=title)
         return self._on_shelf(session, job)
 
@@ -225,6 +254,7 @@ class Site:
         """Put a grid in line; what comes into the history is one labelled sheet."""
         results: list[Result] = []
         requests = grid.requests()
+        self._check(session, requests)
         title = "grid: " + " by ".join(axis.setting for axis in (grid.x, grid.y) if axis is not None)
 
         def deliver(job: Job, which: int, result: Result) -> None:
@@ -287,7 +317,8 @@ def opened(
     results = ResultCache(cache, CACHE_BYTES)
     if cache is not None:
         folder_to_fill(Path(cache), "a cache")
-    models = Models(weights=weights, device=device, dtype=dtype, cache=results, folder=shelf)
+    given = Given(folder / "given")
+    models = Models(weights=weights, device=device, dtype=dtype, cache=results, folder=shelf, given=given)
     models.catalogue.scan()
     first = ALIASES.get(first, first)
     if first not in [model.name for model in models.listed()] and os.path.exists(first):
@@ -302,6 +333,7 @@ def opened(
     finally:
         uploads.close()
         history.close()
+        given.close()
 
 
 def checked(weights: str | None, device: str | None, dtype: str | None) -> None:

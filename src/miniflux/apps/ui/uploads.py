@@ -10,7 +10,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -32,6 +32,8 @@ ALL_BYTES = 16 * 2**30  # of all sessions
 FREE_BYTES = 2**30  # stay free on the disk
 REQUEST_FILES, SESSION_FILES, ALL_FILES = 64, 256, 16384
 UPLOAD_SECONDS = 15 * 60  # a file is read as soon as it is there; LoRAs are then kept elsewhere
+SLOTS = 32  # pictures that a session has sent and that are in no slot of the page, as far as is known: the latest ones
+SHOWN = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}  # what is shown in a slot
 IDLE_SECONDS = 24 * 3600  # after which a session that asks for nothing has left
 
 
@@ -44,6 +46,8 @@ class _Held:
     bytes: int = 0
     files: int = 0
     since: float = float("inf")  # still on their way
+    shown: bool = False  # pictures, which may stay in slots of the page as long as its session is there
+    used: bool = False  # known to be in a slot
 
 
 @dataclass
@@ -150,10 +154,54 @@ class Uploads:
                 if files is not None:
                     files.close()
             held.files, held.bytes, held.since = len(paths), sum(path.stat().st_size for path in paths), time.time()
+            held.shown = all(path.suffix.lower() in SHOWN for path in paths)
+            with self._lock:
+                loose = [one for one in self._held if one.session == session and one.shown and not one.used]
+                for old in loose[:-SLOTS]:
+                    self._drop(old)
             return paths
         except BaseException:
             self._drop(held)
             raise
+
+    def own(self, session: str, path: Path) -> bool:
+        """Whether a path is that of a picture that this session has sent, and that is still here."""
+        with self._lock:
+            held = any(one.session == session and one.shown and one.folder in path.parents for one in self._held)
+        return held and ".." not in path.parts and path.suffix.lower() in SHOWN and path.is_file()
+
+    def hold(self, session: str, name: str, write: Callable[[Path], object]) -> Path:
+        """A picture that was made for a session, as if it had sent it.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        held = _Held(session, self.folder / secrets.token_hex(16), files=1, since=time.time(), shown=True)
+        path = held.folder / name
+        try:
+            held.folder.mkdir(mode=0o700)
+            write(path)
+        except OSError as error:
+            shutil.rmtree(held.folder, ignore_errors=True)
+            raise OutputError(f"{name}: cannot be kept: {error.strerror or error}") from error
+        held.bytes = path.stat().st_size
+        with self._lock:
+            self._seen[session] = time.time()
+            self._held.append(held)
+        return path
+
+    def use(self, session: str, paths: Iterable[Path]) -> None:
+        """These pictures are in slots of a session now, and no others."""
+        with self._lock:
+            for held in [one for one in self._held if one.session == session]:
+                held.used = any(held.folder in path.parents for path in paths)
+
+    def done(self, session: str, paths: Iterable[Path]) -> None:
+        """Files that a session has sent, and that were read for good."""
+        with self._lock:
+            for held in [one for one in self._held if one.session == session]:
+                if any(held.folder in path.parents for path in paths):
+                    self._drop(held)
 
     def _drop(self, held: _Held) -> None:
         with self._lock:
@@ -214,7 +262,8 @@ class Uploads:
             for session in gone:
                 del self._seen[session]
                 self._leaving += [(session, place) for place, one in self._kept.items() if session in one.sessions]
-            for held in [one for one in self._held if now - one.since > UPLOAD_SECONDS or one.session in gone]:
+            old = [one for one in self._held if not one.shown and now - one.since > UPLOAD_SECONDS]
+            for held in [*old, *(one for one in self._held if one.session in gone and one not in old)]:
                 if held.since != float("inf"):
                     self._drop(held)
             left = [one for one in self._leaving if not self.busy(*one)]

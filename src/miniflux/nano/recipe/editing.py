@@ -41,7 +41,8 @@ from miniflux.training.state import TrainingState, cosine_rate
 log = logging.getLogger(__name__)
 
 MAIN = (128, 128)
-MATTERS = 5.0  # how much more a token counts that shows a shape
+OFTEN = 0.9  # share of the batches that show this canvas
+MATTERS = 5.0  # how much more a token counts that shows a shape, or that changes
 REUSE = 12  # batches that an example is seen in, on average
 
 
@@ -93,8 +94,8 @@ def instructions(
 GOALS = {
     goal.name: goal
     for goal in (
-        Goal("fill", "flux1-nano-fill.safetensors", 4_500, 24, 6e-4, (1.0, 40.0), holes),
-        Goal("kontext", "flux1-nano-kontext.safetensors", 10_000, 16, 8e-4, (1.0, 6.0), instructions),
+        Goal("fill", "flux1-nano-fill.safetensors", 7_000, 24, 6e-4, (1.0, 40.0), holes),
+        Goal("kontext", "flux1-nano-kontext.safetensors", 13_000, 16, 8e-4, (1.0, 6.0), instructions),
     )
 }
 
@@ -148,9 +149,11 @@ def editing_loss(
     sigmas, noise = noise_levels(batch, tokens), torch.randn_like(x0)
     ids = image_ids(batch, size[1] // 16, size[0] // 16)
     x = mix(x0, noise, sigmas)
+    matters = shaped(x0)
     if goal.name == "fill":
         x = torch.cat((x, seen), dim=-1)
     else:
+        matters = torch.maximum(matters, changed(x0, seen))
         there = ids.clone()
         there[..., 0] = 1
         x, ids = torch.cat((x, seen), dim=1), torch.cat((ids, there), dim=1)
@@ -159,13 +162,18 @@ def editing_loss(
     strength = torch.empty(batch).uniform_(*goal.guidance)
     v = model(x, ids, text.txt, text_ids(batch, text.txt.shape[1]), sigmas, text.vec, strength)
     error = (v[:, :tokens].float() - (noise - x0)).square().mean(-1)
-    counts = 1 + MATTERS * shaped(x0)
+    counts = 1 + MATTERS * matters
     return (counts * error).mean() / counts.mean()
 
 
 def shaped(x0: Tensor) -> Tensor:
     """Which tokens (B, L) show more than background: 1 or 0. Most show nothing else, and are learned first."""
     return ((x0 - x0.median(dim=1, keepdim=True).values).abs().mean(-1) > 0.15).float()
+
+
+def changed(x0: Tensor, seen: Tensor) -> Tensor:
+    """Which tokens (B, L) show something else than what was seen there: 1 or 0."""
+    return ((x0 - seen).abs().mean(-1) > 0.15).float()
 
 
 def matrices(name: str) -> bool:
@@ -195,7 +203,7 @@ def make(name: str, folder: Path, steps: int | None = None) -> Path:
     model: Callable[..., Tensor] = torch.compile(student, dynamic=False)
     started, first, mean = time.monotonic(), state.step, 0.0
     while state.step < goal.steps:
-        pool = pools[0] if rng.random() < 0.75 else rng.choice(pools[1:])
+        pool = pools[0] if rng.random() < OFTEN else rng.choice(pools[1:])
         words, x0, seen = pool.draw(share_of(goal.batch, pool.size, MAIN))
         with mixed_precision():
             call = model if pool.size == MAIN else student

@@ -1,0 +1,151 @@
+"""Pictures that were given to a service, by the SHA-256 of their pixels, and the conditions that they belong to."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from miniflux.checks import whole
+from miniflux.conditions import Condition, Steering
+from miniflux.conditions.again import again
+from miniflux.disk import folder_to_fill, write_beside
+from miniflux.errors import InputError, OutputError
+from miniflux.pictures import digest_of, on_white, open_picture
+from miniflux.settings import Request
+from miniflux.steering import load
+from miniflux.weights.origin import Stamp, stamps
+
+NETWORKS = 2  # that steer, kept in memory
+
+
+class Given:
+    """Pictures and masks, kept as PNG while the service runs.
+
+    Args:
+        folder: for them alone; emptied now and by `close`.
+        max_bytes: of their files; those that were used least recently go first.
+
+    Raises:
+        OutputError: the folder cannot be made, or not be written to.
+    """
+
+    def __init__(self, folder: str | Path, max_bytes: int = 2**30) -> None:
+        self.folder, self.max_bytes = Path(folder), whole("max_bytes", max_bytes, 1)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        folder_to_fill(self.folder, "pictures")
+        self._lock = threading.Lock()
+        self._sizes: OrderedDict[str, int] = OrderedDict()  # bytes by SHA-256, the least recently used first
+        self._networks: OrderedDict[str, tuple[list[Stamp], Steering]] = OrderedDict()
+
+    def add(self, picture: Image.Image | Tensor) -> str:
+        """Keep a picture, transparency on white; or a mask (H, W) from 0 to 1, in 256 levels.
+
+        Returns:
+            What `Request` calls it.
+
+        Raises:
+            InputError: as `pictures.open_picture`.
+            OutputError: it cannot be written.
+        """
+        if isinstance(picture, Tensor):
+            shown = Image.fromarray((picture.clamp(0, 1) * 255).round().byte().numpy())
+            digest = digest_of(_mask(shown))
+        else:
+            shown = on_white(open_picture(picture))
+            digest = digest_of(shown)
+        with self._lock:
+            if digest not in self._sizes:
+                path = self._path(digest)
+                try:
+                    write_beside(path, lambda beside: shown.save(beside, "PNG"))
+                except OSError as error:
+                    raise OutputError(f"a picture cannot be kept: {error.strerror or error}") from error
+                self._sizes[digest] = path.stat().st_size
+            self._sizes.move_to_end(digest)
+            while sum(self._sizes.values()) > self.max_bytes and len(self._sizes) > 1:
+                self._path(self._sizes.popitem(last=False)[0]).unlink(missing_ok=True)
+        return digest
+
+    def _path(self, digest: str) -> Path:
+        return self.folder / f"{digest}.png"
+
+    def __contains__(self, digest: str) -> bool:
+        return digest in self._sizes
+
+    def picture(self, digest: str) -> Image.Image:
+        """One that was added.
+
+        Raises:
+            InputError: it is not here, or not any more.
+        """
+        with self._lock:
+            if digest in self._sizes:
+                self._sizes.move_to_end(digest)
+                return open_picture(self._path(digest))
+        raise InputError(f"the picture that it was made from (SHA-256 {digest[:12]}...) is not here: give it again")
+
+    def mask(self, digest: str) -> Tensor:
+        """A mask that was added, (H, W); errors as of `picture`."""
+        return _mask(self.picture(digest))
+
+    def steering(self, request: Request) -> dict[str, Any]:
+        """The arguments of `Pipeline.generate` that are pictures, or hold some.
+
+        Raises:
+            InputError: a picture is not here.
+            CheckpointError: a network cannot be read, or does not fit.
+        """
+        found: dict[str, Any] = {"strength": request.strength, "conditions": self.conditions(request)}
+        if request.image is not None:
+            found["image"] = self.picture(request.image)
+        if request.mask is not None:
+            found["mask"] = self.mask(request.mask)
+        return found
+
+    def conditions(self, request: Request, kinds: Sequence[str] | None = None) -> list[Condition]:
+        """What else steers it; only conditions of these kinds, if they are named. Errors as of `steering`."""
+        uses = [use for use in request.conditions if kinds is None or use.kind in kinds]
+        digests = dict.fromkeys(digest for use in uses for digest in use.pictures)
+        networks = [self._network(use.network) for use in uses if use.network is not None]
+        return again([use.described() for use in uses], [self.picture(digest) for digest in digests], networks)
+
+    def _network(self, path: str) -> Steering:
+        with self._lock:
+            known = self._networks.pop(path, None)
+            if known is None or known[0] != stamps(Path(path)):
+                known = None
+                while len(self._networks) >= NETWORKS:
+                    self._networks.popitem(last=False)
+                known = stamps(Path(path)), load(path)
+            self._networks[path] = known
+            return known[1]
+
+    def close(self) -> None:
+        """Remove everything."""
+        with self._lock:
+            self._sizes.clear()
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def unsteered(request: Request) -> dict[str, Any]:
+    """As `Given.steering`, where no pictures are kept.
+
+    Raises:
+        InputError: the request needs one.
+    """
+    if request.pictures:
+        raise InputError("the request is steered by pictures, and no place for pictures was given to this service")
+    return {}
+
+
+def _mask(shown: Image.Image) -> Tensor:
+    return torch.from_numpy(np.asarray(shown.convert("L")).astype(np.float32)) / 255
