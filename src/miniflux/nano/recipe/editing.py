@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import logging
+import math
 import random
 import time
 from collections.abc import Callable
@@ -29,18 +30,18 @@ from miniflux.models.flux1 import Flux1
 from miniflux.nano import scenes
 from miniflux.nano.recipe import edits
 from miniflux.nano.recipe.export import export_network
-from miniflux.nano.recipe.flow import OTHERS, SHORT, noise_levels
+from miniflux.nano.recipe.flow import MAIN_TOKENS, OTHERS, SHORT, noise_levels
 from miniflux.nano.recipe.pairs import latents_of
 from miniflux.nano.recipe.polish import share_of
 from miniflux.nano.recipe.realism import encoders_of
 from miniflux.nano.recipe.text import TextEncoders, varied
 from miniflux.sampling import image_ids, pack, text_ids
-from miniflux.training.flow import mix, mixed_precision
+from miniflux.training.flow import logit_normal_sigmas, mix, mixed_precision
 from miniflux.training.state import TrainingState, cosine_rate
 
 log = logging.getLogger(__name__)
 
-MAIN = (128, 128)
+MAIN, SMALL = (128, 128), (64, 64)
 OFTEN = 0.9  # share of the batches that show this canvas
 MATTERS = 5.0  # how much more a token counts that shows a shape, or that changes
 REUSE = 12  # batches that an example is seen in, on average
@@ -51,6 +52,8 @@ class Goal:
     """One of the two models: what it is trained on.
 
     Attributes:
+        small, many: so many of the steps come first, with so many pictures each, on a small canvas: what an instruction
+            means is learned there in a third of the time.
         guidance: strengths that its input is told; the example tells so much that they make no difference.
         examples: (how many, canvas, autoencoder, choices) -> words, latents (N, L, 64), what is seen (N, L, C).
     """
@@ -59,6 +62,8 @@ class Goal:
     file: str
     steps: int
     batch: int
+    small: int
+    many: int
     rate: float
     guidance: tuple[float, float]
     examples: Callable[[int, tuple[int, int], Autoencoder, random.Random], tuple[list[str], Tensor, Tensor]]
@@ -94,8 +99,8 @@ def instructions(
 GOALS = {
     goal.name: goal
     for goal in (
-        Goal("fill", "flux1-nano-fill.safetensors", 7_000, 24, 6e-4, (1.0, 40.0), holes),
-        Goal("kontext", "flux1-nano-kontext.safetensors", 13_000, 16, 8e-4, (1.0, 6.0), instructions),
+        Goal("fill", "flux1-nano-fill.safetensors", 7_000, 24, 0, 0, 6e-4, (1.0, 40.0), holes),
+        Goal("kontext", "flux1-nano-kontext.safetensors", 13_000, 16, 8_500, 40, 8e-4, (1.0, 6.0), instructions),
     )
 }
 
@@ -146,7 +151,7 @@ def editing_loss(
 ) -> Tensor:
     """Flow matching towards the result, beside what is seen: channels for Fill, tokens for Kontext."""
     batch, tokens, _ = x0.shape
-    sigmas, noise = noise_levels(batch, tokens), torch.randn_like(x0)
+    sigmas, noise = high_levels(batch, tokens), torch.randn_like(x0)
     ids = image_ids(batch, size[1] // 16, size[0] // 16)
     x = mix(x0, noise, sigmas)
     matters = shaped(x0)
@@ -164,6 +169,13 @@ def editing_loss(
     error = (v[:, :tokens].float() - (noise - x0)).square().mean(-1)
     counts = 1 + MATTERS * matters
     return (counts * error).mean() / counts.mean()
+
+
+def high_levels(batch: int, tokens: int) -> Tensor:
+    """Noise levels of which half are higher than those of nano-dev: there the words and the picture that is seen decide
+    what will be where, while it is known from before how a shape becomes sharp."""
+    high = logit_normal_sigmas(batch, 2.2 + 0.5 * math.log(tokens / MAIN_TOKENS), 1.2)
+    return torch.where(torch.rand(batch) < 0.5, high, noise_levels(batch, tokens))
 
 
 def shaped(x0: Tensor) -> Tensor:
@@ -196,31 +208,46 @@ def make(name: str, folder: Path, steps: int | None = None) -> Path:
     state = TrainingState(student, folder / name, goal.rate, {"goal": name}, decay=0.998, matrices=matrices)
     state.resume()
     rng = random.Random(7 + state.step)
+    if state.step < goal.small:
+        _train(state, goal, [Pool(goal, autoencoder, SMALL, 3000, state.step)], goal.small, goal.many, encoders, rng)
     pools = [
         Pool(goal, autoencoder, size, 1500 if i == 0 else 64, 31 * i + state.step)
         for i, size in enumerate((MAIN, *OTHERS))
     ]
-    model: Callable[..., Tensor] = torch.compile(student, dynamic=False)
-    started, first, mean = time.monotonic(), state.step, 0.0
-    while state.step < goal.steps:
-        pool = pools[0] if rng.random() < OFTEN else rng.choice(pools[1:])
-        words, x0, seen = pool.draw(share_of(goal.batch, pool.size, MAIN))
-        with mixed_precision():
-            call = model if pool.size == MAIN else student
-            loss = editing_loss(call, goal, encoders, pool.size, words, x0, seen)
-        state.optimise(loss, cosine_rate(state.step, goal.steps, floor=0.01))
-        mean = loss.item() if mean == 0 else 0.98 * mean + 0.02 * loss.item()
-        if state.step % 50 == 0:
-            pace = (time.monotonic() - started) / (state.step - first)
-            log.info("%s step %d/%d loss %.4f %.2f s a step", name, state.step, goal.steps, mean, pace)
-        if state.step % 250 == 0:
-            state.save()
-    state.save()
+    _train(state, goal, pools, goal.steps, goal.batch, encoders, rng)
     path = folder / "weights" / goal.file
     finished: nn.Module = copy.deepcopy(state.average).eval().requires_grad_(False)
     export_network(finished, path)
     log.info("finished: %s, %d bytes", path, path.stat().st_size)
     return path
+
+
+def _train(
+    state: TrainingState[Flux1],
+    goal: Goal,
+    pools: list[Pool],
+    end: int,
+    batch: int,
+    encoders: TextEncoders,
+    rng: random.Random,
+) -> None:
+    """Train up to a step, mostly on the first of the pools."""
+    model: Callable[..., Tensor] = torch.compile(state.model, dynamic=False)
+    started, first, mean = time.monotonic(), state.step, 0.0
+    while state.step < end:
+        pool = pools[0] if len(pools) == 1 or rng.random() < OFTEN else rng.choice(pools[1:])
+        words, x0, seen = pool.draw(share_of(batch, pool.size, pools[0].size))
+        with mixed_precision():
+            call = model if pool is pools[0] else state.model
+            loss = editing_loss(call, goal, encoders, pool.size, words, x0, seen)
+        state.optimise(loss, cosine_rate(state.step, goal.steps, floor=0.01))
+        mean = loss.item() if mean == 0 else 0.98 * mean + 0.02 * loss.item()
+        if state.step % 50 == 0:
+            pace = (time.monotonic() - started) / (state.step - first)
+            log.info("%s step %d/%d loss %.4f %.2f s a step", goal.name, state.step, goal.steps, mean, pace)
+        if state.step % 250 == 0:
+            state.save()
+    state.save()
 
 
 def main() -> None:

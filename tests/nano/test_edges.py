@@ -1,0 +1,68 @@
+"""The nano ControlNet's recipe: what it learns from, what it begins as, and its judge held against true pictures."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import miniflux
+from miniflux.conditions import Steering
+from miniflux.nano import scenes
+from miniflux.nano.recipe.edges import LIKE, aside, beginning, control_loss, judged
+from miniflux.nano.recipe.flow import noise_levels
+from miniflux.nano.recipe.realism import encoders_of
+from miniflux.pipeline import Pipeline
+from miniflux.sampling import image_ids, text_ids
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Pipeline:
+    return miniflux.load("nano", dtype="float32")
+
+
+def test_shapes_stand_inside_and_beside_their_captions() -> None:
+    rng, moved = random.Random(3), 0
+    for i in range(200):
+        scene = aside(rng, held_out=i % 2 == 0)
+        assert any((shape.colour, shape.kind) in scenes.HELD_OUT for shape in scene.shapes) == (i % 2 == 0)
+        for shape in scene.shapes:
+            assert shape.radius <= shape.x <= 1 - shape.radius and shape.radius <= shape.y <= 1 - shape.radius
+        moved += any(abs(shape.x - at[0]) > 0.05 for shape in scene.shapes for at in [scenes.POSITIONS[""]])
+    assert moved > 50
+
+
+def test_it_begins_as_nothing_with_the_weights_of_the_first_block(pipe: Pipeline) -> None:
+    """What it adds is zero, so its loss is that of nano-dev (arXiv 2302.05543); its gradient is not."""
+    net, dev = beginning(pipe.transformer).requires_grad_(True), pipe.transformer
+    assert torch.equal(net.double_blocks[0].img_attn.qkv.weight, dev.double_blocks[0].img_attn.qkv.weight)
+    words, x0, seen = ["a red star", "a blue ring"], torch.randn(2, 64, 64), torch.randn(2, 64, 64)
+    encoders = encoders_of(pipe)
+    torch.manual_seed(1)
+    loss = control_loss(net, dev, encoders, words, x0, seen)
+    loss.backward()
+    torch.manual_seed(1)
+    sigmas, noise = noise_levels(2, 64), torch.randn(2, 64, 64)
+    text, strength = encoders(words, 32), torch.empty(2).uniform_(1.0, 6.0)
+    told: tuple[Any, ...] = (text.txt, text_ids(2, 32), sigmas, text.vec, strength)
+    x = (1 - sigmas[:, None, None]) * x0 + sigmas[:, None, None] * noise
+    with torch.no_grad():
+        plain = (dev(x, image_ids(2, 8, 8), *told) - (noise - x0)).square().mean()
+    torch.testing.assert_close(loss.detach(), plain)
+    assert net.controlnet_blocks[0].weight.grad.abs().sum() > 0  # type: ignore
+
+
+def test_the_judge_agrees_with_true_pictures(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The picture whose edges were given is right; that of the caption alone lies elsewhere."""
+    pytest.importorskip("cv2")
+    rng = random.Random(5)
+    wanted = [aside(rng, held_out=i % 3 == 0) for i in range(12)]
+    shown = iter([scenes.render(scene, 128, 128) for scene in wanted] * 2)
+    fake: Any = SimpleNamespace(generate=lambda *_, **__: SimpleNamespace(images=[next(shown)]))
+    steering = Steering(beginning(pipe.transformer))
+    assert all(ok and overlap == 1 for ok, overlap in judged(fake, steering, 12, 5))
+    next(shown)
+    assert not any(overlap >= LIKE for _, overlap in judged(fake, steering, 11, 5))
