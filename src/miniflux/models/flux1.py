@@ -18,10 +18,13 @@ from torch import Tensor, nn
 
 from miniflux.errors import ConfigError
 from miniflux.models.layers import (
+    LastLayer,
     MLPEmbedder,
     Modulation,
     QKNorm,
+    SelfAttention,
     attention,
+    plain_norm,
     rope_rotations,
     timestep_embedding,
 )
@@ -83,28 +86,6 @@ class Flux1Config:
             raise ConfigError(f"axes_dim {self.axes_dim} must be even numbers that sum to the head size {head}")
 
 
-class SelfAttention(nn.Module):
-    """Holds the attention weights of one stream; the block does the attending, because two streams share it."""
-
-    def __init__(self, dim: int, num_heads: int, qkv_bias: bool) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
-        self.norm = QKNorm(dim // num_heads)
-        self.proj = nn.Linear(dim, dim)
-
-    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, L, hidden) -> normalised q, k and plain v, each (B, H, L, D)."""
-        q, k, v = rearrange(self.qkv(x), "B L (K H D) -> K B H L D", K=3, H=self.num_heads)
-        q, k = self.norm(q, k, v)
-        return q, k, v
-
-
-def _layer_norm(dim: int) -> nn.LayerNorm:
-    """adaLN brings its own shift and scale, so the norm has none."""
-    return nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-
-
 def _mlp(dim: int, hidden: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim))
 
@@ -116,14 +97,14 @@ class DoubleStreamBlock(nn.Module):
         super().__init__()
         dim, mlp_dim = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
         self.img_mod = Modulation(dim, double=True)
-        self.img_norm1 = _layer_norm(dim)
+        self.img_norm1 = plain_norm(dim)
         self.img_attn = SelfAttention(dim, config.num_heads, config.qkv_bias)
-        self.img_norm2 = _layer_norm(dim)
+        self.img_norm2 = plain_norm(dim)
         self.img_mlp = _mlp(dim, mlp_dim)
         self.txt_mod = Modulation(dim, double=True)
-        self.txt_norm1 = _layer_norm(dim)
+        self.txt_norm1 = plain_norm(dim)
         self.txt_attn = SelfAttention(dim, config.num_heads, config.qkv_bias)
-        self.txt_norm2 = _layer_norm(dim)
+        self.txt_norm2 = plain_norm(dim)
         self.txt_mlp = _mlp(dim, mlp_dim)
 
     def forward(
@@ -164,7 +145,7 @@ class SingleStreamBlock(nn.Module):
         self.linear1 = nn.Linear(dim, dim * 3 + mlp_dim)  # qkv and the first MLP layer
         self.linear2 = nn.Linear(dim + mlp_dim, dim)  # attention projection and the second MLP layer
         self.norm = QKNorm(dim // config.num_heads)
-        self.pre_norm = _layer_norm(dim)
+        self.pre_norm = plain_norm(dim)
         self.mlp_act = nn.GELU(approximate="tanh")
         self.modulation = Modulation(dim, double=False)
         self.split = (3 * dim, mlp_dim)
@@ -179,20 +160,6 @@ class SingleStreamBlock(nn.Module):
         q, k = self.norm(q, k, v)
         attn = attend(q, k, v, pe, mask)
         return x + mod.gate * self.linear2(torch.cat((attn, self.mlp_act(mlp)), dim=-1))
-
-
-class LastLayer(nn.Module):
-    """From the hidden size to the velocity, with a last adaLN (shift first, then scale)."""
-
-    def __init__(self, dim: int, out_channels: int) -> None:
-        super().__init__()
-        self.norm_final = _layer_norm(dim)
-        self.linear = nn.Linear(dim, out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
-
-    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(vec)[:, None, :].chunk(2, dim=-1)
-        return self.linear((1 + scale) * self.norm_final(x) + shift)
 
 
 class Flux1Trunk(nn.Module):

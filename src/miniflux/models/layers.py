@@ -87,10 +87,10 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0, time_f
 class MLPEmbedder(nn.Module):
     """Two linears with a SiLU between: lifts time, guidance or the pooled text to the hidden size."""
 
-    def __init__(self, in_dim: int, hidden_dim: int) -> None:
+    def __init__(self, in_dim: int, hidden_dim: int, bias: bool = True) -> None:
         super().__init__()
-        self.in_layer = nn.Linear(in_dim, hidden_dim)
-        self.out_layer = nn.Linear(hidden_dim, hidden_dim)
+        self.in_layer = nn.Linear(in_dim, hidden_dim, bias=bias)
+        self.out_layer = nn.Linear(hidden_dim, hidden_dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out_layer(F.silu(self.in_layer(x)))
@@ -123,6 +123,14 @@ class QKNorm(nn.Module):
         return self.query_norm(q).to(v), self.key_norm(k).to(v)
 
 
+class SwiGLU(nn.Module):
+    """silu(a) * b for the two halves a and b of the last axis (arXiv 2002.05202)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, dim=-1)
+        return F.silu(a) * b
+
+
 @dataclass(frozen=True)
 class Shift:
     """What adaLN does around one sub-layer: x -> x + gate * f((1 + scale) * norm(x) + shift). Each (B, 1, hidden)."""
@@ -139,12 +147,48 @@ class Shift:
 class Modulation(nn.Module):
     """From the conditioning vector to a block's shifts, scales and gates (adaLN-zero, arXiv 2212.09748, 3.2)."""
 
-    def __init__(self, dim: int, double: bool) -> None:
+    def __init__(self, dim: int, double: bool, bias: bool = True) -> None:
         super().__init__()
         self.parts = 2 if double else 1
-        self.lin = nn.Linear(dim, 3 * self.parts * dim)
+        self.lin = nn.Linear(dim, 3 * self.parts * dim, bias=bias)
 
     def forward(self, vec: Tensor) -> list[Shift]:
         """`vec` (B, hidden) -> one `Shift` (single), or two: attention, MLP (double)."""
         chunks = self.lin(F.silu(vec))[:, None, :].chunk(3 * self.parts, dim=-1)
         return [Shift(*chunks[3 * i : 3 * i + 3]) for i in range(self.parts)]
+
+
+class SelfAttention(nn.Module):
+    """Holds the attention weights of one stream; the block does the attending, because two streams share it."""
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool, bias: bool = True) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
+        self.norm = QKNorm(dim // num_heads)
+        self.proj = nn.Linear(dim, dim, bias=bias)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, L, hidden) -> normalised q, k and plain v, each (B, H, L, D)."""
+        q, k, v = rearrange(self.qkv(x), "B L (K H D) -> K B H L D", K=3, H=self.num_heads)
+        q, k = self.norm(q, k, v)
+        return q, k, v
+
+
+def plain_norm(dim: int) -> nn.LayerNorm:
+    """adaLN brings its own shift and scale, so the norm has none."""
+    return nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+
+
+class LastLayer(nn.Module):
+    """From the hidden size to the velocity, with a last adaLN (shift first, then scale)."""
+
+    def __init__(self, dim: int, out_channels: int, bias: bool = True) -> None:
+        super().__init__()
+        self.norm_final = plain_norm(dim)
+        self.linear = nn.Linear(dim, out_channels, bias=bias)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim, bias=bias))
+
+    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(vec)[:, None, :].chunk(2, dim=-1)
+        return self.linear((1 + scale) * self.norm_final(x) + shift)

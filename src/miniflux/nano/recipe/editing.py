@@ -158,7 +158,7 @@ def editing_loss(
     if goal.name == "fill":
         x = torch.cat((x, seen), dim=-1)
     else:
-        matters = torch.maximum(matters, changed(x0, seen))
+        matters = matters + changed(x0, seen)
         there = ids.clone()
         there[..., 0] = 1
         x, ids = torch.cat((x, seen), dim=1), torch.cat((ids, there), dim=1)

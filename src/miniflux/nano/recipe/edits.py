@@ -183,6 +183,7 @@ KINDS: dict[str, Callable[[scenes.Scene, random.Random], tuple[scenes.Scene, str
     "resize": resized,
     "background": repainted,
 }
+EASY = ("remove", "background")  # learned long before the others
 ALONE = ("move", "resize")  # of a single shape
 MAKING = ("recolour", "replace")  # where another pair comes of it
 
@@ -190,7 +191,7 @@ MAKING = ("recolour", "replace")  # where another pair comes of it
 def edit(rng: random.Random, kind: str | None = None, held_out: bool = False) -> Edit:
     """A scene and an instruction; what it leads to has, or has not, one of the pairs that training never shows."""
     while True:
-        chosen = kind or rng.choice(list(KINDS))
+        chosen = kind or rng.choices(list(KINDS), [1 if name in EASY else 3 for name in KINDS])[0]
         alone = chosen in ALONE or rng.random() < 0.4
         before = (scenes.one_object if alone else scenes.two_objects)(rng, held_out and chosen not in MAKING)
         after, words = KINDS[chosen](before, rng)

@@ -1,0 +1,227 @@
+"""FLUX.2: the transformer of FLUX.1 without biases, with modulations that all blocks of a kind share, and SwiGLU.
+
+Sources: `flux2/model.py` of the original release (black-forest-labs/flux2). No pooled text; positions have four axes
+(time, row, column, place in the text); the models without `guidance_in` (klein) were distilled or take two passes.
+Letters in shapes: B batch, L image tokens, T text tokens, H heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from miniflux.errors import ConfigError
+from miniflux.models.flux1 import TIME_FEATURES, Attend, RunBlock, run_block
+from miniflux.models.layers import (
+    LastLayer,
+    MLPEmbedder,
+    Modulation,
+    QKNorm,
+    SelfAttention,
+    Shift,
+    SwiGLU,
+    attention,
+    plain_norm,
+    rope_rotations,
+    timestep_embedding,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flux2Config:
+    """Sizes of a FLUX.2 transformer; field names as in `flux2/model.py` (Flux2Params).
+
+    Attributes:
+        in_channels: channels of an image token: 32 of the latent, 2x2 patchified.
+        out_channels: channels of the predicted velocity.
+        context_in_dim: width of the text tokens: three layers of the language model side by side.
+        hidden_size, num_heads: width of the residual stream; head size is their ratio.
+        mlp_ratio: width of the MLPs, after SwiGLU, over the hidden size.
+        depth, depth_single_blocks: number of double- and single-stream blocks.
+        axes_dim: rotary channels of each position axis (time, row, column, text); even, they sum to the head size.
+        theta: base of the rotary frequencies.
+        guidance_embed: whether the guidance strength is an input (dev) or not (klein).
+    """
+
+    in_channels: int
+    out_channels: int
+    context_in_dim: int
+    hidden_size: int
+    num_heads: int
+    depth: int
+    depth_single_blocks: int
+    axes_dim: Sequence[int]
+    mlp_ratio: float = 3.0
+    theta: int = 2000
+    guidance_embed: bool
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "axes_dim", tuple(self.axes_dim))
+        if self.hidden_size % self.num_heads:
+            raise ConfigError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+        head = self.hidden_size // self.num_heads
+        if sum(self.axes_dim) != head or any(dim % 2 for dim in self.axes_dim):
+            raise ConfigError(f"axes_dim {self.axes_dim} must be even numbers that sum to the head size {head}")
+
+    @property
+    def mlp_dim(self) -> int:
+        """Width of the MLPs after SwiGLU."""
+        return int(self.hidden_size * self.mlp_ratio)
+
+
+def _mlp(config: Flux2Config) -> nn.Sequential:
+    dim, mlp = config.hidden_size, config.mlp_dim
+    return nn.Sequential(nn.Linear(dim, 2 * mlp, bias=False), SwiGLU(), nn.Linear(mlp, dim, bias=False))
+
+
+class DoubleStreamBlock(nn.Module):
+    """Image and text tokens with separate weights and one joint attention."""
+
+    def __init__(self, config: Flux2Config) -> None:
+        super().__init__()
+        dim = config.hidden_size
+        self.img_norm1 = plain_norm(dim)
+        self.img_attn = SelfAttention(dim, config.num_heads, qkv_bias=False, bias=False)
+        self.img_norm2 = plain_norm(dim)
+        self.img_mlp = _mlp(config)
+        self.txt_norm1 = plain_norm(dim)
+        self.txt_attn = SelfAttention(dim, config.num_heads, qkv_bias=False, bias=False)
+        self.txt_norm2 = plain_norm(dim)
+        self.txt_mlp = _mlp(config)
+
+    def forward(
+        self,
+        img: Tensor,
+        txt: Tensor,
+        img_mods: list[Shift],
+        txt_mods: list[Shift],
+        pe: Tensor,
+        mask: Tensor | None = None,
+        attend: Attend = attention,
+    ) -> tuple[Tensor, Tensor]:
+        """One block. img (B, L, hidden), txt (B, T, hidden); the shifts of attention and MLP -> new (img, txt)."""
+        img_mod1, img_mod2 = img_mods
+        txt_mod1, txt_mod2 = txt_mods
+
+        img_q, img_k, img_v = self.img_attn.heads(img_mod1(self.img_norm1(img)))
+        txt_q, txt_k, txt_v = self.txt_attn.heads(txt_mod1(self.txt_norm1(txt)))
+        q = torch.cat((txt_q, img_q), dim=2)
+        k = torch.cat((txt_k, img_k), dim=2)
+        v = torch.cat((txt_v, img_v), dim=2)
+        attn = attend(q, k, v, pe, mask)
+        txt_attn, img_attn = attn[:, : txt.shape[1]], attn[:, txt.shape[1] :]
+
+        img = img + img_mod1.gate * self.img_attn.proj(img_attn)
+        img = img + img_mod2.gate * self.img_mlp(img_mod2(self.img_norm2(img)))
+        txt = txt + txt_mod1.gate * self.txt_attn.proj(txt_attn)
+        txt = txt + txt_mod2.gate * self.txt_mlp(txt_mod2(self.txt_norm2(txt)))
+        return img, txt
+
+
+class SingleStreamBlock(nn.Module):
+    """Text and image as one sequence; attention and SwiGLU side by side, in two linears."""
+
+    def __init__(self, config: Flux2Config) -> None:
+        super().__init__()
+        dim, mlp = config.hidden_size, config.mlp_dim
+        self.num_heads = config.num_heads
+        self.linear1 = nn.Linear(dim, 3 * dim + 2 * mlp, bias=False)  # qkv, and both halves of SwiGLU
+        self.linear2 = nn.Linear(dim + mlp, dim, bias=False)  # attention projection and the second MLP layer
+        self.norm = QKNorm(dim // config.num_heads)
+        self.pre_norm = plain_norm(dim)
+        self.mlp_act = SwiGLU()
+        self.split = (3 * dim, 2 * mlp)
+
+    def forward(
+        self, x: Tensor, mod: Shift, pe: Tensor, mask: Tensor | None = None, attend: Attend = attention
+    ) -> Tensor:
+        """One block. x (B, T + L, hidden) -> new x."""
+        qkv, mlp = self.linear1(mod(self.pre_norm(x))).split(self.split, dim=-1)
+        q, k, v = rearrange(qkv, "B L (K H D) -> K B H L D", K=3, H=self.num_heads)
+        q, k = self.norm(q, k, v)
+        attn = attend(q, k, v, pe, mask)
+        return x + mod.gate * self.linear2(torch.cat((attn, self.mlp_act(mlp)), dim=-1))
+
+
+class Flux2(nn.Module):
+    """The FLUX.2 transformer. `Flux2(config).state_dict()` has exactly the keys of the published single files."""
+
+    def __init__(self, config: Flux2Config) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.hidden_size
+        self.img_in = nn.Linear(config.in_channels, dim, bias=False)
+        self.time_in = MLPEmbedder(TIME_FEATURES, dim, bias=False)
+        if config.guidance_embed:
+            self.guidance_in = MLPEmbedder(TIME_FEATURES, dim, bias=False)
+        self.txt_in = nn.Linear(config.context_in_dim, dim, bias=False)
+        self.double_stream_modulation_img = Modulation(dim, double=True, bias=False)
+        self.double_stream_modulation_txt = Modulation(dim, double=True, bias=False)
+        self.single_stream_modulation = Modulation(dim, double=False, bias=False)
+        self.double_blocks = nn.ModuleList(DoubleStreamBlock(config) for _ in range(config.depth))
+        self.single_blocks = nn.ModuleList(SingleStreamBlock(config) for _ in range(config.depth_single_blocks))
+        self.final_layer = LastLayer(dim, config.out_channels, bias=False)
+
+    def conditioning(self, timesteps: Tensor, guidance: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """The vector that all modulations see (B, hidden): time and guidance; arguments as of `forward`.
+
+        Raises:
+            ConfigError: the model has a guidance input and guidance is None.
+        """
+        vec = self.time_in(timestep_embedding(timesteps, TIME_FEATURES).to(dtype))
+        if not self.config.guidance_embed:
+            return vec
+        if guidance is None:
+            raise ConfigError("this model has a guidance input: guidance must be a tensor of shape (B,), got None")
+        return vec + self.guidance_in(timestep_embedding(guidance, TIME_FEATURES).to(dtype))
+
+    def forward(
+        self,
+        img: Tensor,
+        img_ids: Tensor,
+        txt: Tensor,
+        txt_ids: Tensor,
+        timesteps: Tensor,
+        guidance: Tensor | None = None,
+        txt_mask: Tensor | None = None,
+        run: RunBlock = run_block,
+        attend: Attend = attention,
+    ) -> Tensor:
+        """Predict the velocity v = noise - picture of every image token.
+
+        Args:
+            img: normalised latents (B, L, in_channels); those of references behind those of the picture.
+            img_ids: their positions (B, L, 4): time (0 for the picture, 10, 20 ... for references), row, column, 0.
+            txt: text embeddings (B, T, context_in_dim).
+            txt_ids: their positions (B, T, 4): 0, 0, 0, place in the text.
+            timesteps: noise level sigma in [0, 1], (B,); 1 is pure noise.
+            guidance: guidance strength (B,). Models without `guidance_in` (klein) do not read it, as in the release.
+            txt_mask: (B, T), true or 1 for tokens that may be looked at; None: all tokens count, as released.
+            run: called in place of every block, by those who want to skip one or look at it.
+            attend: called in place of `attention` in every block.
+
+        Returns:
+            (B, L, out_channels)
+
+        Raises:
+            ConfigError: the model has a guidance input and guidance is None.
+        """
+        vec = self.conditioning(timesteps, guidance, img.dtype)
+        img_mods, txt_mods = self.double_stream_modulation_img(vec), self.double_stream_modulation_txt(vec)
+        (single_mod,) = self.single_stream_modulation(vec)
+        img, txt = self.img_in(img), self.txt_in(txt)
+        pe = rope_rotations(torch.cat((txt_ids, img_ids), dim=1), self.config.axes_dim, self.config.theta)
+        mask = None
+        if txt_mask is not None:
+            seen = torch.ones(img_ids.shape[:2], dtype=torch.bool, device=img_ids.device)
+            mask = torch.cat((txt_mask.bool(), seen), dim=1)[:, None, None, :]
+        for i, block in enumerate(self.double_blocks):
+            img, txt = run(f"double_blocks.{i}", block, (img, txt), (img_mods, txt_mods, pe, mask, attend))
+        x = torch.cat((txt, img), dim=1)
+        for i, block in enumerate(self.single_blocks):
+            (x,) = run(f"single_blocks.{i}", block, (x,), (single_mod, pe, mask, attend))
+        return self.final_layer(x[:, txt.shape[1] :], vec)
