@@ -19,15 +19,14 @@ from miniflux.errors import ConfigError, InputError
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoencoderConfig:
-    """Sizes of the FLUX.1 autoencoder; field names as in `flux/modules/autoencoder.py` (AutoEncoderParams).
+class AutoencoderSizes:
+    """Sizes of encoder and decoder; field names as in `flux/modules/autoencoder.py` (AutoEncoderParams).
 
     Attributes:
         in_channels, out_ch: channels of the picture, in and out.
         ch, ch_mult: channels of level i are ch * ch_mult[i]; each level but the last halves rows and columns.
         num_res_blocks: residual blocks per level of the encoder; the decoder has one more.
         z_channels: channels of the latent.
-        scale_factor, shift_factor: latent = scale_factor * (encoder's mean - shift_factor), about unit variance.
         num_groups: groups of the group norms. Each must span several channels, or the norm wipes out flat colours.
     """
 
@@ -37,8 +36,6 @@ class AutoencoderConfig:
     ch_mult: Sequence[int]
     num_res_blocks: int
     z_channels: int
-    scale_factor: float
-    shift_factor: float
     num_groups: int = 32
 
     def __post_init__(self) -> None:
@@ -53,6 +50,18 @@ class AutoencoderConfig:
     def downscale(self) -> int:
         """Pixels per latent row or column."""
         return 2 ** (len(self.ch_mult) - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig(AutoencoderSizes):
+    """The FLUX.1 autoencoder.
+
+    Attributes:
+        scale_factor, shift_factor: latent = scale_factor * (encoder's mean - shift_factor), about unit variance.
+    """
+
+    scale_factor: float
+    shift_factor: float
 
 
 def _norm(channels: int, groups: int) -> nn.GroupNorm:
@@ -159,7 +168,7 @@ class Level(nn.Module):
 class Encoder(nn.Module):
     """Pixels (B, 3, H, W) in [-1, 1] -> mean and log-variance of the latent, (B, 2 * z_channels, h, w)."""
 
-    def __init__(self, config: AutoencoderConfig) -> None:
+    def __init__(self, config: AutoencoderSizes) -> None:
         super().__init__()
         groups, widths = config.num_groups, [config.ch * mult for mult in config.ch_mult]
         self.conv_in = nn.Conv2d(config.in_channels, config.ch, 3, padding=1)
@@ -181,7 +190,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latent (B, z_channels, h, w) -> pixels (B, out_ch, H, W). `up[0]` is the highest resolution, so it runs last."""
 
-    def __init__(self, config: AutoencoderConfig) -> None:
+    def __init__(self, config: AutoencoderSizes) -> None:
         super().__init__()
         groups, widths = config.num_groups, [config.ch * mult for mult in config.ch_mult]
         self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
