@@ -63,7 +63,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pe: Tensor, mask: Tensor | None =
     Returns:
         (B, L, H * D), heads side by side.
     """
-    x = F.scaled_dot_product_attention(apply_rope(q, pe), apply_rope(k, pe), v, attn_mask=mask)
+    x = F.scaled_dot_product_attention(apply_rope(q, pe).to(v), apply_rope(k, pe).to(v), v, attn_mask=mask)
     return rearrange(x, "B H L D -> B L (H D)")
 
 
