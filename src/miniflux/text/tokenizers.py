@@ -96,7 +96,7 @@ def load_clip_tokenizer(path: str | Path) -> TextTokenizer:
             raise TokenizerError(f"no {path}: expected a folder with vocab.json and merges.txt, or tokenizer.json")
         if path.name != "tokenizer.json" and vocab.is_file() and merges.is_file():
             vocabulary = json_file(vocab)
-            pairs = [tuple(line.split()) for line in _bounded(merges).read_text("utf-8").splitlines()]
+            pairs = [tuple(line.split()) for line in bounded(merges).read_text("utf-8").splitlines()]
             pairs = [(p[0], p[1]) for p in pairs if len(p) == 2 and p[0] != "#version:"]
             bpe = BPE(
                 vocabulary,
@@ -109,7 +109,7 @@ def load_clip_tokenizer(path: str | Path) -> TextTokenizer:
             if CLIP_START in vocabulary and CLIP_END in vocabulary:  # never as new ids: refused below
                 tokenizer.add_special_tokens([AddedToken(token, special=True) for token in (CLIP_START, CLIP_END)])
         elif single.is_file():
-            tokenizer = _from_json(single)
+            tokenizer = from_json(single)
         else:
             raise TokenizerError(f"no CLIP tokenizer in {path}: expected vocab.json and merges.txt, or tokenizer.json")
     except TokenizerError:
@@ -136,7 +136,7 @@ def load_t5_tokenizer(path: str | Path) -> TextTokenizer:
     single = path / "tokenizer.json" if path.is_dir() else path
     pieces = path / "spiece.model" if path.is_dir() else path
     if single.is_file() and single.suffix == ".json":
-        tokenizer = _from_json(single)
+        tokenizer = from_json(single)
         pad, end = tokenizer.token_to_id(T5_PAD), tokenizer.token_to_id(T5_END)
         if pad is None or end is None:
             raise TokenizerError(f"{path} is no T5 tokenizer: {T5_PAD} and {T5_END} are not in its vocabulary")
@@ -144,7 +144,7 @@ def load_t5_tokenizer(path: str | Path) -> TextTokenizer:
     if not pieces.is_file():
         raise TokenizerError(f"no T5 tokenizer in {path}: expected tokenizer.json or spiece.model")
     try:
-        model = SentencePieceProcessor(model_file=str(_bounded(pieces)))
+        model = SentencePieceProcessor(model_file=str(bounded(pieces)))
     except (OSError, RuntimeError) as error:
         raise TokenizerError(f"cannot read {pieces}: not a SentencePiece model") from error
     for name, number, piece in (("end", model.eos_id(), T5_END), ("padding", model.pad_id(), T5_PAD)):
@@ -153,17 +153,18 @@ def load_t5_tokenizer(path: str | Path) -> TextTokenizer:
     return TextTokenizer(_pieces(model), (), model.eos_id(), model.pad_id())
 
 
-def _bounded(path: Path) -> Path:
-    """The path, if the file is not too large to be a tokenizer's: the published ones have 2.5 MB at most."""
+def bounded(path: Path, most: int = MAX_JSON) -> Path:
+    """The path, if the file is not too large to be a tokenizer's: those of CLIP and T5 have 2.5 MB at most."""
     size = path.stat().st_size
-    if size > MAX_JSON:
-        raise TokenizerError(f"{path}: {size:,} bytes; a tokenizer's file of more than {MAX_JSON:,} is not read")
+    if size > most:
+        raise TokenizerError(f"{path}: {size:,} bytes; a tokenizer's file of more than {most:,} is not read")
     return path
 
 
-def _from_json(path: Path) -> Tokenizer:
+def from_json(path: Path, most: int = MAX_JSON) -> Tokenizer:
+    """A tokenizer as `tokenizer.json` describes it, without padding or cutting; errors as of `bounded`."""
     try:
-        tokenizer = Tokenizer.from_file(str(_bounded(path)))
+        tokenizer = Tokenizer.from_file(str(bounded(path, most)))
     except TokenizerError:
         raise
     except Exception as error:  # the library raises bare Exception for every kind of bad file

@@ -1,0 +1,196 @@
+"""Prompts as the language models of FLUX.2 and FLUX.3 read them: in the form of a chat, padded as each family pads.
+
+Sources: `flux2/text_encoder.py` and `flux2/system_messages.py` of the original release; the chat templates of Qwen3,
+Qwen3-VL and Mistral-Small; `tokenizer_config.json` of Qwen3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer
+from tokenizers.models import BPE
+from tokenizers.normalizers import NFC
+from tokenizers.pre_tokenizers import ByteLevel, Split
+from tokenizers.pre_tokenizers import Sequence as PreTokenizers
+from torch import Tensor
+
+from miniflux.errors import InputError, TokenizerError
+from miniflux.strictjson import json_file
+from miniflux.text.decoding import repaired
+from miniflux.text.tokenizers import bounded, from_json
+
+# Contractions, words with a mark before them, single digits, runs of other marks, ends of lines, spaces
+# (`tokenization_qwen2.py` of transformers).
+QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+MAX_BYTES = 40_000_000  # of tokenizer.json: Qwen's has 11 MB, Mistral's 17
+MAX_WINDOW = 8192  # tokens, of the form without a length of its own
+DEV_SYSTEM = (
+    "You are an AI that reasons about image descriptions. You give structured responses focusing on object "
+    "relationships, object\nattribution and actions without speculation."
+)
+"""The system text of the release; its newest commit has a space in place of the end of line, which gives other ids."""
+
+
+@dataclass(frozen=True)
+class ChatForm:
+    """How a family hands a prompt to its language model.
+
+    Attributes:
+        before, after: the text around it.
+        pad: the token that fills the rest; padding stands on this side.
+        length: tokens in all; None for the next multiple of `multiple`.
+        pad_position: the position that padding is given; None to count it like any other token.
+        left_out: texts that are taken out of a prompt: the model would read them as something else.
+    """
+
+    before: str
+    after: str
+    pad: str
+    side: Literal["left", "right"] = "right"
+    length: int | None = 512
+    multiple: int = 1
+    pad_position: int | None = None
+    left_out: tuple[str, ...] = ()
+
+    def text(self, prompt: str) -> str:
+        """All that the model reads for a prompt."""
+        for text in self.left_out:
+            prompt = prompt.replace(text, "")
+        return self.before + prompt + self.after
+
+
+QWEN_USER = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
+KLEIN_FORM = ChatForm(QWEN_USER[0], f"{QWEN_USER[1]}<think>\n\n</think>\n\n", "<|endoftext|>")
+"""FLUX.2 klein: Qwen3 with thinking switched off."""
+FLUX3_FORM = ChatForm(*QWEN_USER, "<|endoftext|>", length=None, multiple=80, pad_position=1)
+"""FLUX.3 klein: Qwen3-VL."""
+
+
+def dev_form(system: str = DEV_SYSTEM) -> ChatForm:
+    """FLUX.2 dev: Mistral-Small.
+
+    Args:
+        system: what stands before every prompt.
+    """
+    before = f"<s>[SYSTEM_PROMPT]{system}[/SYSTEM_PROMPT][INST]"
+    return ChatForm(before, "[/INST]", "<pad>", side="left", left_out=("[IMG]",))
+
+
+@dataclass(frozen=True)
+class ChatTokens:
+    """What a language model is given; each (B, T).
+
+    Attributes:
+        ids: int64.
+        mask: true for tokens that are no padding.
+        positions: of every token; None to count from 0.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    positions: Tensor | None
+
+
+class ChatTokenizer:
+    """Prompts to ids in the form of a chat.
+
+    Raises:
+        TokenizerError: a token that the form needs is not in the vocabulary.
+    """
+
+    def __init__(self, encode: Callable[[str], list[int]], form: ChatForm) -> None:
+        self._encode, self.form = encode, form
+        self.pad = self._one(form.pad)
+
+    def _one(self, token: str) -> int:
+        ids = self._encode(token)
+        if len(ids) != 1:
+            raise TokenizerError(f"{token} is no token of this vocabulary, and the form of a chat needs it")
+        return ids[0]
+
+    def tokens(self, prompt: str) -> list[int]:
+        """All ids of one prompt, neither cut nor padded.
+
+        Raises:
+            InputError: it holds half a character.
+        """
+        return self._encode(self.form.text(repaired("the prompt", prompt)))
+
+    def __call__(self, prompts: Sequence[str], length: int | None = None) -> ChatTokens:
+        """All prompts at one length: that of the form, or what its longest prompt needs; cut on the right.
+
+        Args:
+            length: tokens in all instead of that.
+
+        Raises:
+            InputError: there is no prompt, or it holds half a character.
+        """
+        rows = [self.tokens(prompt) for prompt in prompts]
+        if not rows:
+            raise InputError("no prompt was given")
+        window = length or self.form.length
+        if window is None:
+            window = min(MAX_WINDOW, self.form.multiple * math.ceil(max(map(len, rows)) / self.form.multiple))
+        ids = torch.full((len(rows), window), self.pad, dtype=torch.long)
+        mask = torch.zeros(len(rows), window, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            count = min(len(row), window)
+            place = slice(window - count, window) if self.form.side == "left" else slice(0, count)
+            ids[i, place], mask[i, place] = torch.tensor(row[:count]), True
+        positions = None
+        if self.form.pad_position is not None:
+            positions = torch.arange(window).repeat(len(rows), 1).masked_fill(~mask, self.form.pad_position)
+        return ChatTokens(ids, mask, positions)
+
+
+def load_chat_tokenizer(path: str | Path, form: ChatForm) -> ChatTokenizer:
+    """The tokenizer of a language model from `tokenizer.json`, or Qwen's from `vocab.json` and `merges.txt`.
+
+    Args:
+        path: the folder that holds them, or `tokenizer.json`.
+
+    Raises:
+        TokenizerError: a file is missing, cannot be read, or is of another model than the form is for.
+    """
+    path = Path(path)
+    single = path if path.name == "tokenizer.json" else path / "tokenizer.json"
+    if single.is_file():
+        tokenizer = from_json(single, MAX_BYTES)
+    elif all((path / name).is_file() for name in ("vocab.json", "merges.txt", "tokenizer_config.json")):
+        try:
+            tokenizer = _qwen(path)
+        except TokenizerError:
+            raise
+        except Exception as error:  # the library raises bare Exception for merges that do not fit the vocabulary
+            raise TokenizerError(f"cannot read {path}: {error}") from error
+    else:
+        raise TokenizerError(
+            f"no tokenizer in {path}: expected tokenizer.json, or vocab.json, merges.txt and tokenizer_config.json"
+        )
+    return ChatTokenizer(lambda text: tokenizer.encode(text, add_special_tokens=False).ids, form)
+
+
+def _qwen(folder: Path) -> Tokenizer:
+    """Qwen's byte pairs, with the special tokens that its config adds."""
+    lines = bounded(folder / "merges.txt").read_text("utf-8").splitlines()
+    pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version:")]
+    tokenizer = Tokenizer(BPE(json_file(folder / "vocab.json"), [(a, b) for a, b in pairs]))
+    tokenizer.normalizer = NFC()  # pyright: ignore
+    tokenizer.pre_tokenizer = PreTokenizers(  # pyright: ignore
+        [Split(Regex(QWEN_WORDS), behavior="isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    added = json_file(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
+    for number, about in sorted(added.items(), key=lambda item: int(item[0])):
+        token = AddedToken(about["content"], normalized=False, special=bool(about.get("special")))
+        (tokenizer.add_special_tokens if about.get("special") else tokenizer.add_tokens)([token])
+        if tokenizer.token_to_id(about["content"]) != int(number):
+            raise TokenizerError(f"{folder}: the token {about['content']!r} should have the number {number}")
+    return tokenizer
