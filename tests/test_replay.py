@@ -225,7 +225,7 @@ def test_a_lora_that_moved_is_found_or_missed_by_name(pipes: Pipes, picture: Pat
 def test_a_lora_that_is_named_for_the_one_in_the_file(pipes: Pipes, picture: Path, tmp_path: Path) -> None:
     """By its hash, whatever it is called; by its place, another one, which is said; not if the picture has none."""
     renamed = (tmp_path / "style.safetensors").rename(tmp_path / "renamed.safetensors")
-    with pytest.raises(ReplayError, match=r"style.safetensors is missing \(--model, --weights and --lora name other"):
+    with pytest.raises(ReplayError, match=r"style.safetensors is missing \(--model, --weights, --lora and"):
         again(picture, pipes)
     assert again(picture, pipes, loras=[renamed]).same
     other = tmp_path / "other.safetensors"

@@ -152,9 +152,10 @@ class Plan:
         prompts, images = prompts_for(prompt), whole("images", images, 1, MAX_IMAGES)
         total = images * len(prompts)
         seed, variation = seed_for(seed, total), variation_for(variation, total)
-        known = None if isinstance(image, str) else image
         wraps, conditions = listed_for("wraps", wraps), conditions_for(conditions)
-        if image is None and width is None and height is None:  # that of the first reference, if there is one
+        changes = [c.known for c in conditions if isinstance(c, Img2Img)] if image is None else [image]
+        known = next((one for one in changes if one is not None and not isinstance(one, str)), None)
+        if not changes and width is None and height is None:  # that of the first reference, if there is one
             width, height = next((c.shown_at for c in conditions if isinstance(c, Reference)), (None, None))
         width, height = size_for(variant, variant.autoencoder, width, height, known)
         family = FAMILIES[variant.family]
@@ -180,6 +181,10 @@ class Plan:
         if image is None and mask is not None:
             raise InputError("a mask says where a picture is changed, and no image is given")
         steered = conditions
+        indices = [c.index for c in conditions if isinstance(c, Reference)]
+        twice = next((index for index in indices if indices.count(index) > 1), None)
+        if twice is not None:
+            raise InputError(f"two references have index {twice}: give each its own, Reference(picture, index=2)")
         if image is not None:
             reads = variant.transformer.in_channels - variant.transformer.out_channels
             fills = reads == fill_channels(family, variant.transformer, variant.autoencoder.downscale)

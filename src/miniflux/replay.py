@@ -18,7 +18,7 @@ from miniflux import lora
 from miniflux.arguments import mask_for
 from miniflux.checkpoints.folders import models
 from miniflux.conditions import Condition, Steering
-from miniflux.conditions.again import again
+from miniflux.conditions.again import NETWORKS, again
 from miniflux.errors import (
     CheckpointError,
     InputError,
@@ -41,7 +41,9 @@ from miniflux.weights.origin import Stamp
 
 log = logging.getLogger(__name__)
 
-OTHERS = "--model, --weights and --lora name other files"  # as the command line has them; arguments from Python
+OTHERS = (
+    "--model, --weights, --lora and --network name other files"  # as the command line has them; arguments from Python
+)
 NEAR = 1e-12  # noise levels that close are the same
 
 
@@ -116,6 +118,7 @@ def replay(
     _check_image(first.request, image)
     where = mask_for(mask, image)
     _check_mask(first.request, where)
+    networks = _in_order(records, networks)
     steered = [again([use.described() for use in record.request.conditions], pictures, networks) for record in records]
 
     pipes = {} if pipes is None else pipes
@@ -257,6 +260,19 @@ def _loaded(record: Record, model: str | Path, weights: str | Path | None, devic
     if record.dtype and str(pipe.dtype).removeprefix("torch.") != record.dtype:  # what suits a device may change
         pipe = load(model, weights=weights, device=pipe.device, dtype=record.dtype)
     return pipe
+
+
+def _in_order(records: Sequence[Record], networks: Sequence[Steering]) -> list[Steering]:
+    """Networks in the order in which the file names theirs, told by their hashes; one that is given once, and steered
+    several times, stands for all."""
+    hashes = list(dict.fromkeys(file.sha256 for file in records[0].files))
+
+    def place(network: Steering) -> int:
+        known = [hashes.index(digest) for _, stamp in network.files if (digest := stamp.sha256()) in hashes]
+        return min(known, default=len(hashes))
+
+    wanted = sum(use.kind in NETWORKS for use in records[0].request.conditions)
+    return sorted(networks, key=place) * (wanted if len(networks) == 1 and wanted > 1 else 1)
 
 
 def _wrong_networks(record: Record, networks: Sequence[Steering]) -> list[str]:

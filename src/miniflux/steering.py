@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ TOWERS = ("image_encoder", "vision")  # where its vision tower lies
 def load(
     path: str | Path,
     *,
-    vision: str | Path | None = None,
+    vision: str | Path | Sequence[str | Path] | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Steering:
@@ -50,7 +50,8 @@ def load(
     Args:
         path: its file, a folder with it, or a folder of diffusers' pipelines with a folder of it.
         vision: the file or folder of the vision tower it sees pictures with: SigLIP for Redux and InstantX' IP-Adapter,
-            CLIP for XLabs'. None for `image_encoder` in or beside the folder.
+            CLIP for XLabs'. Of several, the one that it needs, if it needs any. None for `image_encoder` in or beside
+            the folder.
         dtype: what weights become; None for that of the file.
         device: where they go; None to leave them on the CPU until they are used.
 
@@ -68,13 +69,15 @@ def load(
     record = BY_KIND[kind]
     network, files = _loaded(record, source, folder, dtype, device), [(record.word, stamp) for stamp in stamps(folder)]
     if isinstance(network, ControlNet):
-        if vision is not None:
+        if isinstance(vision, str | Path):
             raise CheckpointError(f"{folder}: a {record.word} sees control pictures by itself, and vision was given")
         return Steering(network, None, tuple(files))
     wanted = CLIP_VISION if isinstance(network, XlabsIPAdapter) else SIGLIP_VISION
-    tower = path_of(vision) if vision is not None else _beside(place, wanted)
-    seen = _opened(tower)
-    if not any(sign in seen.entries for sign in wanted.signs):
+    towers = [vision] if isinstance(vision, str | Path) else list(vision or ())
+    opened = [(path, _opened(path)) for path in (path_of(one) for one in towers or [_beside(place, wanted)])]
+    fitting = [one for one in opened if any(sign in one[1].entries for sign in wanted.signs)]
+    tower, seen = (fitting or opened)[0]
+    if not fitting:
         raise CheckpointError(f"{tower}: expected the vision tower of {_called(wanted)}, found {describe(seen)}")
     eyes: Any = _loaded(wanted, seen, tower, dtype, device)
     width = eyes.config.hidden_size if wanted is SIGLIP_VISION else eyes.config.projection_dim

@@ -87,3 +87,60 @@ def test_refused_before_the_model_is_loaded(
     except SystemExit as stop:  # of the parser
         code = stop.code
     assert code == 2 and said in capsys.readouterr().err
+
+
+def test_networks_are_told_by_their_hashes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In any order, and one that steered twice is given once; rows of a Union network's table by their number."""
+    picture, out = photo(tmp_path / "a.png"), str(tmp_path / "out.png")
+    nets = [network(tmp_path / f"{name}.safetensors", modes=modes) for name, modes in (("first", 3), ("second", 0))]
+    steered = ("--controlnet", f"{nets[0]}={picture}:0.5:1", "--controlnet", f"{nets[1]}={picture}:0.7")
+    assert main(["generate", "a star", "-o", out, *QUICK, *steered]) == 0
+    conditions = miniflux.settings.read_picture(out).requests[0].conditions
+    assert [(dict(one.about)["scale"], dict(one.about).get("mode")) for one in conditions] == [(0.5, 1), (0.7, None)]
+    again = ("replay", out, "--picture", picture)
+    capsys.readouterr()
+    assert main([*again, "--network", nets[1], "--network", nets[0]]) == 0 and "the same" in capsys.readouterr().out
+    twice = str(tmp_path / "twice.png")
+    assert main(["generate", "a star", "-o", twice, *QUICK, *steered[2:], *steered[2:]]) == 0
+    assert main(["replay", twice, "--picture", picture, "--network", nets[1]]) == 0
+    assert main(["generate", "a star", "-o", out, *QUICK, "--controlnet", f"{nets[0]}={picture}:1:9"]) == 2
+    assert "mode" in (said := capsys.readouterr().err) and "9" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--redux", "net=PICTURE:0.5:canny"), "--redux: a mode, 'canny', is for ControlNets alone"),
+        (("--ip-adapter", "net=PICTURE:0.5:depth"), "--ip-adapter: a mode, 'depth', is for ControlNets alone"),
+        (("--outpaint=99999984,0,0,0", "--image", "PICTURE"), "outpaint left"),
+    ],
+)
+def test_options_without_effect_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], said: str
+) -> None:
+    picture = photo(tmp_path / "a.png")
+    given = [option.replace("PICTURE", picture) for option in options]
+    assert main(["generate", "a star", "-o", str(tmp_path / "out.png"), *QUICK, *given]) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "out.png").exists()
+
+
+def test_previews_have_the_size_of_the_reference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And a tower that nobody sees with is refused when a picture is made again."""
+    Image.new("RGB", (96, 64), "red").save(tmp_path / "a.png")
+    out = str(tmp_path / "out.png")
+    command = ["generate", "a star", "-o", out, "--steps", "2", "--preview-every", "1"]
+    assert main([*command, "--reference", str(tmp_path / "a.png")]) == 0
+    assert Image.open(tmp_path / "out-step001.png").size == Image.open(out).size == (96, 64)
+    assert main(["replay", out, "--picture", str(tmp_path / "a.png"), "--vision", "nope"]) == 2
+    assert "--vision is what a --network sees with" in capsys.readouterr().err
+
+
+def test_a_picture_with_a_sign_in_its_name(tmp_path: Path) -> None:
+    from miniflux.apps.arguments import steering
+
+    path = photo(tmp_path / "a=b.png")
+    assert steering(path) == ("", path, 1.0, None)
+    assert steering("net=c:/a.png:0.5:tile") == ("net", "c:/a.png", 0.5, "tile")
+    assert steering("net=a.png:0.5") == ("net", "a.png", 0.5, None)
+    assert steering("net=a.png:1:2") == ("net", "a.png", 1.0, "2")
+    assert steering("net=a.png") == ("net", "a.png", 1.0, None)

@@ -68,7 +68,7 @@ def test_sizes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"picture": torch.zeros(3, 40, 64)}, r"multiples of 16, got \(3, 40, 64\)"),
+        ({"picture": torch.zeros(3, 40, 64)}, r"multiples of 16, got a tensor \(3, 40, 64\)"),
         ({"picture": torch.zeros(1, 16, 4, 4)}, r"\(3, H, W\)"),
         ({"picture": PHOTO, "index": 0}, "index of a reference"),
         ({"picture": "no.png"}, "no.png"),

@@ -65,10 +65,49 @@ def test_what_is_given_is_kept_once_as_it_looks(tmp_path: Path) -> None:
     given = Given(tmp_path / "given")
     clear = Image.new("RGBA", (20, 10), (255, 0, 0, 0))
     name = given.add(clear)
-    assert name == given.add(Image.new("RGB", (20, 10), "white")) == digest_of(given.picture(name))
+    assert name == given.add(clear) == digest_of(given.picture(name)) == digest_of(clear)
     assert torch.equal(given.mask(given.add(disc())), disc()) and len(list(given.folder.iterdir())) == 2
+    seen = given.conditions(ask(conditions=(ConditionUse("Reference", (("picture", name),)),)))[0]
+    assert seen.described()["picture"] == digest_of(Image.new("RGB", (20, 10), "white"))
     given.close()
     assert not given.folder.exists() and name not in given
+
+
+def test_the_folder_is_for_them_alone(tmp_path: Path) -> None:
+    """Nothing of others is removed; what an earlier service left is."""
+    left = Given(tmp_path / "given").add(Image.new("RGB", (9, 9)))
+    assert (tmp_path / "given" / f"{left}.png").exists() and left not in Given(tmp_path / "given")
+    assert not list((tmp_path / "given").iterdir())
+    photo(tmp_path / "given" / "mine.png")
+    with pytest.raises(InputError, match=r"mine\.png is in it"):
+        Given(tmp_path / "given")
+    assert (tmp_path / "given" / "mine.png").exists()
+
+
+def test_masks_that_are_none_are_refused(tmp_path: Path) -> None:
+    given = Given(tmp_path / "given")
+    for wrong in (torch.full((4, 4), 5.0), torch.full((4, 4), float("nan")), torch.ones(1, 4, 4)):
+        with pytest.raises(InputError, match="a mask must be"):
+            given.add(wrong)
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (("Bogus", ()), "kind must be one of"),
+        (("Reference", (("picture", 5),)), "picture of a Reference"),
+        (("Reference", (("index", 1), ("index", 2))), "index of a Reference is there twice"),
+        (("Reference", (("index", [1]),)), "must be numbers or texts"),
+        (("Reference", 5), "must be .name, value."),
+        (("ControlNet", (), 5), "network must be a string"),
+        (("Reference", (), "net"), "a Reference has no network"),
+    ],
+)
+def test_conditions_are_checked_when_they_are_made(made: tuple[object, ...], said: str) -> None:
+    with pytest.raises(SettingsError, match=said):
+        ConditionUse(*made)  # type: ignore
+    with pytest.raises(InputError, match="must be a ConditionUse"):
+        ask(conditions=("Reference",))
 
 
 def test_the_least_recently_used_go_first(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -106,18 +107,24 @@ def lora(text: str) -> tuple[str, float]:
 def steering(text: str) -> tuple[str, str, float, str | None]:
     """A network, a picture, a scale and a mode, of NET=FILE[:SCALE[:MODE]]; '' where NET= is left out."""
     network, equals, rest = text.partition("=")
-    network, rest = (network, rest) if equals else ("", text)
-    mode = None
-    path, scale = lora(rest)
-    if path == rest and ":" in rest:  # what stands last is no number
-        front, _, last = rest.rpartition(":")
-        path, scale = lora(front)
-        if path == front:
-            return network, rest, 1.0, None
-        mode = last
+    if not equals or (os.path.exists(text) and not os.path.exists(network)):  # a file with = in its name
+        network, rest = "", text
+    parts = rest.split(":")
+    scales = [i for i in range(max(1, len(parts) - 2), len(parts)) if _is_number(parts[i])]
+    path, scale, mode = rest, 1.0, None
+    if scales:  # the first of the last two that is a number
+        path, scale, mode = ":".join(parts[: scales[0]]), float(parts[scales[0]]), ":".join(parts[scales[0] + 1 :])
     if not path:
-        raise argparse.ArgumentTypeError(f"expected NET=FILE[:SCALE], got {text!r}")
-    return network, path, scale, mode
+        raise argparse.ArgumentTypeError(f"expected NET=FILE[:SCALE[:MODE]], got {text!r}")
+    return network, path, scale, mode or None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def sides(text: str) -> tuple[int, int, int, int]:

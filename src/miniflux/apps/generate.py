@@ -158,8 +158,8 @@ def _sampling_options(generate: argparse.ArgumentParser) -> None:
         help="a picture to look at with an IP-Adapter; may be given several times",
     )  # fmt: skip
     sampling.add_argument(
-        "--vision", type="path", metavar="PATH", help="the vision tower that Redux or an IP-Adapter sees with; default "
-        "image_encoder beside it",
+        "--vision", type="path", action="append", default=[], metavar="PATH", help="the vision tower that Redux or an "
+        "IP-Adapter sees with; default image_encoder beside it; may be given several times",
     )  # fmt: skip
     sampling.add_argument("--strength", type=float, metavar="X", help="how much of it to change, above 0 to 1")
     sampling.add_argument(
@@ -322,9 +322,13 @@ def _conditions(options: argparse.Namespace) -> list[Condition]:
 
     def network(name: str) -> Steering:
         if name not in known:
-            known[name] = load(name, vision=options.vision)
+            known[name] = load(name, vision=options.vision or None)
         return known[name]
 
+    for option in ("redux", "ip_adapter"):
+        for _, _, _, mode in getattr(options, option):
+            if mode is not None:
+                raise InputError(f"--{option.replace('_', '-')}: a mode, {mode!r}, is for ControlNets alone")
     made: list[Condition] = [Reference(path, index=i + 1) for i, path in enumerate(options.reference)]
     made += [] if options.control is None else [Control(options.control)]
     for name, picture, scale, _ in options.redux:
@@ -334,7 +338,7 @@ def _conditions(options: argparse.Namespace) -> list[Condition]:
         made.append(ControlNet(network(_named(name, "--controlnet")), picture, scale, mode=named))
     for name, picture, scale, _ in options.ip_adapter:
         made.append(IPAdapter(network(_named(name, "--ip-adapter")), picture, scale))
-    if options.vision is not None and not (options.redux or options.ip_adapter):
+    if options.vision and not (options.redux or options.ip_adapter):
         raise InputError("--vision is what --redux and --ip-adapter see with, and neither is given")
     return made
 
@@ -406,9 +410,11 @@ def _model(said: dict[str, Any]) -> str:
 
 def _preview(options: argparse.Namespace, pipe: Pipeline, call: _Call, moment: Moment, about: dict[str, Any]) -> None:
     """Write how far a picture is beside where it will be."""
+    from miniflux.conditions import Reference
     from miniflux.result import save_picture
 
-    size = options.size if call.image is None else call.image.size
+    seen = [one.shown_at for one in call.settings["conditions"] if isinstance(one, Reference)]
+    size = call.image.size if call.image is not None else options.size or next(iter(seen), None)
     width, height = size or (pipe.variant.size, pipe.variant.size)
     said = {"model": pipe.variant.name, "width": width, "height": height, "steps": moment.steps}
     stem = call.outputs.stem({**said, "solver": options.solver, **about})

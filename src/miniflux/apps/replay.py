@@ -9,7 +9,7 @@ from typing import Any
 from miniflux.apps import console
 from miniflux.apps.arguments import add_pictures, picture_and_mask
 from miniflux.apps.outputs import new_file
-from miniflux.errors import ReplayError
+from miniflux.errors import InputError, ReplayError
 
 
 def add(commands: Any) -> None:
@@ -49,7 +49,8 @@ def add(commands: Any) -> None:
         metavar="PATH",
         help="a ControlNet, Redux or IP-Adapter that steered it; may be given several times",
     )
-    command.add_argument("--vision", type="path", metavar="PATH", help="the vision tower of --network")
+    command.add_argument("--vision", type="path", action="append", default=[], metavar="PATH", help="the vision tower "
+        "of --network; may be given several times")  # fmt: skip
     command.add_argument("--no-metadata", action="store_true", help="leave the settings out of --output")
     command.add_argument("-v", "--verbose", action="store_true", help="say more about what is done")
     command.set_defaults(run=_run)
@@ -68,6 +69,8 @@ def _run(options: argparse.Namespace) -> None:
     if options.output is not None:
         checked_output(options.output)
         place = new_file(options.output, options.force, [options.picture])
+    if options.vision and not options.networks:
+        raise InputError("--vision is what a --network sees with, and none is given")
     image, mask = picture_and_mask(options)
     records = read_picture(options.picture).records
     if records and records[0].device == "cpu" and 0 < records[0].threads <= 256:
@@ -86,7 +89,7 @@ def _run(options: argparse.Namespace) -> None:
             image=image,
             mask=mask,
             pictures=options.pictures,
-            networks=[load(path, vision=options.vision) for path in options.networks],
+            networks=[load(path, vision=options.vision or None) for path in options.networks],
             model=options.model,
             loras=options.lora,
             progress=progress,

@@ -29,6 +29,10 @@ class Fill(Inpaint):
     def check(self, family: Family, config: Flux1Config) -> None:
         if isinstance(self.image, Tensor) and self.image.ndim == 4:
             raise InputError("a Fill model sees the pixels of the picture, and latents were given")
+        if config.in_channels <= 2 * config.out_channels:
+            raise InputError(
+                "Fill is for Fill models, and this network reads no mask: give Inpaint, or image= and mask="
+            )
 
     def added(self, scene: Scene) -> Added:
         assert isinstance(self.mask, Tensor) and not isinstance(self.image, str), "only a hash is known"

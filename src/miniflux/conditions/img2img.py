@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from miniflux.conditions.condition import Added, Picture, Scene
+from miniflux.errors import InputError
 from miniflux.families import Family
 from miniflux.models.flux1 import Flux1Config
-from miniflux.pictures import digest_of
+from miniflux.pictures import digest_of, open_picture
 from miniflux.sampling import Schedule, from_strength
 
 
@@ -20,16 +24,31 @@ class Img2Img:
         image: it, or its latents (1, C, h, w); or its SHA-256, where only that is known: then it can be described, and
             not be drawn.
         strength: how much of it to change, above 0 up to 1: of the steps of a whole picture, this last share is made.
+
+    Raises:
+        InputError: it is no picture, or pixels are not from -1 to 1.
     """
 
     image: Picture | str
     strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.image, Tensor):
+            if self.image.ndim != 4:
+                check_pixels("pixels", self.image)
+        elif not is_digest(self.image):
+            object.__setattr__(self, "image", open_picture(self.image))
 
     def check(self, family: Family, config: Flux1Config) -> None:
         """Every network that draws can."""
 
     def levels(self, levels: Schedule) -> Schedule:
         return from_strength(levels, self.strength)
+
+    @property
+    def known(self) -> Picture | None:
+        """The picture, if more than its hash is known."""
+        return None if isinstance(self.image, str) else self.image
 
     def described(self) -> dict[str, Any]:
         return {
@@ -43,3 +62,16 @@ class Img2Img:
     def added(self, scene: Scene) -> Added:
         assert not isinstance(self.image, str), "only its hash is known"
         return Added(start=scene.encode(self.image))
+
+
+def is_digest(given: object) -> bool:
+    """Whether it is a SHA-256 as 64 hexadecimal digits."""
+    return isinstance(given, str) and re.fullmatch("[0-9a-f]{64}", given) is not None
+
+
+def check_pixels(what: str, pixels: Tensor) -> None:
+    """Raises InputError unless they are (3, H, W), from -1 to 1."""
+    if pixels.ndim != 3 or pixels.shape[0] != 3 or not pixels.numel():
+        raise InputError(f"{what} must be (3, H, W), got a tensor {tuple(pixels.shape)}")
+    if not pixels.is_floating_point() or not bool((pixels.abs() <= 1).all()):
+        raise InputError(f"{what} must be finite floating-point numbers from -1 to 1, got a tensor of {pixels.dtype}")

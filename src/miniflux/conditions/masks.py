@@ -19,7 +19,18 @@ from miniflux.pictures import on_white, open_picture
 from miniflux.sampling.latents import PIXELS_PER_TOKEN
 
 MAX_GROWTH = 1024  # pixels
+MAX_SIDE = 8192  # pixels of an enlarged picture
 HARD = 0.5  # where a mask is cut off that is to have no greys
+
+
+def check_mask(what: str, mask: object) -> None:
+    """Raises InputError unless it is a tensor (H, W) of numbers from 0 to 1."""
+    if not isinstance(mask, Tensor):
+        raise InputError(
+            f"{what} must be a tensor (H, W) from 0 to 1, as `arguments.mask_for` makes, got {shown(mask)}"
+        )
+    if mask.ndim != 2 or not mask.is_floating_point() or not bool(((mask >= 0) & (mask <= 1)).all()):
+        raise InputError(f"{what} must be (H, W) of numbers from 0 to 1, got {tuple(mask.shape)} of {mask.dtype}")
 
 
 def grown(mask: Tensor, pixels: int) -> Tensor:
@@ -28,6 +39,7 @@ def grown(mask: Tensor, pixels: int) -> Tensor:
     Raises:
         InputError: not a whole number from -1024 to 1024.
     """
+    check_mask("the mask", mask)
     whole("the growth of a mask", pixels, -MAX_GROWTH, MAX_GROWTH)
     if pixels < 0:
         return 1 - grown(1 - mask, -pixels)
@@ -50,6 +62,7 @@ def feathered(mask: Tensor, pixels: float) -> Tensor:
     Raises:
         InputError: below 0 or above 1024.
     """
+    check_mask("the mask", mask)
     check_number("the feather of a mask", pixels, 0, MAX_GROWTH)
     if pixels == 0:
         return mask
@@ -69,6 +82,7 @@ def hardened(mask: Tensor, threshold: float = HARD) -> Tensor:
     Raises:
         InputError: the threshold is not from 0 to 1.
     """
+    check_mask("the mask", mask)
     return (mask >= check_number("the threshold of a mask", threshold, 0, 1)).float()
 
 
@@ -85,11 +99,13 @@ def outpainted(
     """
     sides = {"left": left, "top": top, "right": right, "bottom": bottom}
     for name, pixels in sides.items():
-        whole(f"outpaint {name}", pixels, 0)
+        whole(f"outpaint {name}", pixels, 0, MAX_SIDE)
     if not any(sides.values()):
         raise InputError("outpaint adds pixels on a side: all of left, top, right and bottom are 0")
     old = on_white(open_picture(picture))
     size = (old.width + left + right, old.height + top + bottom)
+    if max(size) > MAX_SIDE:
+        raise InputError(f"the enlarged picture would be {size[0]}x{size[1]}; sides of at most {MAX_SIDE} are drawn")
     if any(side % PIXELS_PER_TOKEN for side in size):
         more = " and ".join(
             f"{-side % PIXELS_PER_TOKEN} more pixels {where}"
@@ -130,6 +146,7 @@ class Closeup:
     def __post_init__(self) -> None:
         object.__setattr__(self, "image", on_white(open_picture(self.image)))
         assert isinstance(self.image, Image.Image)
+        check_mask("the mask", self.where)
         whole("the margin", self.margin, 0)
         if tuple(self.where.shape) != (self.image.height, self.image.width):
             size = f"{self.image.width}x{self.image.height}"

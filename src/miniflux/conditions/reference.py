@@ -6,14 +6,16 @@ learned (`kontext_size`), without regard to its shape; here it keeps its own siz
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
-from miniflux.checks import whole
+from miniflux.checks import shown, whole
 from miniflux.conditions.condition import Added, Picture, Scene
+from miniflux.conditions.img2img import check_pixels
 from miniflux.errors import InputError
 from miniflux.families import Family
 from miniflux.models.flux1 import Flux1Config
@@ -23,11 +25,23 @@ from miniflux.sampling.latents import PIXELS_PER_TOKEN
 from miniflux.variants import KONTEXT_SIZES
 
 MAX_INDEX = 1000
+MAX_SIDE = 8192  # of `size`, in pixels
+LANCZOS = Image.Resampling.LANCZOS
+
+log = logging.getLogger(__name__)
 
 
 def kontext_size(width: int, height: int) -> tuple[int, int]:
     """Width and height, of those that Kontext learned, whose shape is nearest; of two, the narrower."""
     return min(KONTEXT_SIZES, key=lambda size: (abs(width / height - size[0] / size[1]), size))
+
+
+def _checked(size: Any) -> tuple[int, int]:
+    """A size as two whole numbers; errors as of `Reference`."""
+    if not isinstance(size, list | tuple) or len(size) != 2:  # pyright: ignore[reportUnknownArgumentType]
+        raise InputError(f"the size of a reference must be (width, height), got {shown(size)}")
+    width, height = (whole("a side of a reference", side, 1, MAX_SIDE) for side in size)  # pyright: ignore
+    return width, height
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +52,9 @@ class Reference:
         picture: a path or a Pillow picture; or pixels (3, H, W) in [-1, 1].
         size: (width, height) to bring it to, see `kontext_size`; None for its own. Rounded to whole tokens of 16.
         index: tells several apart; 0 is the picture that is drawn.
+
+    Raises:
+        InputError: it is no picture, pixels are not from -1 to 1, or a number is out of its range.
     """
 
     picture: Picture | str
@@ -47,20 +64,26 @@ class Reference:
 
     def __post_init__(self) -> None:
         whole("the index of a reference", self.index, 1, MAX_INDEX)
+        if self.size is not None:
+            object.__setattr__(self, "size", _checked(self.size))
         picture = self.picture
         if not isinstance(picture, Tensor):
             picture = on_white(open_picture(picture))
             object.__setattr__(self, "_digest", digest_of(picture))
             given = picture.size if self.size is None else self.size
             width, height = (max(1, round(side / PIXELS_PER_TOKEN)) * PIXELS_PER_TOKEN for side in given)
-            size = width, height
-            picture = picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
-        elif picture.ndim != 3 or picture.shape[0] != 3 or any(side % PIXELS_PER_TOKEN for side in picture.shape[1:]):
-            raise InputError(
-                f"reference pixels must be (3, H, W) of sides that are multiples of {PIXELS_PER_TOKEN}, got "
-                f"{tuple(picture.shape)}"
-            )
+            if (width, height) != given:
+                log.warning("a reference of %dx%d is seen at %dx%d: sides in whole tokens of 16", *given, width, height)
+            picture = picture if picture.size == (width, height) else picture.resize((width, height), LANCZOS)
         else:
+            check_pixels("reference pixels", picture)
+            if any(side % PIXELS_PER_TOKEN for side in picture.shape[1:]):
+                raise InputError(
+                    f"reference pixels must have sides that are multiples of {PIXELS_PER_TOKEN}, got a tensor "
+                    f"{tuple(picture.shape)}"
+                )
+            if self.size is not None:
+                raise InputError(f"size {self.size} is for pictures, and pixels were given: they keep their own")
             object.__setattr__(self, "_digest", digest_of(picture))
         object.__setattr__(self, "picture", picture)
 
@@ -73,6 +96,12 @@ class Reference:
 
     def check(self, family: Family, config: Flux1Config) -> None:
         """Every network has room in its sequence; one that was not trained to look there draws what it likes."""
+        more = config.in_channels - config.out_channels
+        if more:
+            raise InputError(
+                f"this network reads {more} channels beside the noisy picture, and tokens of references have none: "
+                "leave the reference out, or draw with a model, or a LoRA, without such channels"
+            )
 
     def levels(self, levels: Schedule) -> Schedule:
         return levels

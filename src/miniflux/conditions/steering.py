@@ -48,7 +48,8 @@ def steering_of(kind: type[nn.Module] | tuple[type[nn.Module], ...], given: Any,
     kinds = kind if isinstance(kind, tuple) else (kind,)
     if not isinstance(steering.network, kinds):
         names = " or ".join(one.__name__ for one in kinds)
-        raise InputError(f"the network must be a {names}, as conditions.load gives it, got {shown(given)}")
+        what = type(steering.network).__name__ if isinstance(given, Steering) else shown(given)
+        raise InputError(f"the network must be a {names}, as conditions.load gives it, got {what}")
     if vision and steering.vision is None:
         name = type(steering.network).__name__
         raise InputError(f"{name} needs a vision tower to see pictures with: conditions.load(path, vision=...)")

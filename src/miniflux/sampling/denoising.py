@@ -235,7 +235,10 @@ def _check(
     if "attended" in wanted:
         positive, negative = (_needed(name, words).txt.shape[1] for name in ("positive", "negative"))
         if positive != negative:
-            raise InputError(f"NAG needs texts of one length, got {positive} and {negative} tokens: pad them")
+            raise InputError(
+                f"NAG needs texts of one length, got {positive} and {negative} tokens: pad them; pictures that stand "
+                "behind the words (Redux) stand behind those of the prompt alone, and cannot be used with it"
+            )
     if isinstance(guide, SkipLayer):
         check_skipped(model.config, guide, schedule)
     if rng is None and (method.noisy or schedule.restarts):

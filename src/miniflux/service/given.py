@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from miniflux.checks import whole
 from miniflux.conditions import Condition, Steering
 from miniflux.conditions.again import again
+from miniflux.conditions.masks import check_mask
 from miniflux.disk import folder_to_fill, write_beside
 from miniflux.errors import InputError, OutputError
 from miniflux.pictures import digest_of, on_white, open_picture
@@ -31,36 +33,44 @@ class Given:
     """Pictures and masks, kept as PNG while the service runs.
 
     Args:
-        folder: for them alone; emptied now and by `close`.
+        folder: for them alone. What an earlier service left there goes now, and these go with `close`.
         max_bytes: of their files; those that were used least recently go first.
+        vision: vision towers, for networks that have none beside them.
 
     Raises:
         OutputError: the folder cannot be made, or not be written to.
+        InputError: something else is in the folder.
     """
 
-    def __init__(self, folder: str | Path, max_bytes: int = 2**30) -> None:
-        self.folder, self.max_bytes = Path(folder), whole("max_bytes", max_bytes, 1)
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def __init__(self, folder: str | Path, max_bytes: int = 2**30, vision: Sequence[str | Path] = ()) -> None:
+        self.folder, self.max_bytes, self.vision = Path(folder), whole("max_bytes", max_bytes, 1), tuple(vision)
         folder_to_fill(self.folder, "pictures")
+        found = list(self.folder.iterdir())
+        other = next((path for path in found if not re.fullmatch(r"[0-9a-f]{64}[.]png", path.name)), None)
+        if other is not None:
+            raise InputError(f"{folder}: a folder for given pictures alone is expected, and {other.name} is in it")
+        for path in found:
+            path.unlink()
         self._lock = threading.Lock()
         self._sizes: OrderedDict[str, int] = OrderedDict()  # bytes by SHA-256, the least recently used first
         self._networks: OrderedDict[str, tuple[list[Stamp], Steering]] = OrderedDict()
 
     def add(self, picture: Image.Image | Tensor) -> str:
-        """Keep a picture, transparency on white; or a mask (H, W) from 0 to 1, in 256 levels.
+        """Keep a picture as it is; or a mask (H, W) from 0 to 1, in 256 levels.
 
         Returns:
             What `Request` calls it.
 
         Raises:
-            InputError: as `pictures.open_picture`.
+            InputError: as `pictures.open_picture`; or the mask is not of numbers from 0 to 1.
             OutputError: it cannot be written.
         """
         if isinstance(picture, Tensor):
-            shown = Image.fromarray((picture.clamp(0, 1) * 255).round().byte().numpy())
+            check_mask("a mask", picture)
+            shown = Image.fromarray((picture * 255).round().byte().numpy())
             digest = digest_of(_mask(shown))
         else:
-            shown = on_white(open_picture(picture))
+            shown = open_picture(picture)
             digest = digest_of(shown)
         with self._lock:
             if digest not in self._sizes:
@@ -114,9 +124,10 @@ class Given:
     def conditions(self, request: Request, kinds: Sequence[str] | None = None) -> list[Condition]:
         """What else steers it; only conditions of these kinds, if they are named. Errors as of `steering`."""
         uses = [use for use in request.conditions if kinds is None or use.kind in kinds]
-        digests = dict.fromkeys(digest for use in uses for digest in use.pictures)
+        seen = {digest: on_white(self.picture(digest)) for use in uses for digest in use.pictures}
+        names = {digest: digest_of(picture) for digest, picture in seen.items()}  # of transparent ones, on white
         networks = [self._network(use.network) for use in uses if use.network is not None]
-        return again([use.described() for use in uses], [self.picture(digest) for digest in digests], networks)
+        return again([use.described(names) for use in uses], list(seen.values()), networks)
 
     def _network(self, path: str) -> Steering:
         with self._lock:
@@ -125,15 +136,18 @@ class Given:
                 known = None
                 while len(self._networks) >= NETWORKS:
                     self._networks.popitem(last=False)
-                known = stamps(Path(path)), load(path)
+                known = stamps(Path(path)), load(path, vision=self.vision or None)
             self._networks[path] = known
             return known[1]
 
     def close(self) -> None:
         """Remove everything."""
         with self._lock:
+            for digest in self._sizes:
+                self._path(digest).unlink(missing_ok=True)
             self._sizes.clear()
-            shutil.rmtree(self.folder, ignore_errors=True)
+            with suppress(OSError):  # somebody put something else there
+                self.folder.rmdir()
 
 
 def unsteered(request: Request) -> dict[str, Any]:

@@ -154,6 +154,9 @@ class Request:
             raise InputError(f"strength {self.strength!r} says how much of an image to change, and there is no image")
         if isinstance(self.cache, Measure):
             raise InputError("the cache 'measure' measures and spares nothing: it makes no picture of its own")
+        for i, use in enumerate(self.conditions):
+            if not isinstance(use, ConditionUse):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise InputError(f"conditions[{i}] must be a ConditionUse, got {strict.shown(use)}")
         for f in fields(self):
             try:
                 hash(getattr(self, f.name))
