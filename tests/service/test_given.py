@@ -76,6 +76,7 @@ def test_what_is_given_is_kept_once_as_it_looks(tmp_path: Path) -> None:
 def test_the_folder_is_for_them_alone(tmp_path: Path) -> None:
     """Nothing of others is removed; what an earlier service left is."""
     left = Given(tmp_path / "given").add(Image.new("RGB", (9, 9)))
+    (tmp_path / "given" / f"{'0' * 16}.part").touch()
     assert (tmp_path / "given" / f"{left}.png").exists() and left not in Given(tmp_path / "given")
     assert not list((tmp_path / "given").iterdir())
     photo(tmp_path / "given" / "mine.png")

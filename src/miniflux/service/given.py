@@ -26,6 +26,7 @@ from miniflux.settings import Request
 from miniflux.steering import load
 from miniflux.weights.origin import Stamp, stamps
 
+OWN = re.compile(r"[0-9a-f]{64}[.]png|[0-9a-f]{16}[.]part")  # files of a service, and what one left half-written
 NETWORKS = 2  # that steer, kept in memory
 
 
@@ -46,7 +47,7 @@ class Given:
         self.folder, self.max_bytes, self.vision = Path(folder), whole("max_bytes", max_bytes, 1), tuple(vision)
         folder_to_fill(self.folder, "pictures")
         found = list(self.folder.iterdir())
-        other = next((path for path in found if not re.fullmatch(r"[0-9a-f]{64}[.]png", path.name)), None)
+        other = next((path for path in found if not OWN.fullmatch(path.name)), None)
         if other is not None:
             raise InputError(f"{folder}: a folder for given pictures alone is expected, and {other.name} is in it")
         for path in found:
