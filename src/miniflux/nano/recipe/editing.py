@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import miniflux
+from miniflux.checkpoints import load_into
 from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.flux1 import Flux1
 from miniflux.nano import scenes
@@ -193,8 +194,12 @@ def matrices(name: str) -> bool:
     return "blocks" in name
 
 
-def make(name: str, folder: Path, steps: int | None = None) -> Path:
-    """Train, or go on training; returns the finished file."""
+def make(name: str, folder: Path, steps: int | None = None, start: Path | None = None) -> Path:
+    """Train, or go on training; returns the finished file.
+
+    Args:
+        start: weights of an earlier run to begin with, instead of nano-dev's.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     goal = GOALS[name] if steps is None else replace(GOALS[name], steps=steps)
     torch.manual_seed(21)
@@ -204,7 +209,10 @@ def make(name: str, folder: Path, steps: int | None = None) -> Path:
     autoencoder = pipe.autoencoder.to(memory_format=torch.channels_last)  # pyright: ignore
     encoders = encoders_of(pipe)
     channels = holes(1, MAIN, autoencoder, random.Random(0))[2].shape[-1] if name == "fill" else 0
-    student = beginning(pipe.transformer, channels).requires_grad_(True)
+    student = beginning(pipe.transformer, channels)
+    if start is not None:
+        load_into(student, start, dtype=torch.float32)
+    student.requires_grad_(True)
     state = TrainingState(student, folder / name, goal.rate, {"goal": name}, decay=0.998, matrices=matrices)
     state.resume()
     rng = random.Random(7 + state.step)
@@ -255,10 +263,11 @@ def main() -> None:
     arguments.add_argument("goal", choices=[*GOALS])
     arguments.add_argument("folder", type=Path, nargs="?", default=Path("runs/nano"))
     arguments.add_argument("--steps", type=int, help="fewer or more than usual")
+    arguments.add_argument("--start", type=Path, metavar="FILE", help="begin with the weights of an earlier run")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     with sdpa_kernel(SDPBackend.MATH), torch.autograd.set_multithreading_enabled(False):
         options = arguments.parse_args()
-        make(options.goal, options.folder, options.steps)
+        make(options.goal, options.folder, options.steps, options.start)
 
 
 if __name__ == "__main__":
