@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from miniflux.apps.ui.form import number, whole
 from miniflux.conditions.controlnet import MODES
 from miniflux.conditions.masks import feathered, grown, outpainted
 from miniflux.errors import InputError
@@ -95,7 +96,11 @@ def steering_from(
             raise InputError("there is no picture to change: put one into the editor first")
     else:
         image = _opened(slots.background)
-        width, height = near(image.size) if given["as_picture"] else (int(given["width"]), int(given["height"]))
+        width, height = (
+            near(image.size)
+            if given["as_picture"]
+            else (whole("width", given["width"]), whole("height", given["height"]))
+        )
         image = sized(image, (width, height))
         mask = painted = _painted(slots.layers, image.size)
         if sides is not None:
@@ -105,9 +110,11 @@ def steering_from(
                 mask[top : top + height, left : left + width] = painted
         found = {"image": keep(image), "width": image.width, "height": image.height}
         if given["strength"] != 1:
-            found["strength"] = given["strength"]
+            found["strength"] = number("strength", given["strength"])
         if mask is not None:
-            found["mask"] = keep(feathered(grown(mask, int(given["grow"])), float(given["feather"])))
+            found["mask"] = keep(
+                feathered(grown(mask, whole("grow", given["grow"])), number("feather", given["feather"]))
+            )
     conditions: list[dict[str, Any]] = [
         {"kind": "Reference", "picture": keep(_opened(path)), "index": i} for i, path in enumerate(slots.references, 1)
     ]
@@ -128,7 +135,7 @@ def _seen(given: Mapping[str, Any], picture: str, networks: Mapping[str, tuple[s
     if name not in networks:
         raise InputError(f"network {shown(name)} is not in the folder of models")
     kind = networks[name][0]
-    scale = float(given["network_scale"])
+    scale = number("scale of the network", given["network_scale"])
     if kind == "Redux":
         return {"kind": kind, "pictures": [picture], "scale": [scale], "network": name}
     about: dict[str, Any] = {"kind": kind, "picture": picture, "scale": scale, "network": name}
