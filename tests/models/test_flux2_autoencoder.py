@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from miniflux.errors import InputError
-from miniflux.models.flux2_autoencoder import (
+from miniflux.models.autoencoder import (
     Flux2Autoencoder,
     Flux2AutoencoderConfig,
     Normalised,

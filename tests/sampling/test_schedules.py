@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from miniflux.errors import InputError
-from miniflux.sampling import flux1_schedule, flux2_schedule
+from miniflux.sampling import flux1_schedule, flux2_schedule, flux3_schedule
 from miniflux.sampling.schedules import flux1_mu, flux2_mu, shift_sigma
 
 SCHEDULES = {
@@ -111,3 +111,12 @@ def test_steps_must_be_a_whole_number(name: str, steps: object) -> None:
     """The message names the value."""
     with pytest.raises(InputError, match=f"steps must be a whole number of at least 1, got {steps!r}"):
         SCHEDULES[name](steps, 4096)
+
+
+def test_levels_of_flux3() -> None:
+    """As the pipeline of diffusers gives them for the distilled model, and ends of those for the base."""
+    expected = [1, 0.990472, 0.979802, 0.967773, 0.954107, 0.938446, 0.920319, 0.899092, 0.873897]
+    expected += [0.843505, 0.806126, 0.759036, 0.697885, 0.615271, 0.497487, 0.316005, 0]
+    assert flux3_schedule(16) == pytest.approx(expected, abs=1e-6)
+    assert flux3_schedule(50)[1] == pytest.approx(0.997064, abs=1e-6)
+    assert flux3_schedule(50)[-2:] == pytest.approx([0.123905, 0], abs=1e-6)

@@ -37,7 +37,7 @@ class Flux2Config:
 
     Attributes:
         in_channels: channels of an image token: 32 of the latent, 2x2 patchified.
-        out_channels: channels of the predicted velocity.
+        out_channels: channels of the predicted velocity; None for as many.
         context_in_dim: width of the text tokens: three layers of the language model side by side.
         hidden_size, num_heads: width of the residual stream; head size is their ratio.
         mlp_ratio: width of the MLPs, after SwiGLU, over the hidden size.
@@ -48,7 +48,7 @@ class Flux2Config:
     """
 
     in_channels: int
-    out_channels: int
+    out_channels: int | None = None
     context_in_dim: int
     hidden_size: int
     num_heads: int
@@ -57,9 +57,10 @@ class Flux2Config:
     axes_dim: Sequence[int]
     mlp_ratio: float = 3.0
     theta: int = 2000
-    guidance_embed: bool
+    guidance_embed: bool = True
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "out_channels", self.out_channels or self.in_channels)
         object.__setattr__(self, "axes_dim", tuple(self.axes_dim))
         if self.hidden_size % self.num_heads:
             raise ConfigError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
@@ -164,6 +165,7 @@ class Flux2(nn.Module):
         self.single_stream_modulation = Modulation(dim, double=False, bias=False)
         self.double_blocks = nn.ModuleList(DoubleStreamBlock(config) for _ in range(config.depth))
         self.single_blocks = nn.ModuleList(SingleStreamBlock(config) for _ in range(config.depth_single_blocks))
+        assert config.out_channels is not None
         self.final_layer = LastLayer(dim, config.out_channels, bias=False)
 
     def conditioning(self, timesteps: Tensor, guidance: Tensor | None, dtype: torch.dtype) -> Tensor:

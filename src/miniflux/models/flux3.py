@@ -158,9 +158,9 @@ class Flux3(nn.Module):
         txt: Tensor,
         txt_ids: Tensor,
         timesteps: Tensor,
-        target: Tensor | None = None,
         cond: Tensor | None = None,
         cond_ids: Tensor | None = None,
+        target: Tensor | None = None,
         run: RunBlock = run_block,
         attend: Attend = attention,
     ) -> Tensor:
@@ -172,9 +172,9 @@ class Flux3(nn.Module):
             txt: text embeddings (B, T, context_in_dim).
             txt_ids: their positions (B, T, 4): 0, 0, 0, place in the text.
             timesteps: noise level sigma in [0, 1], (B,); 1 is pure noise.
-            target: the noise level that the step jumps to, (B,), of distilled models and of no others.
             cond: latents of all references (B, R, cond_in_channels); None for none.
             cond_ids: their positions (B, R, 4), the last axis -1 for the first of them, -2 for the second ...
+            target: the noise level that the step jumps to, (B,), of distilled models and of no others.
             run: called in place of every block, by those who want to skip one or look at it.
             attend: called in place of `attention` in every block.
 

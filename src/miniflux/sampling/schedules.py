@@ -97,6 +97,9 @@ def shift_sigma(mu: float, sigma: float) -> float:
     return 0.0 if sigma == 0 else math.exp(mu) / (math.exp(mu) + (1 / sigma - 1))
 
 
+FLUX3_SHIFT = 6.93  # the static shift of FLUX.3 (modular pipeline of diffusers)
+
+
 def flux1_mu(image_tokens: int) -> float:
     """The shift of FLUX.1 dev: the line through (256 tokens, 0.5) and (4096 tokens, 1.15), `flux/sampling.py`.
 
@@ -146,6 +149,11 @@ def flux2_schedule(steps: int, image_tokens: int) -> list[float]:
     sigmas = uniform_sigmas(steps)
     mu = flux2_mu(steps, image_tokens)
     return [shift_sigma(mu, s) for s in sigmas]
+
+
+def flux3_schedule(steps: int) -> list[float]:
+    """Noise levels of FLUX.3: `steps` + 1 values, 1.0 ... 0.0, whatever the size of the picture."""
+    return [static_shift(FLUX3_SHIFT)(s) for s in uniform_sigmas(steps)]
 
 
 def static_shift(shift: float) -> Curve:

@@ -96,11 +96,8 @@ def steering_from(
             raise InputError("there is no picture to change: put one into the editor first")
     else:
         image = _opened(slots.background)
-        width, height = (
-            near(image.size)
-            if given["as_picture"]
-            else (whole("width", given["width"]), whole("height", given["height"]))
-        )
+        asked = whole("width", given["width"]), whole("height", given["height"])
+        width, height = near(image.size) if given["as_picture"] else asked
         image = sized(image, (width, height))
         mask = painted = _painted(slots.layers, image.size)
         if sides is not None:
@@ -112,9 +109,8 @@ def steering_from(
         if given["strength"] != 1:
             found["strength"] = number("strength", given["strength"])
         if mask is not None:
-            found["mask"] = keep(
-                feathered(grown(mask, whole("grow", given["grow"])), number("feather", given["feather"]))
-            )
+            mask = grown(mask, whole("grow", given["grow"]))
+            found["mask"] = keep(feathered(mask, number("feather", given["feather"])))
     conditions: list[dict[str, Any]] = [
         {"kind": "Reference", "picture": keep(_opened(path)), "index": i} for i, path in enumerate(slots.references, 1)
     ]
