@@ -7,9 +7,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 import miniflux
+from miniflux.conditions.masks import feathered, outpainted
 from miniflux.nano import scenes
 from miniflux.nano.recipe.realism import PROMPTS as LIT_PROMPTS
 
@@ -33,8 +35,30 @@ def sheet(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
     return made
 
 
+def conditions_sheet() -> Image.Image:
+    """What steers nano-dev, a row each: a picture to change and three strengths; a hard mask, what is drawn in it, and
+    in a soft one; a picture enlarged, its mask, and what two seeds draw there."""
+    pipe = miniflux.load("nano")
+    first = pipe.generate("a large red circle on a blue background", seed=3).images[0]
+    words = "a large yellow star on a blue background"
+    changed = [pipe.generate(words, seed=5, image=first, strength=x).images[0] for x in (0.6, 0.75, 0.9)]
+    spot = torch.zeros(128, 128)
+    spot[20:108, 20:108] = 1
+    inside = [pipe.generate(words, seed=5, image=first, mask=m).images[0] for m in (spot, feathered(spot, 24))]
+    wide, border = outpainted(first, right=64)
+    told = "a large red circle on a blue background"
+    outside = [pipe.generate(told, seed=seed, image=wide, mask=border).images[0] for seed in (2, 3)]
+    return sheet([[first, *changed], [first, grey(spot), *inside], [wide, grey(border), *outside]])
+
+
+def grey(mask: torch.Tensor) -> Image.Image:
+    """A mask (H, W) as a picture."""
+    return Image.fromarray((mask * 255).byte().numpy()).convert("RGB")
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
+    conditions_sheet().save(folder / "conditions.png")
     pipe = miniflux.load("nano")
     rng = random.Random(SEED)
     wanted = [(scenes.two_objects if i % 2 else scenes.one_object)(rng, held_out=i % 3 == 0) for i in range(40)]
