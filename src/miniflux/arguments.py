@@ -16,6 +16,8 @@ from torch import Tensor
 
 from miniflux.checks import check_number, finite, plain, several, shown, whole
 from miniflux.conditions import Condition, Control, Fill
+from miniflux.conditions.img2img import check_pixels
+from miniflux.conditions.masks import check_mask
 from miniflux.errors import InputError
 from miniflux.families import FAMILIES
 from miniflux.lora.adapters import adapters_of
@@ -274,11 +276,10 @@ def image_for(image: Source | None, config: AutoencoderConfig) -> Image.Image | 
         raise InputError(
             f"pixels must be (3, H, W), and latents must be (1, {config.z_channels}, h, w), got a tensor {shape}"
         )
-    if not image.is_floating_point() or not bool(torch.isfinite(image).all()):
-        raise InputError(f"image must be of finite floating-point numbers, got a tensor {shape} of {image.dtype}")
-    low, high = image.min().item(), image.max().item()
-    if not is_latent and (low < -1 or high > 1):
-        raise InputError(f"pixels must lie in [-1, 1] (levels from 0 to 255: / 127.5 - 1), got {low:g} to {high:g}")
+    if not is_latent:
+        check_pixels("pixels", image)
+    elif not image.is_floating_point() or not bool(torch.isfinite(image).all()):
+        raise InputError(f"latents must be of finite floating-point numbers, got a tensor {shape} of {image.dtype}")
     return image.detach()
 
 
@@ -301,8 +302,7 @@ def mask_for(mask: Mask | None, image: Image.Image | Tensor | None, downscale: i
     if image is None:
         raise InputError("a mask says where a picture is changed, and no image is given")
     if isinstance(mask, Tensor):
-        if mask.ndim != 2 or not mask.is_floating_point() or not bool(((mask >= 0) & (mask <= 1)).all()):
-            raise InputError(f"a mask must be (H, W) of numbers from 0 to 1, got {tuple(mask.shape)} of {mask.dtype}")
+        check_mask(mask)
         given = mask.detach().float().cpu()
     else:
         seen = open_picture(mask)
@@ -315,8 +315,7 @@ def mask_for(mask: Mask | None, image: Image.Image | Tensor | None, downscale: i
         height, width = (side * (downscale if image.ndim == 4 else 1) for side in image.shape[-2:])
     else:
         width, height = image.size
-    if tuple(given.shape) != (height, width):
-        raise InputError(f"the mask is {given.shape[1]}x{given.shape[0]}, the image {width}x{height}: make them equal")
+    check_mask(given, (width, height))
     if not bool(given.any()):
         raise InputError("the mask is black everywhere: nothing would be drawn")
     return given

@@ -84,7 +84,7 @@ def test_a_part_drawn_closely(pipe: Pipeline) -> None:
     corner = torch.zeros(300, 400)
     corner[0, 0] = corner[299, 399] = 1
     assert Closeup(photo, corner).box == (0, 0, 400, 300)
-    for wrong, said in (((photo, torch.zeros(3, 3)), "the mask is 3x3, the picture 400x300"),
+    for wrong, said in (((photo, torch.zeros(3, 3)), "the mask is 3x3, the image 400x300"),
                         ((photo, torch.zeros(300, 400)), "black everywhere")):  # fmt: skip
         with pytest.raises(InputError, match=said):
             Closeup(*wrong)

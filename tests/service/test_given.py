@@ -145,8 +145,8 @@ def test_what_is_missing_or_no_picture_is_refused(tmp_path: Path) -> None:
         ([{"kind": "Img2Img"}], "kind must be one of Control, Reference"),
         ([{"kind": "Reference", "network": "a"}], "a Reference has no network 'a'"),
         ([{"kind": "Redux", "network": 3}], "network must be a string"),
-        ([{"kind": "Control", "picture": {"a": 1}}], "picture must be a number, a text or a list of them"),
-        ([{"kind": "Control", "picture": [[1]]}], "picture must be a number, a text or a list of them"),
+        ([{"kind": "Control", "picture": {"a": 1}}], "picture of a Control must be numbers or texts"),
+        ([{"kind": "Control", "picture": [[1]]}], "picture of a Control must be numbers or texts"),
         ([{"kind": "Control"}] * 17, "17"),
     ],
 )

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from miniflux.conditions.condition import Added, Picture, Scene
@@ -50,6 +51,13 @@ class Img2Img:
         """The picture, if more than its hash is known."""
         return None if isinstance(self.image, str) else self.image
 
+    @property
+    def pixels(self) -> tuple[int, int] | None:
+        """Width and height of the picture; None of latents, and where it is not known."""
+        if isinstance(self.image, Tensor):
+            return (self.image.shape[2], self.image.shape[1]) if self.image.ndim == 3 else None
+        return None if isinstance(self.image, str) else self.image.size
+
     def described(self) -> dict[str, Any]:
         return {
             "image": self.image if isinstance(self.image, str) else digest_of(self.image),
@@ -73,5 +81,8 @@ def check_pixels(what: str, pixels: Tensor) -> None:
     """Raises InputError unless they are (3, H, W), from -1 to 1."""
     if pixels.ndim != 3 or pixels.shape[0] != 3 or not pixels.numel():
         raise InputError(f"{what} must be (3, H, W), got a tensor {tuple(pixels.shape)}")
-    if not pixels.is_floating_point() or not bool((pixels.abs() <= 1).all()):
-        raise InputError(f"{what} must be finite floating-point numbers from -1 to 1, got a tensor of {pixels.dtype}")
+    if not pixels.is_floating_point() or not bool(torch.isfinite(pixels).all()):
+        raise InputError(f"{what} must be finite floating-point numbers, got a tensor of {pixels.dtype}")
+    low, high = pixels.min().item(), pixels.max().item()
+    if low < -1 or high > 1:
+        raise InputError(f"{what} must lie in [-1, 1] (levels from 0 to 255: / 127.5 - 1), got {low:g} to {high:g}")

@@ -14,11 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miniflux.checks import shown
 from miniflux.conditions.condition import Added, Scene
 from miniflux.conditions.img2img import Img2Img, is_digest
 from miniflux.conditions.masks import check_mask
-from miniflux.errors import InputError
 from miniflux.pictures import digest_of, from_image
 from miniflux.sampling import Schedule, add_noise
 
@@ -37,16 +35,8 @@ class Inpaint(Img2Img):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.mask, Tensor):
-            check_mask("the mask", self.mask)
-            known = self.known
-            if known is not None and not (isinstance(known, Tensor) and known.ndim == 4):
-                height, width = known.shape[1:] if isinstance(known, Tensor) else known.size[::-1]
-                if tuple(self.mask.shape) != (height, width):
-                    given = f"{self.mask.shape[1]}x{self.mask.shape[0]}"
-                    raise InputError(f"the mask is {given}, the image {width}x{height}: make them equal")
-        elif not is_digest(self.mask):
-            raise InputError(f"a mask must be a tensor (H, W) from 0 to 1 here, got {shown(self.mask)}")
+        if not is_digest(self.mask):
+            check_mask(self.mask, self.pixels)
 
     def described(self) -> dict[str, Any]:
         return {**super().described(), "mask": self.mask if isinstance(self.mask, str) else digest_of(self.mask)}

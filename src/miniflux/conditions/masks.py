@@ -23,14 +23,17 @@ MAX_SIDE = 8192  # pixels of an enlarged picture
 HARD = 0.5  # where a mask is cut off that is to have no greys
 
 
-def check_mask(what: str, mask: object) -> None:
-    """Raises InputError unless it is a tensor (H, W) of numbers from 0 to 1."""
+def check_mask(mask: object, size: tuple[int, int] | None = None) -> None:
+    """Raises InputError unless it is a tensor (H, W) of numbers from 0 to 1, of (width, height) if that is given."""
     if not isinstance(mask, Tensor):
         raise InputError(
-            f"{what} must be a tensor (H, W) from 0 to 1, as `arguments.mask_for` makes, got {shown(mask)}"
+            f"a mask must be a tensor (H, W) from 0 to 1, as `mask_for` of `arguments` makes, got {shown(mask)}"
         )
     if mask.ndim != 2 or not mask.is_floating_point() or not bool(((mask >= 0) & (mask <= 1)).all()):
-        raise InputError(f"{what} must be (H, W) of numbers from 0 to 1, got {tuple(mask.shape)} of {mask.dtype}")
+        raise InputError(f"a mask must be (H, W) of numbers from 0 to 1, got {tuple(mask.shape)} of {mask.dtype}")
+    given = (mask.shape[1], mask.shape[0])
+    if size is not None and given != size:
+        raise InputError(f"the mask is {given[0]}x{given[1]}, the image {size[0]}x{size[1]}: make them equal")
 
 
 def grown(mask: Tensor, pixels: int) -> Tensor:
@@ -39,7 +42,7 @@ def grown(mask: Tensor, pixels: int) -> Tensor:
     Raises:
         InputError: not a whole number from -1024 to 1024.
     """
-    check_mask("the mask", mask)
+    check_mask(mask)
     whole("the growth of a mask", pixels, -MAX_GROWTH, MAX_GROWTH)
     if pixels < 0:
         return 1 - grown(1 - mask, -pixels)
@@ -62,7 +65,7 @@ def feathered(mask: Tensor, pixels: float) -> Tensor:
     Raises:
         InputError: below 0 or above 1024.
     """
-    check_mask("the mask", mask)
+    check_mask(mask)
     check_number("the feather of a mask", pixels, 0, MAX_GROWTH)
     if pixels == 0:
         return mask
@@ -82,7 +85,7 @@ def hardened(mask: Tensor, threshold: float = HARD) -> Tensor:
     Raises:
         InputError: the threshold is not from 0 to 1.
     """
-    check_mask("the mask", mask)
+    check_mask(mask)
     return (mask >= check_number("the threshold of a mask", threshold, 0, 1)).float()
 
 
@@ -146,13 +149,8 @@ class Closeup:
     def __post_init__(self) -> None:
         object.__setattr__(self, "image", on_white(open_picture(self.image)))
         assert isinstance(self.image, Image.Image)
-        check_mask("the mask", self.where)
+        check_mask(self.where, self.image.size)
         whole("the margin", self.margin, 0)
-        if tuple(self.where.shape) != (self.image.height, self.image.width):
-            size = f"{self.image.width}x{self.image.height}"
-            raise InputError(
-                f"the mask is {self.where.shape[-1]}x{self.where.shape[0]}, the picture {size}: make them equal"
-            )
         if not bool(self.where.any()):
             raise InputError("the mask is black everywhere: there is nothing to look at closely")
         if any(side % PIXELS_PER_TOKEN or side <= 0 for side in self.size):

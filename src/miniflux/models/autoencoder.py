@@ -212,6 +212,13 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
+def check_sides(pixels: Tensor, unit: int) -> None:
+    """Raises InputError unless both sides of pixels (..., H, W) are multiples of `unit`."""
+    height, width = pixels.shape[-2:]
+    if height % unit or width % unit:
+        raise InputError(f"a picture of {height}x{width} pixels: sides must be multiples of {unit}")
+
+
 class Autoencoder(nn.Module):
     """The FLUX.1 autoencoder. Its `state_dict()` has exactly the keys of `ae.safetensors`."""
 
@@ -229,9 +236,7 @@ class Autoencoder(nn.Module):
         Raises:
             InputError: a side is not a multiple of `downscale`; the convolutions would cut rows off without a word.
         """
-        (height, width), unit = pixels.shape[-2:], self.config.downscale
-        if height % unit or width % unit:
-            raise InputError(f"a picture of {height}x{width} pixels: sides must be multiples of {unit}")
+        check_sides(pixels, self.config.downscale)
         mean, _log_variance = self.encoder(pixels).chunk(2, dim=1)
         return self.config.scale_factor * (mean - self.config.shift_factor)
 
@@ -326,9 +331,7 @@ class Flux2Autoencoder(nn.Module):
         Raises:
             InputError: a side is not a multiple of `downscale`; the convolutions would cut rows off without a word.
         """
-        (height, width), unit = pixels.shape[-2:], self.config.downscale
-        if height % unit or width % unit:
-            raise InputError(f"a picture of {height}x{width} pixels: sides must be multiples of {unit}")
+        check_sides(pixels, self.config.downscale)
         mean, _log_variance = self.encoder(pixels).chunk(2, dim=1)
         return self.normalise(patchified(Raw(mean)))
 

@@ -13,26 +13,27 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from miniflux.errors import ConfigError
 from miniflux.models.layers import (
+    Attend,
+    DoubleStream,
     LastLayer,
     MLPEmbedder,
     Modulation,
     QKNorm,
     SelfAttention,
+    SingleStream,
     attention,
+    checked_axes,
+    key_mask,
     plain_norm,
     rope_rotations,
     timestep_embedding,
 )
 
 TIME_FEATURES = 256  # sinusoidal features of the time and of the guidance, in every release
-
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
-"""What takes the place of `attention`: (q, k, v, pe, mask) -> (B, L, H * D)."""
 
 RunBlock = Callable[[str, nn.Module, tuple[Tensor, ...], tuple[Any, ...]], tuple[Tensor, ...]]
 """What runs a block: (its name, the block, its streams, the rest of its arguments) -> the new streams. The streams are
@@ -78,19 +79,14 @@ class Flux1Config:
     guidance_embed: bool
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "axes_dim", tuple(self.axes_dim))
-        if self.hidden_size % self.num_heads:
-            raise ConfigError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
-        head = self.hidden_size // self.num_heads
-        if sum(self.axes_dim) != head or any(dim % 2 for dim in self.axes_dim):
-            raise ConfigError(f"axes_dim {self.axes_dim} must be even numbers that sum to the head size {head}")
+        object.__setattr__(self, "axes_dim", checked_axes(self.axes_dim, self.hidden_size, self.num_heads))
 
 
 def _mlp(dim: int, hidden: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim))
 
 
-class DoubleStreamBlock(nn.Module):
+class DoubleStreamBlock(DoubleStream):
     """Image and text tokens with separate weights and one joint attention."""
 
     def __init__(self, config: Flux1Config) -> None:
@@ -117,25 +113,10 @@ class DoubleStreamBlock(nn.Module):
         attend: Attend = attention,
     ) -> tuple[Tensor, Tensor]:
         """One block. img (B, L, hidden), txt (B, T, hidden), vec (B, hidden) -> new (img, txt)."""
-        img_mod1, img_mod2 = self.img_mod(vec)
-        txt_mod1, txt_mod2 = self.txt_mod(vec)
-
-        img_q, img_k, img_v = self.img_attn.heads(img_mod1(self.img_norm1(img)))
-        txt_q, txt_k, txt_v = self.txt_attn.heads(txt_mod1(self.txt_norm1(txt)))
-        q = torch.cat((txt_q, img_q), dim=2)
-        k = torch.cat((txt_k, img_k), dim=2)
-        v = torch.cat((txt_v, img_v), dim=2)
-        attn = attend(q, k, v, pe, mask)
-        txt_attn, img_attn = attn[:, : txt.shape[1]], attn[:, txt.shape[1] :]
-
-        img = img + img_mod1.gate * self.img_attn.proj(img_attn)
-        img = img + img_mod2.gate * self.img_mlp(img_mod2(self.img_norm2(img)))
-        txt = txt + txt_mod1.gate * self.txt_attn.proj(txt_attn)
-        txt = txt + txt_mod2.gate * self.txt_mlp(txt_mod2(self.txt_norm2(txt)))
-        return img, txt
+        return self.meet(img, txt, self.img_mod(vec), self.txt_mod(vec), pe, mask, attend)
 
 
-class SingleStreamBlock(nn.Module):
+class SingleStreamBlock(SingleStream):
     """Text and image as one sequence; attention and MLP side by side, in two linears."""
 
     def __init__(self, config: Flux1Config) -> None:
@@ -155,11 +136,7 @@ class SingleStreamBlock(nn.Module):
     ) -> Tensor:
         """One block. x (B, T + L, hidden), vec (B, hidden) -> new x."""
         (mod,) = self.modulation(vec)
-        qkv, mlp = self.linear1(mod(self.pre_norm(x))).split(self.split, dim=-1)
-        q, k, v = rearrange(qkv, "B L (K H D) -> K B H L D", K=3, H=self.num_heads)
-        q, k = self.norm(q, k, v)
-        attn = attend(q, k, v, pe, mask)
-        return x + mod.gate * self.linear2(torch.cat((attn, self.mlp_act(mlp)), dim=-1))
+        return self.mix(x, mod, pe, mask, attend)
 
 
 class Flux1Trunk(nn.Module):
@@ -196,10 +173,7 @@ class Flux1Trunk(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor | None, Attend]:
         """What every block is given beside its streams: the conditioning vector, rotations, mask, attention."""
         pe = rope_rotations(torch.cat((txt_ids, img_ids), dim=1), self.config.axes_dim, self.config.theta)
-        if txt_mask is None:
-            return vec, pe, None, attend
-        seen = torch.ones(img_ids.shape[:2], dtype=torch.bool, device=img_ids.device)
-        return vec, pe, torch.cat((txt_mask.bool(), seen), dim=1)[:, None, None, :], attend
+        return vec, pe, key_mask(txt_mask, img_ids), attend
 
 
 class Flux1(Flux1Trunk):

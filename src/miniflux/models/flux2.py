@@ -11,20 +11,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from miniflux.errors import ConfigError
-from miniflux.models.flux1 import TIME_FEATURES, Attend, RunBlock, run_block
+from miniflux.models.flux1 import TIME_FEATURES, RunBlock, run_block
 from miniflux.models.layers import (
+    Attend,
+    DoubleStream,
     LastLayer,
     MLPEmbedder,
     Modulation,
     QKNorm,
     SelfAttention,
     Shift,
+    SingleStream,
     SwiGLU,
     attention,
+    checked_axes,
+    key_mask,
     plain_norm,
     rope_rotations,
     timestep_embedding,
@@ -61,12 +65,7 @@ class Flux2Config:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "out_channels", self.out_channels or self.in_channels)
-        object.__setattr__(self, "axes_dim", tuple(self.axes_dim))
-        if self.hidden_size % self.num_heads:
-            raise ConfigError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
-        head = self.hidden_size // self.num_heads
-        if sum(self.axes_dim) != head or any(dim % 2 for dim in self.axes_dim):
-            raise ConfigError(f"axes_dim {self.axes_dim} must be even numbers that sum to the head size {head}")
+        object.__setattr__(self, "axes_dim", checked_axes(self.axes_dim, self.hidden_size, self.num_heads))
 
     @property
     def mlp_dim(self) -> int:
@@ -79,7 +78,7 @@ def _mlp(config: Flux2Config) -> nn.Sequential:
     return nn.Sequential(nn.Linear(dim, 2 * mlp, bias=False), SwiGLU(), nn.Linear(mlp, dim, bias=False))
 
 
-class DoubleStreamBlock(nn.Module):
+class DoubleStreamBlock(DoubleStream):
     """Image and text tokens with separate weights and one joint attention."""
 
     def __init__(self, config: Flux2Config) -> None:
@@ -105,25 +104,10 @@ class DoubleStreamBlock(nn.Module):
         attend: Attend = attention,
     ) -> tuple[Tensor, Tensor]:
         """One block. img (B, L, hidden), txt (B, T, hidden); the shifts of attention and MLP -> new (img, txt)."""
-        img_mod1, img_mod2 = img_mods
-        txt_mod1, txt_mod2 = txt_mods
-
-        img_q, img_k, img_v = self.img_attn.heads(img_mod1(self.img_norm1(img)))
-        txt_q, txt_k, txt_v = self.txt_attn.heads(txt_mod1(self.txt_norm1(txt)))
-        q = torch.cat((txt_q, img_q), dim=2)
-        k = torch.cat((txt_k, img_k), dim=2)
-        v = torch.cat((txt_v, img_v), dim=2)
-        attn = attend(q, k, v, pe, mask)
-        txt_attn, img_attn = attn[:, : txt.shape[1]], attn[:, txt.shape[1] :]
-
-        img = img + img_mod1.gate * self.img_attn.proj(img_attn)
-        img = img + img_mod2.gate * self.img_mlp(img_mod2(self.img_norm2(img)))
-        txt = txt + txt_mod1.gate * self.txt_attn.proj(txt_attn)
-        txt = txt + txt_mod2.gate * self.txt_mlp(txt_mod2(self.txt_norm2(txt)))
-        return img, txt
+        return self.meet(img, txt, img_mods, txt_mods, pe, mask, attend)
 
 
-class SingleStreamBlock(nn.Module):
+class SingleStreamBlock(SingleStream):
     """Text and image as one sequence; attention and SwiGLU side by side, in two linears."""
 
     def __init__(self, config: Flux2Config) -> None:
@@ -141,11 +125,7 @@ class SingleStreamBlock(nn.Module):
         self, x: Tensor, mod: Shift, pe: Tensor, mask: Tensor | None = None, attend: Attend = attention
     ) -> Tensor:
         """One block. x (B, T + L, hidden) -> new x."""
-        qkv, mlp = self.linear1(mod(self.pre_norm(x))).split(self.split, dim=-1)
-        q, k, v = rearrange(qkv, "B L (K H D) -> K B H L D", K=3, H=self.num_heads)
-        q, k = self.norm(q, k, v)
-        attn = attend(q, k, v, pe, mask)
-        return x + mod.gate * self.linear2(torch.cat((attn, self.mlp_act(mlp)), dim=-1))
+        return self.mix(x, mod, pe, mask, attend)
 
 
 class Flux2(nn.Module):
@@ -217,10 +197,7 @@ class Flux2(nn.Module):
         (single_mod,) = self.single_stream_modulation(vec)
         img, txt = self.img_in(img), self.txt_in(txt)
         pe = rope_rotations(torch.cat((txt_ids, img_ids), dim=1), self.config.axes_dim, self.config.theta)
-        mask = None
-        if txt_mask is not None:
-            seen = torch.ones(img_ids.shape[:2], dtype=torch.bool, device=img_ids.device)
-            mask = torch.cat((txt_mask.bool(), seen), dim=1)[:, None, None, :]
+        mask = key_mask(txt_mask, img_ids)
         for i, block in enumerate(self.double_blocks):
             img, txt = run(f"double_blocks.{i}", block, (img, txt), (img_mods, txt_mods, pe, mask, attend))
         x = torch.cat((txt, img), dim=1)

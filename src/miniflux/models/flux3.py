@@ -16,8 +16,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from miniflux.errors import ConfigError
-from miniflux.models.flux1 import TIME_FEATURES, Attend, RunBlock, run_block
+from miniflux.models.flux1 import TIME_FEATURES, RunBlock, run_block
 from miniflux.models.layers import (
+    Attend,
     LastLayer,
     MLPEmbedder,
     Modulation,
@@ -25,6 +26,7 @@ from miniflux.models.layers import (
     Shift,
     SwiGLU,
     attention,
+    checked_axes,
     plain_norm,
     rope_rotations,
     timestep_embedding,
@@ -61,12 +63,7 @@ class Flux3Config:
     flow_map: bool
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "axes_dim", tuple(self.axes_dim))
-        if self.hidden_size % self.num_heads:
-            raise ConfigError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
-        head = self.hidden_size // self.num_heads
-        if sum(self.axes_dim) != head or any(dim % 2 for dim in self.axes_dim):
-            raise ConfigError(f"axes_dim {self.axes_dim} must be even numbers that sum to the head size {head}")
+        object.__setattr__(self, "axes_dim", checked_axes(self.axes_dim, self.hidden_size, self.num_heads))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ Letters in shapes: B batch, L tokens, H heads, D head size.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +15,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from miniflux.errors import ConfigError
+
 # Device types that cannot compute in float64. Rotary angles are made on the CPU for them: an angle is a position times
 # a frequency, and at position 256 float32 would already be 1e-5 off.
 NO_FLOAT64 = frozenset({"mps"})
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
+"""What takes the place of `attention`: (q, k, v, pe, mask) -> (B, L, H * D)."""
 
 
 def rope_rotations(ids: Tensor, axes_dim: Sequence[int], theta: float) -> Tensor:
@@ -192,3 +197,89 @@ class LastLayer(nn.Module):
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(vec)[:, None, :].chunk(2, dim=-1)
         return self.linear((1 + scale) * self.norm_final(x) + shift)
+
+
+def checked_axes(axes_dim: Sequence[int], hidden_size: int, num_heads: int) -> tuple[int, ...]:
+    """The rotary channels of each axis, as a tuple.
+
+    Raises:
+        ConfigError: the width does not divide into heads, or the axes are not even numbers that sum to a head.
+    """
+    axes = tuple(axes_dim)
+    if hidden_size % num_heads:
+        raise ConfigError(f"hidden_size {hidden_size} is not a multiple of num_heads {num_heads}")
+    head = hidden_size // num_heads
+    if sum(axes) != head or any(dim % 2 for dim in axes):
+        raise ConfigError(f"axes_dim {axes} must be even numbers that sum to the head size {head}")
+    return axes
+
+
+def key_mask(txt_mask: Tensor | None, img_ids: Tensor) -> Tensor | None:
+    """What attention to [text, image] may look at, (B, 1, 1, T + L): all of the image, and of the text what
+    `txt_mask` (B, T) says; None for everything."""
+    if txt_mask is None:
+        return None
+    seen = torch.ones(img_ids.shape[:2], dtype=torch.bool, device=img_ids.device)
+    return torch.cat((txt_mask.bool(), seen), dim=1)[:, None, None, :]
+
+
+class DoubleStream(nn.Module):
+    """Image and text tokens with separate weights and one joint attention: what the blocks of FLUX.1 and FLUX.2 do once
+    their modulations are known. They bring the weights."""
+
+    img_attn: SelfAttention
+    txt_attn: SelfAttention
+    img_norm1: nn.Module
+    img_norm2: nn.Module
+    txt_norm1: nn.Module
+    txt_norm2: nn.Module
+    img_mlp: nn.Module
+    txt_mlp: nn.Module
+
+    def meet(
+        self,
+        img: Tensor,
+        txt: Tensor,
+        img_mods: list[Shift],
+        txt_mods: list[Shift],
+        pe: Tensor,
+        mask: Tensor | None,
+        attend: Attend,
+    ) -> tuple[Tensor, Tensor]:
+        """img (B, L, hidden), txt (B, T, hidden); the shifts of attention and MLP -> new (img, txt)."""
+        img_mod1, img_mod2 = img_mods
+        txt_mod1, txt_mod2 = txt_mods
+
+        img_q, img_k, img_v = self.img_attn.heads(img_mod1(self.img_norm1(img)))
+        txt_q, txt_k, txt_v = self.txt_attn.heads(txt_mod1(self.txt_norm1(txt)))
+        q = torch.cat((txt_q, img_q), dim=2)
+        k = torch.cat((txt_k, img_k), dim=2)
+        v = torch.cat((txt_v, img_v), dim=2)
+        attn = attend(q, k, v, pe, mask)
+        txt_attn, img_attn = attn[:, : txt.shape[1]], attn[:, txt.shape[1] :]
+
+        img = img + img_mod1.gate * self.img_attn.proj(img_attn)
+        img = img + img_mod2.gate * self.img_mlp(img_mod2(self.img_norm2(img)))
+        txt = txt + txt_mod1.gate * self.txt_attn.proj(txt_attn)
+        txt = txt + txt_mod2.gate * self.txt_mlp(txt_mod2(self.txt_norm2(txt)))
+        return img, txt
+
+
+class SingleStream(nn.Module):
+    """Text and image as one sequence, attention and MLP side by side: likewise."""
+
+    num_heads: int
+    linear1: nn.Module
+    linear2: nn.Module
+    norm: QKNorm
+    pre_norm: nn.Module
+    mlp_act: nn.Module
+    split: tuple[int, int]
+
+    def mix(self, x: Tensor, mod: Shift, pe: Tensor, mask: Tensor | None, attend: Attend) -> Tensor:
+        """x (B, T + L, hidden) -> new x."""
+        qkv, mlp = self.linear1(mod(self.pre_norm(x))).split(self.split, dim=-1)
+        q, k, v = rearrange(qkv, "B L (K H D) -> K B H L D", K=3, H=self.num_heads)
+        q, k = self.norm(q, k, v)
+        attn = attend(q, k, v, pe, mask)
+        return x + mod.gate * self.linear2(torch.cat((attn, self.mlp_act(mlp)), dim=-1))

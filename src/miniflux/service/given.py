@@ -67,7 +67,7 @@ class Given:
             OutputError: it cannot be written.
         """
         if isinstance(picture, Tensor):
-            check_mask("a mask", picture)
+            check_mask(picture)
             shown = Image.fromarray((picture * 255).round().byte().numpy())
             digest = digest_of(_mask(shown))
         else:

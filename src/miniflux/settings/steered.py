@@ -49,6 +49,9 @@ class ConditionUse:
             values: tuple[Any, ...] = value if isinstance(value, tuple) else (value,)
             if any(isinstance(one, (tuple, list, dict)) for one in values):
                 raise SettingsError(f"{name} of a {self.kind} must be numbers or texts, got {strict.shown(value)}")
+            for one in values:
+                if isinstance(one, str):
+                    strict.text(f"{name} of a {self.kind}", one)
             for digest in values if name in PICTURES else ():
                 strict.sha256(f"{name} of a {self.kind}", digest)
 
@@ -93,12 +96,8 @@ class ConditionUse:
             raise SettingsError(f"{what}: {error}") from None
 
 
-def _value(what: str, value: object, inside: bool = False) -> Any:
-    if isinstance(value, list) and not inside:
-        return tuple(_value(what, x, True) for x in strict.items(what, value, MAX_VALUES))
-    if isinstance(value, (list, Mapping)):
-        raise SettingsError(f"{what} must be a number, a text or a list of them, got {strict.shown(value)}")
-    return strict.text(what, value) if isinstance(value, str) else value
+def _value(what: str, value: object) -> Any:
+    return tuple(strict.items(what, value, MAX_VALUES)) if isinstance(value, list) else value
 
 
 def conditions(what: str, value: object) -> tuple[ConditionUse, ...]:

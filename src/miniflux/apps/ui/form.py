@@ -49,7 +49,7 @@ KEPT = (*CARRIED, *STEERING, "guidance", "guide", "cache")  # the last three whe
 
 SEEDS = 2**32  # new seeds are below it: short enough to be written down
 RANDOM = ("", "-1")
-SHOWN = ("guide", "shift", "restart", "cache", *STEERING)
+TOLD = ("guide", "shift", "restart", "cache", *STEERING)
 """Settings that a picture is said to have, where it has them."""
 
 Networks = Mapping[str, tuple[str, Path]]
@@ -396,7 +396,7 @@ def described(request: Request, model: Listed | None) -> list[tuple[str, str]]:
         *((f"LoRA {Path(use.file).stem}", f"strength {plainly(use.strength)}") for use in request.loras),
         ("solver", request.solver),
         ("schedule", plainly(about.get("schedule", AUTO))),
-        *((name, plainly(about[name])) for name in (*SHOWN, *CARRIED) if name in about),
+        *((name, plainly(about[name])) for name in (*TOLD, *CARRIED) if name in about),
     ]
     return [line for line in lines if line[1]]
 

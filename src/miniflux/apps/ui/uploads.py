@@ -10,7 +10,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -190,13 +190,13 @@ class Uploads:
             self._held.append(held)
         return path
 
-    def use(self, session: str, paths: Iterable[Path]) -> None:
+    def use(self, session: str, paths: Sequence[Path]) -> None:
         """These pictures are in slots of a session now, and no others."""
         with self._lock:
             for held in [one for one in self._held if one.session == session]:
                 held.used = any(held.folder in path.parents for path in paths)
 
-    def done(self, session: str, paths: Iterable[Path]) -> None:
+    def done(self, session: str, paths: Sequence[Path]) -> None:
         """Files that a session has sent, and that were read for good."""
         with self._lock:
             for held in [one for one in self._held if one.session == session]:

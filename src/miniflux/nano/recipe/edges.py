@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import logging
 import random
-import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,18 +26,20 @@ from miniflux import conditions
 from miniflux.checkpoints import save
 from miniflux.conditions.making import canny
 from miniflux.conditions.steering import with_added
+from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.controlnet import ControlNet, ControlNetConfig
 from miniflux.models.flux1 import Flux1, run_block
 from miniflux.nano import scenes
 from miniflux.nano.recipe.adherence import judge
+from miniflux.nano.recipe.editing import Pool, trained
 from miniflux.nano.recipe.flow import SHORT, noise_levels
 from miniflux.nano.recipe.pairs import latents_of
 from miniflux.nano.recipe.realism import encoders_of
 from miniflux.nano.recipe.text import TextEncoders, varied
 from miniflux.pipeline import Pipeline
 from miniflux.sampling import image_ids, text_ids
-from miniflux.training.flow import mix, mixed_precision
-from miniflux.training.state import TrainingState, cosine_rate
+from miniflux.training.flow import mix
+from miniflux.training.state import TrainingState
 
 log = logging.getLogger(__name__)
 
@@ -62,33 +63,14 @@ def aside(rng: random.Random, held_out: bool = False) -> scenes.Scene:
     return replace(scene, shapes=tuple(shapes))
 
 
-class Examples:
-    """Words, latents (N, L, 64) and the latents of the edges, kept in memory and renewed little by little."""
-
-    def __init__(self, pipe: Pipeline, count: int, seed: int) -> None:
-        self.autoencoder = pipe.autoencoder.to(memory_format=torch.channels_last)  # pyright: ignore
-        self.rng, self.next = random.Random(seed), 0
-        made = [self._make(32) for _ in range(0, count, 32)]
-        self.words = [word for words, _, _ in made for word in words]
-        self.x0, self.seen = torch.cat([x0 for _, x0, _ in made]), torch.cat([seen for _, _, seen in made])
-
-    def _make(self, count: int) -> tuple[list[str], Tensor, Tensor]:
-        drawn = [aside(self.rng) for _ in range(count)]
-        shown = [scenes.render(scene, *SIZE) for scene in drawn]
-        both = latents_of(self.autoencoder, [np.asarray(one) for picture in shown for one in (picture, canny(picture))])
-        return [varied(scene.caption, self.rng) for scene in drawn], both[0::2], both[1::2]
-
-    def draw(self) -> tuple[list[str], Tensor, Tensor]:
-        """A batch of random ones; two are then replaced."""
-        chosen = [self.rng.randrange(len(self.words)) for _ in range(BATCH)]
-        drawn = [self.words[i] for i in chosen], self.x0[chosen], self.seen[chosen]
-        words, x0, seen = self._make(2)
-        places = [(self.next + i) % len(self.words) for i in range(2)]
-        self.next = (self.next + 2) % len(self.words)
-        self.x0[places], self.seen[places] = x0, seen
-        for place, word in zip(places, words, strict=True):
-            self.words[place] = word
-        return drawn
+def outlined(
+    count: int, size: tuple[int, int], autoencoder: Autoencoder, rng: random.Random
+) -> tuple[list[str], Tensor, Tensor]:
+    """Words, the picture, and its edges (N, L, 64)."""
+    made = [aside(rng) for _ in range(count)]
+    shown = [scenes.render(scene, *size) for scene in made]
+    both = latents_of(autoencoder, [np.asarray(one) for picture in shown for one in (picture, canny(picture))])
+    return [varied(scene.caption, rng) for scene in made], both[0::2], both[1::2]
 
 
 def beginning(dev: Flux1) -> ControlNet:
@@ -143,20 +125,8 @@ def make(folder: Path, steps: int = STEPS) -> Path:
     encoders, net = encoders_of(pipe), beginning(pipe.transformer).requires_grad_(True)
     state = TrainingState(net, folder / "controlnet", RATE, {}, decay=0.998, matrices=lambda name: "blocks" in name)
     state.resume()
-    examples = Examples(pipe, 1024, 41 + state.step)
-    started, first, mean = time.monotonic(), state.step, 0.0
-    while state.step < steps:
-        words, x0, seen = examples.draw()
-        with mixed_precision():
-            loss = control_loss(net, pipe.transformer, encoders, words, x0.float(), seen.float())
-        state.optimise(loss, cosine_rate(state.step, steps, floor=0.01))
-        mean = loss.item() if mean == 0 else 0.98 * mean + 0.02 * loss.item()
-        if state.step % 50 == 0:
-            pace = (time.monotonic() - started) / (state.step - first)
-            log.info("controlnet step %d/%d loss %.4f %.2f s a step", state.step, steps, mean, pace)
-        if state.step % 250 == 0:
-            state.save()
-    state.save()
+    pool = Pool(outlined, pipe.autoencoder.to(memory_format=torch.channels_last), SIZE, 1024, 41 + state.step)  # pyright: ignore
+    trained(state, "controlnet", steps, steps, lambda: control_loss(net, pipe.transformer, encoders, *pool.draw(BATCH)))
     path = folder / "weights" / "controlnet-canny.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     save(state.average.to(torch.bfloat16), path)

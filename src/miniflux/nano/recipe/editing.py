@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,6 +49,10 @@ MATTERS = 5.0  # how much more a token counts that shows a shape, or that change
 REUSE = 12  # batches that an example is seen in, on average
 
 
+Examples = Callable[[int, "tuple[int, int]", Autoencoder, random.Random], "tuple[list[str], Tensor, Tensor]"]
+"""(how many, canvas, autoencoder, choices) -> words, latents (N, L, 64), and what is seen beside them (N, L, C)."""
+
+
 @dataclass(frozen=True)
 class Goal:
     """One of the two models: what it is trained on.
@@ -56,7 +61,6 @@ class Goal:
         small, many: so many of the steps come first, with so many pictures each, on a small canvas: what an instruction
             means is learned there in a third of the time.
         guidance: strengths that its input is told; the example tells so much that they make no difference.
-        examples: (how many, canvas, autoencoder, choices) -> words, latents (N, L, 64), what is seen (N, L, C).
     """
 
     name: str
@@ -67,7 +71,7 @@ class Goal:
     many: int
     rate: float
     guidance: tuple[float, float]
-    examples: Callable[[int, tuple[int, int], Autoencoder, random.Random], tuple[list[str], Tensor, Tensor]]
+    examples: Examples
 
 
 @torch.no_grad()
@@ -109,14 +113,17 @@ GOALS = {
 class Pool:
     """Examples of one canvas, kept in memory and renewed little by little."""
 
-    def __init__(self, goal: Goal, autoencoder: Autoencoder, size: tuple[int, int], count: int, seed: int) -> None:
-        self.goal, self.autoencoder, self.size, self.rng, self.next = goal, autoencoder, size, random.Random(seed), 0
+    def __init__(
+        self, examples: Examples, autoencoder: Autoencoder, size: tuple[int, int], count: int, seed: int
+    ) -> None:
+        self.examples, self.autoencoder, self.size = examples, autoencoder, size
+        self.rng, self.next = random.Random(seed), 0
         made = [self._make(min(32, count - i)) for i in range(0, count, 32)]
         self.words = [word for words, _, _ in made for word in words]
         self.x0, self.seen = torch.cat([x0 for _, x0, _ in made]), torch.cat([seen for _, _, seen in made])
 
     def _make(self, count: int) -> tuple[list[str], Tensor, Tensor]:
-        words, x0, seen = self.goal.examples(count, self.size, self.autoencoder, self.rng)
+        words, x0, seen = self.examples(count, self.size, self.autoencoder, self.rng)
         return words, x0.to(torch.bfloat16), seen.to(torch.bfloat16)
 
     def draw(self, batch: int) -> tuple[list[str], Tensor, Tensor]:
@@ -217,9 +224,17 @@ def make(name: str, folder: Path, steps: int | None = None, start: Path | None =
     state.resume()
     rng = random.Random(7 + state.step)
     if state.step < goal.small:
-        _train(state, goal, [Pool(goal, autoencoder, SMALL, 3000, state.step)], goal.small, goal.many, encoders, rng)
+        _train(
+            state,
+            goal,
+            [Pool(goal.examples, autoencoder, SMALL, 3000, state.step)],
+            goal.small,
+            goal.many,
+            encoders,
+            rng,
+        )
     pools = [
-        Pool(goal, autoencoder, size, 1500 if i == 0 else 64, 31 * i + state.step)
+        Pool(goal.examples, autoencoder, size, 1500 if i == 0 else 64, 31 * i + state.step)
         for i, size in enumerate((MAIN, *OTHERS))
     ]
     _train(state, goal, pools, goal.steps, goal.batch, encoders, rng)
@@ -241,18 +256,27 @@ def _train(
 ) -> None:
     """Train up to a step, mostly on the first of the pools."""
     model: Callable[..., Tensor] = torch.compile(state.model, dynamic=False)
-    started, first, mean = time.monotonic(), state.step, 0.0
-    while state.step < end:
+
+    def loss() -> Tensor:
         pool = pools[0] if len(pools) == 1 or rng.random() < OFTEN else rng.choice(pools[1:])
         words, x0, seen = pool.draw(share_of(batch, pool.size, pools[0].size))
+        call = model if pool is pools[0] else state.model
+        return editing_loss(call, goal, encoders, pool.size, words, x0, seen)
+
+    trained(state, goal.name, end, goal.steps, loss)
+
+
+def trained(state: TrainingState[Any], name: str, end: int, total: int, loss: Callable[[], Tensor]) -> None:
+    """Train up to a step of `total`, by which the rate falls; said every 50 steps, saved every 250."""
+    started, first, mean = time.monotonic(), state.step, 0.0
+    while state.step < end:
         with mixed_precision():
-            call = model if pool is pools[0] else state.model
-            loss = editing_loss(call, goal, encoders, pool.size, words, x0, seen)
-        state.optimise(loss, cosine_rate(state.step, goal.steps, floor=0.01))
-        mean = loss.item() if mean == 0 else 0.98 * mean + 0.02 * loss.item()
+            found = loss()
+        state.optimise(found, cosine_rate(state.step, total, floor=0.01))
+        mean = found.item() if mean == 0 else 0.98 * mean + 0.02 * found.item()
         if state.step % 50 == 0:
             pace = (time.monotonic() - started) / (state.step - first)
-            log.info("%s step %d/%d loss %.4f %.2f s a step", goal.name, state.step, goal.steps, mean, pace)
+            log.info("%s step %d/%d loss %.4f %.2f s a step", name, state.step, total, mean, pace)
         if state.step % 250 == 0:
             state.save()
     state.save()
