@@ -58,8 +58,8 @@ class Goal:
     """One of the two models: what it is trained on.
 
     Attributes:
-        small, many: so many of the steps come first, with so many pictures each, on a small canvas: what an instruction
-            means is learned there in a third of the time.
+        small, many: so many of the steps come first, with so many pictures each, on a small canvas, which has a quarter
+            of the tokens: enough to learn what an instruction means.
         guidance: strengths that its input is told; the example tells so much that they make no difference.
     """
 
