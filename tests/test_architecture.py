@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "models": set(),
     "sampling": {"models", "checks"},
     "text": {"models", "checks", "strictjson"},
-    "variants": {"models"},
+    "variants": {"models", "text"},
     "families": {"sampling"},
     "conditions": CORE | {"families", "pictures"},
     # Files and memory
@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "weights": {"checkpoints", "variants", "disk"},
     "lora": {"checkpoints", "weights", "models", "variants", "text", "checks", "disk", "strictjson"},
     "memory": {"checkpoints", "models", "sampling"},
-    "inspection": {"checkpoints", "lora", "models", "variants"},
+    "inspection": {"checkpoints", "lora", "models", "variants", "weights"},
     "conversion": {"checkpoints", "weights", "lora", "models", "text", "variants", "strictjson"},
     "steering": {"checkpoints", "weights", "conditions", "inspection", "models", "variants"},
     "assembly": {*CORE, "conditions", "checkpoints", "weights", "memory", "inspection", "conversion"},

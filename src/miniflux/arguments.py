@@ -21,16 +21,17 @@ from miniflux.conditions.masks import check_mask
 from miniflux.errors import InputError
 from miniflux.families import FAMILIES
 from miniflux.lora.adapters import adapters_of
-from miniflux.models.autoencoder import AutoencoderConfig
-from miniflux.models.flux1 import Flux1
+from miniflux.models.autoencoder import AutoencoderSizes
+from miniflux.models.transformer import Transformer
 from miniflux.pictures import open_picture
 from miniflux.sampling import CACHES, GUIDES, Moment, Schedule, Solver, custom_schedule
 from miniflux.sampling import cache as find_cache
 from miniflux.sampling import schedule as make_schedule
 from miniflux.sampling.caches import Cache
 from miniflux.sampling.guidance import Cfg, Scale, named_guide
-from miniflux.sampling.latents import MAX_SEED, PATCH
+from miniflux.sampling.latents import MAX_SEED
 from miniflux.sampling.schedules import SPACINGS, static_shift, unshifted
+from miniflux.sampling.solvers import SOLVERS
 from miniflux.text.decoding import repaired
 from miniflux.variants import Variant
 
@@ -164,7 +165,7 @@ def conditions_for(conditions: Sequence[Condition]) -> tuple[Condition, ...]:
     return given
 
 
-def check_channels(transformer: Flux1, conditions: Sequence[Condition]) -> None:
+def check_channels(transformer: Transformer, conditions: Sequence[Condition]) -> None:
     """Raises InputError if the network reads more than the noisy picture, and no condition gives that."""
     more = transformer.config.in_channels - transformer.config.out_channels
     if not more or any(isinstance(condition, Control | Fill) for condition in conditions):
@@ -209,9 +210,9 @@ def levels_for(
         if shift is not None:
             raise InputError(f"shift {shown(shift)} cannot be applied to noise levels of your own")
         return levels
-    own = FAMILIES[variant.family].shift(tokens) if variant.shift else unshifted
-    curve = own if shift is None else static_shift(shift)
     steps = variant.steps if steps is None else steps
+    own = FAMILIES[variant.family].shift(tokens, steps) if variant.shift else unshifted
+    curve = own if shift is None else static_shift(shift)
     if shift is None and steps > 1 and curve(1 - 1 / steps) == 1:  # 0.99... rounds to it
         raise InputError(
             f"a picture of {tokens} tokens is beyond the noise levels of {variant.name}, which all become 1: ask for a "
@@ -220,17 +221,37 @@ def levels_for(
     return make_schedule(spacing_for(variant, method, spacing), steps, curve)
 
 
-def guidance_for(variant: Variant, embedded: bool, guidance: Scale | None) -> Scale | None:
-    """What the guidance input is told; None for networks without one."""
-    if not embedded:
-        if guidance is not None:
-            raise InputError(f"{variant.name} has no guidance input: leave guidance out, got {shown(guidance)}")
-        return None
-    if guidance is None:
-        return variant.guidance
-    if callable(guidance):
-        return guidance
-    return float(check_number("guidance", guidance, 0))
+def guiding_for(variant: Variant, guide: Cfg | str | None, guidance: Scale | None) -> tuple[Cfg | None, Scale | None]:
+    """How other texts steer, and what the guidance input is told; None for networks without one. Models that are drawn
+    with classifier-free guidance have that, of the scale `guidance`, unless another guide is given.
+
+    Raises:
+        InputError: they are neither, or guidance would have no effect.
+    """
+    scale = guidance if guidance is None or callable(guidance) else float(check_number("guidance", guidance, 0))
+    chosen = guide_for(guide)
+    if variant.transformer.guidance_embed:
+        return chosen, variant.guidance if scale is None else scale
+    if variant.cfg is not None and chosen is None:
+        return Cfg(scale=variant.cfg if scale is None else scale), None
+    if scale is not None and variant.cfg is None:
+        raise InputError(f"{variant.name} has no guidance input: leave guidance out, got {shown(guidance)}")
+    if scale is not None:
+        raise InputError(
+            f"guidance {shown(guidance)} is the scale of the usual guide of {variant.name}, and another is given"
+        )
+    return chosen, None
+
+
+def check_jumps(variant: Variant, method: Solver) -> None:
+    """Raises InputError if a flow map, which is told where each step leads, is to be drawn by a solver that asks it for
+    slopes at single places."""
+    if getattr(variant.transformer, "flow_map", False) and method.jumps is None:
+        jumping = ", ".join(name for name, one in SOLVERS.items() if one.jumps is not None)
+        raise InputError(
+            f"{variant.name} is a flow map: it is told which noise level a step leads to, and {method.name} needs "
+            f"slopes at single levels; solvers for it are {jumping}"
+        )
 
 
 def cache_for(variant: Variant, cache: Cache | str | None) -> Cache | None:
@@ -251,7 +272,7 @@ Source = str | os.PathLike[str] | Image.Image | np.ndarray[Any, Any] | Tensor
 latents (1, C, h, w)."""
 
 
-def image_for(image: Source | None, config: AutoencoderConfig) -> Image.Image | Tensor | None:
+def image_for(image: Source | None, config: AutoencoderSizes) -> Image.Image | Tensor | None:
     """A picture as `open_picture` gives it; pixels and latents are themselves.
 
     Raises:
@@ -269,12 +290,12 @@ def image_for(image: Source | None, config: AutoencoderConfig) -> Image.Image | 
     if not isinstance(image, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError(
             f"image must be a path, a Pillow picture, an array (H, W, 3) of uint8, pixels (3, H, W) in [-1, 1] or "
-            f"latents (1, {config.z_channels}, h, w), got {shown(image)}"
+            f"latents (1, {config.latent_channels}, h, w), got {shown(image)}"
         )
     is_latent, shape = image.ndim == 4, tuple(image.shape)
-    if shape[: image.ndim - 2] != ((1, config.z_channels) if is_latent else (3,)) or not image.numel():
+    if shape[: image.ndim - 2] != ((1, config.latent_channels) if is_latent else (3,)) or not image.numel():
         raise InputError(
-            f"pixels must be (3, H, W), and latents must be (1, {config.z_channels}, h, w), got a tensor {shape}"
+            f"pixels must be (3, H, W), and latents must be (1, {config.latent_channels}, h, w), got a tensor {shape}"
         )
     if not is_latent:
         check_pixels("pixels", image)
@@ -323,7 +344,7 @@ def mask_for(mask: Mask | None, image: Image.Image | Tensor | None, downscale: i
 
 def size_for(
     variant: Variant,
-    config: AutoencoderConfig,
+    config: AutoencoderSizes,
     width: int | None,
     height: int | None,
     image: Image.Image | Tensor | None = None,
@@ -331,7 +352,7 @@ def size_for(
     """Width and height to draw, in pixels: as asked for and rounded up to whole tokens, or those of the image, which is
     of the kinds that `image_for` gives."""
     scale = config.downscale
-    multiple = scale * PATCH
+    multiple = config.unit
     if image is None:
         return _side("width", width, variant.size, multiple), _side("height", height, variant.size, multiple)
     if isinstance(image, Tensor):

@@ -7,21 +7,21 @@ import math
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
 
-from miniflux.checkpoints.configs import axes_beside, config_beside, flux1_config, json_object
+from miniflux.checkpoints.configs import axes_beside, config_beside, config_of_transformer, json_object
 from miniflux.checkpoints.files import TensorSource
 from miniflux.checkpoints.folders import models, path_of
 from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.layouts import counterparts
 from miniflux.checkpoints.loading import bare, compare, load_into, take_packed_layers
-from miniflux.checkpoints.networks import BY_KIND, PIPELINE
-from miniflux.checkpoints.opened import Opened, layout_in, network_of, parts_of
+from miniflux.checkpoints.networks import BY_KIND, TRANSFORMERS, networks_of
+from miniflux.checkpoints.opened import Opened, layout_in, network_of, parts_of, transformer_of
 from miniflux.conditions import fill_channels
 from miniflux.conversion.pipelines import SCHEDULER
 from miniflux.errors import CheckpointError, InputError
@@ -30,14 +30,16 @@ from miniflux.inspection import describe, fits
 from miniflux.memory.compute import choose_device, choose_dtype
 from miniflux.memory.ledger import Placed, Run, resident_size
 from miniflux.memory.modes import Memory, check_mode, choose
-from miniflux.memory.modulation import Ahead
+from miniflux.memory.modulation import ahead_of
 from miniflux.memory.streaming import Streamed, offload, partitioned, stream
-from miniflux.models.autoencoder import Autoencoder
-from miniflux.models.flux1 import Flux1
+from miniflux.models.autoencoder import Autoencoder, Flux2Autoencoder
+from miniflux.models.causal_lm import CausalLmConfig
+from miniflux.models.flux1 import Flux1Config
 from miniflux.models.tiny_autoencoder import TinyDecoder
-from miniflux.text import Text, load_clip_tokenizer, load_t5_tokenizer
-from miniflux.variants import ALIASES, VARIANTS, Variant, variant, variant_of
-from miniflux.weights.finding import Files, find
+from miniflux.models.transformer import Transformer
+from miniflux.text import ChatText, Text, TextReader, load_chat_tokenizer, load_clip_tokenizer, load_t5_tokenizer
+from miniflux.variants import ALIASES, UNPUBLISHED, VARIANTS, Variant, nearest, variant, variant_of
+from miniflux.weights.finding import TOKENIZERS, Files, find
 from miniflux.weights.origin import Origin, stamped
 
 log = logging.getLogger(__name__)
@@ -47,9 +49,9 @@ class Assembled(NamedTuple):
     """What a pipeline is made of."""
 
     variant: Variant
-    transformer: Flux1
-    autoencoder: Autoencoder
-    text: Text
+    transformer: Transformer
+    autoencoder: Autoencoder | Flux2Autoencoder
+    text: TextReader
     origin: Origin
     tiny: TinyDecoder | None = None
     memory: Memory | None = None
@@ -81,14 +83,15 @@ def assemble(
     origin = Origin(chosen.name if named else str(name_or_path), asked, stamped(files))
 
     # 2. Which sizes: of the text encoders from their config files where there are any, else those of the variant.
-    told = [network for network in PIPELINE if network.of_json is not None]
-    chosen = replace(
-        chosen, **{one.part: config_beside(getattr(files, one.part), one.of(chosen), opened) for one in told}
-    )
+    records = networks_of(chosen)
+    told = {part: config_beside(files.of(part), one.of(chosen), opened) for part, one in records.items() if one.of_json}
+    if chosen.lm is not None:
+        told["lm"] = _as_read(told["lm"], chosen.lm, files.of("lm"))
+    chosen = replace(chosen, **told)
     _check_widths(chosen, files)
 
     # 3. Which precision, from what the transformer's file stores.
-    source = opened.part(files.transformer, Flux1)
+    source = opened.part(files.transformer, records["transformer"].kind)
     largest = max(source.entries.values(), key=lambda entry: entry.size)
     parameters = sum(math.prod(entry.shape) for entry in contents_of(source).entries.values())
     compute = choose_dtype(dtype, place, largest.dtype, parameters)
@@ -96,24 +99,26 @@ def assemble(
     # 4. Build on the meta device, compare with the files, and decide where the weights will be.
     precise = torch.float32 if dtype is None else compute  # of what is never packed: the autoencoder
     built = {
-        "transformer": _built(Flux1, chosen.transformer, source, compute, chosen),
+        "transformer": _built(records["transformer"].kind, chosen.transformer, source, compute, chosen),
         **{
-            one.part: _built(
-                one.kind,
-                one.of(chosen),
-                opened.part(getattr(files, one.part), one.kind),
-                compute if one.packed else precise,
+            part: _built(
+                records[part].kind,
+                config,
+                opened.part(files.of(part), records[part].kind),
+                compute if records[part].packed else precise,
             )
-            for one in told
+            for part, config in told.items()
         },
     }
-    run = Run(width=chosen.size, height=chosen.size, text_tokens=chosen.t5_length, calls=chosen.steps)
+    usual = chosen.t5_length or (chosen.chat.multiple if chosen.chat is not None else 0)
+    run = Run(width=chosen.size, height=chosen.size, text_tokens=usual, calls=chosen.steps)
     parts = {name: part for name, (part, _) in built.items()}
     mode, placed = choose(memory, parts, run, place, compute, process)
 
     # 5. Assign from the files, or have the weights come and go.
     streamed = {name: _filled(placed[name], held, place) for name, (_, held) in built.items()}
-    transformer, clip, t5 = streamed["transformer"], streamed["clip"], streamed["t5"]
+    transformer = streamed["transformer"]
+    texts = [network for part, network in streamed.items() if part in TOKENIZERS]
     kept = Memory(
         mode,
         placed,
@@ -121,21 +126,15 @@ def assemble(
         compute,
         process,
         transformer,
-        tuple(network for network in (clip, t5) if network is not None),
-        Ahead(transformer) if transformer is not None and modulation_ahead else None,
+        tuple(network for network in texts if network is not None),
+        ahead_of(transformer) if transformer is not None and modulation_ahead else None,
     )
     networks: dict[str, Any] = {name: part.plan.network for name, part in placed.items()}
     assembled = Assembled(
         chosen,
         networks["transformer"],
         networks["autoencoder"],
-        Text(
-            networks["clip"],
-            networks["t5"],
-            load_clip_tokenizer(files.clip_tokenizer),
-            load_t5_tokenizer(files.t5_tokenizer),
-            chosen.t5_length,
-        ),
+        _text(chosen, networks, files),
         origin,
         _tiny(chosen, files.tiny, place, opened),
         kept,
@@ -151,6 +150,40 @@ def assemble(
     return assembled
 
 
+def _as_read(found: CausalLmConfig, wanted: CausalLmConfig, path: Path) -> CausalLmConfig:
+    """The config of a language model of which as much is read as the variant reads.
+
+    Raises:
+        CheckpointError: it has not so many layers.
+    """
+    if wanted.layers_read is not None and found.num_hidden_layers < wanted.depth:
+        raise CheckpointError(
+            f"{path}: a language model of {found.num_hidden_layers} layers, and the prompt is read after {wanted.depth}"
+        )
+    read = wanted.depth if wanted.depth < found.num_hidden_layers else None
+    found = replace(found, layers_read=read)
+    if found != replace(wanted, layers_read=read):
+        other = [f.name for f in fields(found) if getattr(found, f.name) != getattr(wanted, f.name)]
+        about = ", ".join(f"{name} {getattr(found, name)} instead of {getattr(wanted, name)}" for name in other)
+        log.warning("%s is another language model than the one this model was trained with: %s", path, about)
+    return found
+
+
+def _text(chosen: Variant, networks: Mapping[str, Any], files: Files) -> TextReader:
+    """The text side: a language model, or CLIP and T5."""
+    if chosen.chat is not None:
+        tokenizer = load_chat_tokenizer(files.of("lm_tokenizer"), chosen.chat)
+        return ChatText(networks["lm"], tokenizer, length=chosen.t5_length)
+    assert chosen.t5_length is not None
+    return Text(
+        networks["clip"],
+        networks["t5"],
+        load_clip_tokenizer(files.of("clip_tokenizer")),
+        load_t5_tokenizer(files.of("t5_tokenizer")),
+        chosen.t5_length,
+    )
+
+
 def _tiny(chosen: Variant, path: Path | None, device: torch.device, opened: Opened) -> TinyDecoder | None:
     """The decoder for previews, in float32, if the variant has one and its file is here."""
     if path is None or chosen.tiny is None or chosen.tiny.z_channels != chosen.autoencoder.z_channels:
@@ -163,14 +196,18 @@ def _tiny(chosen: Variant, path: Path | None, device: torch.device, opened: Open
 def _check_widths(chosen: Variant, files: Files) -> None:
     """Refuse parts of different models. Canny and Depth read a second picture beside the noise, Fill a mask, too."""
     takes, family = chosen.transformer, FAMILIES[chosen.family]
-    channels = family.patch**2 * chosen.autoencoder.z_channels
+    channels = family.patch**2 * chosen.autoencoder.latent_channels
     beside = (0, channels, fill_channels(family, takes, chosen.autoencoder.downscale))
     read = takes.in_channels if takes.in_channels - channels not in beside else channels
-    for what, wanted, path, given in (
-        ("image tokens", read, files.autoencoder, channels),
-        ("text tokens", takes.context_in_dim, files.t5, chosen.t5.d_model),
-        ("text summaries", takes.vec_in_dim, files.clip, chosen.clip.hidden_size),
-    ):
+    together = [("image tokens", read, files.autoencoder, channels)]
+    if chosen.lm is not None and chosen.chat is not None:
+        words = len(chosen.chat.layers) * chosen.lm.hidden_size
+        together.append(("text tokens", takes.context_in_dim, files.of("lm"), words))
+    if chosen.t5 is not None:
+        together.append(("text tokens", takes.context_in_dim, files.of("t5"), chosen.t5.d_model))
+    if chosen.clip is not None and isinstance(takes, Flux1Config):
+        together.append(("text summaries", takes.vec_in_dim, files.of("clip"), chosen.clip.hidden_size))
+    for what, wanted, path, given in together:
         if given != wanted:
             raise CheckpointError(
                 f"{files.transformer} and {path} do not belong together: {what} of {wanted} and of {given} channels"
@@ -187,7 +224,7 @@ def locate(
     """
     text, path, opened = str(name_or_path), path_of(name_or_path), opened or Opened()
     repositories = {v.repository for v in VARIANTS.values()} - {""}
-    if text in VARIANTS or text in ALIASES or text in repositories:
+    if text in VARIANTS or text in ALIASES or text in repositories or text in UNPUBLISHED:
         chosen = variant(text)
         return chosen, find(chosen, first, given)
     if not os.path.exists(path):  # not path.exists(), which raises where the name is too long
@@ -199,7 +236,7 @@ def locate(
     beside: dict[str, Path] = {}  # what else an all-in-one file holds
     if transformer.is_file():
         inside = parts_of(opened.source(transformer))
-        beside = {BY_KIND[kind].part: transformer for kind in inside if kind is not Flux1}
+        beside = {part: transformer for kind in inside if (part := BY_KIND[kind].part) != "transformer"}
     return chosen, find(chosen, [*first, folder], {"transformer": transformer, **beside, **given})
 
 
@@ -208,44 +245,49 @@ def _transformer_in(folder: Path) -> Path:
     the one GGUF file)."""
     if (folder / "transformer").is_dir():
         return folder / "transformer"
-    found = [model for model in models(folder) if Flux1 in parts_of(TensorSource(model.complete()))]
+    drawing = {record.kind for record in TRANSFORMERS}
+    found = [model for model in models(folder) if drawing & set(parts_of(TensorSource(model.complete())))]
     found = [model.path for model in found if not model.is_gguf] or [model.path for model in found]
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
-        raise CheckpointError(
-            f"{folder}: expected a folder `transformer` or one FLUX.1 transformer file; found {names}"
-        )
+        raise CheckpointError(f"{folder}: expected a folder `transformer` or one file of a transformer; found {names}")
     return found[0]
 
 
 def _variant_in(transformer: Path, folder: Path, opened: Opened) -> Variant:
     """What a transformer's file holds, read from its keys and shapes, never from its name."""
-    source = opened.part(transformer, Flux1)
+    source = transformer_of(opened.source(transformer))
     kind = network_of(source) or next(iter(parts_of(source)), None)
-    if kind is not Flux1:
+    if kind is None or BY_KIND[kind].part != "transformer":
         found = kind.__name__ if kind else describe(source)
-        raise CheckpointError(f"{source}: expected a FLUX.1 transformer, found {found}")
+        raise CheckpointError(f"{source}: expected a transformer of FLUX, found {found}")
     axes = axes_beside(transformer) if transformer.is_dir() else None
     try:
-        config = flux1_config(contents_of(source).entries, source.metadata, axes)
+        config = config_of_transformer(contents_of(source).entries, source.metadata, axes)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
     known = variant_of(config, transformer.name)
     if known is None:
-        base = VARIANTS["flux1-dev" if config.guidance_embed else "flux1-schnell"]
         name = folder.resolve().name if transformer.is_dir() else transformer.stem
-        known = replace(base, name=name, repository="", file=transformer.name, transformer=config)
+        known = replace(nearest(config), name=name, repository="", file=transformer.name, transformer=config)
     scheduler = json_object(folder / "scheduler" / "scheduler_config.json")
-    if scheduler:
-        if not scheduler.get("use_dynamic_shifting") and scheduler.get("shift", 1.0) != 1.0:
-            raise CheckpointError(
-                f"{folder}: its scheduler has the fixed shift {scheduler['shift']}, which FLUX.1 never uses"
-            )
-        for name, value in SCHEDULER.items():
-            if scheduler.get(name, value) != value:
-                raise CheckpointError(f"{folder}: its scheduler has {name} {scheduler[name]!r}; FLUX.1's is {value!r}")
-        known = replace(known, shift=bool(scheduler.get("use_dynamic_shifting")))
-    return known
+    return _scheduled(known, scheduler, folder) if scheduler and isinstance(config, Flux1Config) else known
+
+
+def _scheduled(known: Variant, scheduler: Mapping[str, Any], folder: Path) -> Variant:
+    """A variant of FLUX.1 with the schedule that its folder states.
+
+    Raises:
+        CheckpointError: one that FLUX.1 never has.
+    """
+    if not scheduler.get("use_dynamic_shifting") and scheduler.get("shift", 1.0) != 1.0:
+        raise CheckpointError(
+            f"{folder}: its scheduler has the fixed shift {scheduler['shift']}, which FLUX.1 never uses"
+        )
+    for name, value in SCHEDULER.items():
+        if scheduler.get(name, value) != value:
+            raise CheckpointError(f"{folder}: its scheduler has {name} {scheduler[name]!r}; FLUX.1's is {value!r}")
+    return replace(known, shift=bool(scheduler.get("use_dynamic_shifting")))
 
 
 def _built(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from PIL import Image
@@ -14,25 +14,27 @@ from torch import Tensor
 
 from miniflux.cache import Drawn
 from miniflux.conditions import Added, Scene, joined
+from miniflux.conditions.once import look, remembering
 from miniflux.errors import MinifluxError
 from miniflux.memory.modes import Memory
-from miniflux.models.autoencoder import Autoencoder
-from miniflux.models.flux1 import Flux1, run_block
+from miniflux.models.autoencoder import Autoencoder, Flux2Autoencoder
+from miniflux.models.flux1 import run_block
 from miniflux.models.layers import attention
+from miniflux.models.transformer import Transformer
 from miniflux.pictures import from_image
 from miniflux.plan import Plan, Watcher
 from miniflux.result import psnr, to_image
-from miniflux.sampling import Bill, Moment, Told, Words, add_noise, denoise, step_noise, varied_noise
+from miniflux.sampling import Bill, Moment, Told, Words, add_noise, denoise, initial_noise, step_noise, varied_noise
 from miniflux.sampling.denoising import model_calls
-from miniflux.text import Text
+from miniflux.text import TextReader
 
 
 class Parts(Protocol):
     """What a pipeline draws with."""
 
-    transformer: Flux1
-    autoencoder: Autoencoder
-    text: Text
+    transformer: Transformer
+    autoencoder: Autoencoder | Flux2Autoencoder
+    text: TextReader
     memory: Memory | None
 
     @property
@@ -96,9 +98,12 @@ class Drawing:
         """T5's tokens and CLIP's summary of all texts, and the latents of the picture to change."""
         plan, memory = self.plan, self.parts.memory
         # Cut to the longest of a call, prompts would depend on each other.
-        groups = [[prompt] for prompt in plan.prompts] if plan.padding == "trimmed" else [plan.prompts]
+        alone = plan.padding == "trimmed" or plan.t5_length is None
+        groups = [[prompt] for prompt in plan.prompts] if alone else [plan.prompts]
         texts = [words for group in groups for words in self._words(group)]
-        others = (None, None) if plan.guide is None else self._words([plan.negative or "", ""])
+        negative, empty = plan.negative or "", ""
+        groups = [] if plan.guide is None else [[negative], [empty]] if plan.t5_length is None else [[negative, empty]]
+        others = [words for group in groups for words in self._words(group)] or [None, None]
         if memory is not None:
             memory.free_text()
         scene = Scene(
@@ -112,9 +117,21 @@ class Drawing:
             self._encode,
         )
         added = joined([condition.added(scene) for condition in plan.conditions])
+        if plan.once and added.tokens is not None:
+            added = self._remembered(added)
         if added.words is not None:
             texts = [added.words(words) for words in texts]
         return _Begun(texts, others[0], others[1], added)
+
+    def _remembered(self, added: Added) -> Added:
+        """What conditions add, with references looked at now instead of at every step. What they say is kept in RAM
+        where blocks wait there, too."""
+        assert added.tokens is not None and added.ids is not None
+        memory, device, dtype = self.parts.memory, self.parts.device, self.parts.dtype
+        waits = memory is not None and memory.transformer is not None
+        tokens, ids = added.tokens.to(device, dtype), added.ids.to(device)
+        kept = look(self.plan.family, self.parts.transformer, tokens, ids, torch.device("cpu") if waits else device)
+        return replace(added, tokens=None, ids=None, wraps=(remembering(kept), *added.wraps))
 
     def _denoise(
         self, plan: Plan, begun: _Begun, i: int, begin: Tensor, noise: Tensor, watch: Watcher
@@ -146,7 +163,7 @@ class Drawing:
             replaced = watch(moment)
             return moment.x if replaced is None else replaced
 
-        def velocity(model: Flux1, told: Told, **hooks: Any) -> Tensor:
+        def velocity(model: Transformer, told: Told, **hooks: Any) -> Tensor:
             for hear in added.hears:
                 hear(told)
             return plan.family.velocity(model, told, **hooks)
@@ -176,7 +193,7 @@ class Drawing:
             Words(
                 text.txt[i : i + 1].to(dtype),
                 plan.family.text_ids(1, text.txt.shape[1]).to(device),
-                text.vec[i : i + 1].to(dtype),
+                None if text.vec is None else text.vec[i : i + 1].to(dtype),
                 None if text.mask is None else text.mask[i : i + 1],
             )
             for i in range(len(prompts))
@@ -184,17 +201,19 @@ class Drawing:
 
     def _noise(self, i: int) -> Tensor:
         plan, variation = self.plan, self.plan.varied(i)
-        height, width, channels = *plan.sides, self.parts.autoencoder.config.z_channels
+        config = self.parts.autoencoder.config
+        height, width, channels, patch = *plan.sides, config.latent_channels, config.patch
         if variation is None:
-            return plan.family.noise(height, width, plan.seed + i, channels)
-        return varied_noise(height, width, plan.seed + i, variation, channels)
+            return initial_noise(height, width, plan.seed + i, channels, patch)
+        return varied_noise(height, width, plan.seed + i, variation, channels, patch)
 
     def _unpacked(self, tokens: Tensor) -> Tensor:
         return self.plan.family.unpack(tokens, *self.plan.sides).float()
 
     def _decode(self, tokens: Tensor, added: Added) -> Tensor:
         autoencoder = self.parts.autoencoder
-        pixels = autoencoder.decode(self._unpacked(tokens).to(autoencoder.decoder.conv_in.weight.dtype))
+        decode = cast(Callable[[Any], Tensor], autoencoder.decode)
+        pixels = decode(self._unpacked(tokens).to(autoencoder.decoder.conv_in.weight.dtype))
         if not bool(torch.isfinite(pixels).all()):
             dtype = str(self.parts.dtype).removeprefix("torch.")
             raise MinifluxError(f"the picture is not finite: the numbers overflowed in {dtype}; try dtype float32")

@@ -13,23 +13,23 @@ import torch
 from torch import nn
 
 from miniflux.checkpoints.by_name import Found
-from miniflux.checkpoints.configs import flux1_config, transformer_config
+from miniflux.checkpoints.configs import config_of_transformer, transformer_config
 from miniflux.checkpoints.files import Entry, Selection, TensorSource, open_tensors
 from miniflux.checkpoints.folders import path_of, unread
 from miniflux.checkpoints.formats.encodings import accepted
 from miniflux.checkpoints.formats.reading import contents_of, format_of, formats_in
 from miniflux.checkpoints.loading import bare, compare, is_finite
-from miniflux.checkpoints.networks import BY_KIND, NETWORKS, PIPELINE
+from miniflux.checkpoints.networks import BY_KIND, NETWORKS, TRANSFORMERS, networks_of
 from miniflux.checkpoints.opened import FOLDERS, known_in, models_in, network_of, parts_of
 from miniflux.checkpoints.report import LoadReport
 from miniflux.errors import CheckpointError, LoraError
 from miniflux.lora.files import is_lora, read, what_is
 from miniflux.lora.models import fitting_models
-from miniflux.models.flux1 import Flux1, Flux1Config
+from miniflux.models.transformer import TransformerConfig
 from miniflux.variants import VARIANTS
+from miniflux.weights.finding import TOKENIZERS
 
 Entries = Mapping[str, Entry]
-TOKENIZERS = ("tokenizer", "tokenizer_2")
 LORA = "LoRA"
 
 
@@ -139,13 +139,17 @@ def _parts(source: TensorSource, data: bool) -> list[Part]:
 
 
 def _absent(parts: list[Part], folder: Path | None) -> list[str]:
-    """What a pipeline's folder, or a file of several networks, lacks of a FLUX.1."""
+    """What a pipeline's folder, or a file of several networks, lacks of a whole model of its transformer's family."""
     networks = {part.network for part in parts}
     strange = networks - {network.kind.__name__ for network in NETWORKS}
-    if strange or Flux1.__name__ not in networks or not (folder or len(networks) > 1):
+    drawing = next((network for network in TRANSFORMERS if network.kind.__name__ in networks), None)
+    if strange or drawing is None or not (folder or len(networks) > 1):
         return []
-    absent = [network.word for network in PIPELINE if network.kind.__name__ not in networks]
-    return absent + [name for name in TOKENIZERS if folder and not (folder / name).is_dir()]
+    like = next(variant for variant in VARIANTS.values() if drawing.of(variant) is not None)
+    wanted = networks_of(like)
+    absent = [network.word for network in wanted.values() if network.kind.__name__ not in networks]
+    tokenizers = [TOKENIZERS[part][1] for part in wanted if part in TOKENIZERS]
+    return absent + [name for name in tokenizers if folder and not (folder / name).is_dir()]
 
 
 def _part(source: TensorSource, other: Found | None, data: bool) -> Part:
@@ -246,10 +250,10 @@ def _wrong(report: LoadReport) -> int:
     return sum(len(keys) for keys in report.problems.values())
 
 
-def fits(source: TensorSource, config: Flux1Config) -> bool:
+def fits(source: TensorSource, config: TransformerConfig) -> bool:
     """Whether the sizes in a transformer's file are those of `config`, though tensors may be missing."""
     try:
-        return flux1_config(contents_of(source).entries, source.metadata, tuple(config.axes_dim)) == config
+        return config_of_transformer(contents_of(source).entries, source.metadata, tuple(config.axes_dim)) == config
     except CheckpointError:
         return False
 

@@ -30,9 +30,9 @@ from miniflux.checkpoints.fingerprint import (
 )
 from miniflux.lora.adapters import adapters_of
 from miniflux.lora.standing import HUNG, changed_adapters, taken_over
-from miniflux.models.autoencoder import Autoencoder
-from miniflux.models.flux1 import Flux1
-from miniflux.text import Text, TextTokenizer
+from miniflux.models.autoencoder import Autoencoder, Flux2Autoencoder
+from miniflux.models.transformer import Transformer
+from miniflux.text import Text, TextReader, TextTokenizer
 from miniflux.variants import Variant
 from miniflux.weights.origin import Edited, Origin, Stamp
 
@@ -41,8 +41,7 @@ PROBE = "A red circle, 2 blue stars; 3rd: caf\u00e9!"  # what a tokenizer makes 
 ROOMS = ("models", "sampling", "text", "lora.layer", "checkpoints.quantized", "checkpoints.formats", "result")
 """Where the functions are that make a picture; with those of `torch.nn.functional`, which others like to exchange."""
 FUNCTIONS = (FunctionType, BuiltinFunctionType, staticmethod, classmethod, property)
-READERS = ("text", "clip_tokenizer", "t5_tokenizer")
-TEXT_CACHE = ("_cache", "_lock", "cache_size", "encoded", "_said_clip_limit", "clip", "t5", "length")
+TEXT_CACHE = ("_cache", "_lock", "cache_size", "encoded", "_said_clip_limit", "clip", "t5", "lm", "length")
 """Of `Text`, what does not decide what a prompt becomes, is looked at by itself (networks) or told (the length)."""
 
 
@@ -50,9 +49,9 @@ class Loaded(Protocol):
     """What a pipeline has that decides its pictures."""
 
     variant: Variant
-    transformer: Flux1
-    autoencoder: Autoencoder
-    text: Text
+    transformer: Transformer
+    autoencoder: Autoencoder | Flux2Autoencoder
+    text: TextReader
     origin: Origin | None
 
 
@@ -110,17 +109,19 @@ class Baseline:
         """All that decides what becomes of a prompt."""
         adapters = [
             (name, Same(adapter), plain(adapter.scale), adapter.merged)
-            for network in (pipe.text.clip, pipe.text.t5)
+            for network in pipe.text.networks.values()
             for name, adapter in list(adapters_of(network).items())
         ]
-        return [facts[part] for part in ("clip", "t5")], [around[part] for part in READERS], adapters
+        readers = ("text", *pipe.text.tokenizers)
+        return [facts[part] for part in pipe.text.networks], [around[part] for part in readers], adapters
 
 
 def claimed(files: Sequence[tuple[str, Stamp]], changes: Sequence[str]) -> tuple[tuple[str, Stamp], ...]:
     """Files of a pipeline; those of parts that were changed in memory claim no hash any more."""
     changed = {line.partition(": ")[0] for line in changes}
-    changed |= {"clip", "t5", *READERS} if "text" in changed else set()
-    return tuple((part, Edited.like(stamp) if part in changed else stamp) for part, stamp in files)
+    text = {part for part, _ in files} - {"transformer", "autoencoder"} if "text" in changed else set[str]()
+    edited = changed | {part for part in text if not part.startswith("lora ")}
+    return tuple((part, Edited.like(stamp) if part in edited else stamp) for part, stamp in files)
 
 
 def summary(changes: Sequence[str]) -> list[str]:
@@ -130,19 +131,14 @@ def summary(changes: Sequence[str]) -> list[str]:
 
 
 def _networks(pipe: Loaded) -> dict[str, nn.Module]:
-    return {
-        "transformer": pipe.transformer,
-        "autoencoder": pipe.autoencoder,
-        "clip": pipe.text.clip,
-        "t5": pipe.text.t5,
-    }
+    return {"transformer": pipe.transformer, "autoencoder": pipe.autoencoder, **pipe.text.networks}
 
 
 def _around(pipe: Loaded) -> dict[str, Any]:
     """Facts of what is no network."""
     shadowing = {name: plain(value) for name, value in vars(pipe).items() if hasattr(type(pipe), name)}
     text = {name: plain(value) for name, value in vars(pipe.text).items() if name not in TEXT_CACHE}
-    tokenizers = {name: text.pop(name, None) and getattr(pipe.text, name) for name in READERS[1:]}
+    tokenizers = {name: text.pop(name, None) and tokenizer for name, tokenizer in pipe.text.tokenizers.items()}
     return {
         "variant": plain(pipe.variant),
         "pipeline": (Same(type(pipe)), shadowing),

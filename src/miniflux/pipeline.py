@@ -34,26 +34,27 @@ from miniflux.cache import Drawn, ResultCache, not_keyed, picture_key, result_ca
 from miniflux.conditions import Condition
 from miniflux.drawing import Drawing
 from miniflux.errors import InputError
+from miniflux.families import FAMILIES
 from miniflux.loaded import Baseline, claimed, summary
 from miniflux.lora.adapters import described, files_of
 from miniflux.memory.ledger import Run, activations
 from miniflux.memory.modes import Memory
 from miniflux.memory.shortage import Fits, told
-from miniflux.models.autoencoder import Autoencoder
-from miniflux.models.flux1 import Attend, Flux1, RunBlock
+from miniflux.models.autoencoder import Autoencoder, Flux2Autoencoder
+from miniflux.models.flux1 import Attend, RunBlock
 from miniflux.models.tiny_autoencoder import TinyDecoder
+from miniflux.models.transformer import Transformer
 from miniflux.plan import Plan, Watcher
 from miniflux.result import Result, checked_output, to_image
 from miniflux.sampling import (
     Moment,
     Wrap,
     previews,
-    unpack,
 )
 from miniflux.sampling.caches import Cache
 from miniflux.sampling.guidance import Cfg, Scale
-from miniflux.sampling.latents import PATCH, PIXELS_PER_TOKEN
-from miniflux.text import Padding, Text
+from miniflux.sampling.latents import PIXELS_PER_TOKEN
+from miniflux.text import Padding, TextReader
 from miniflux.variants import Variant
 from miniflux.version import __version__
 from miniflux.weights.origin import Origin, Stamp
@@ -62,7 +63,7 @@ __all__ = ["Callback", "Pipeline", "Progress", "Result", "checked_output", "load
 
 
 class Pipeline:
-    """A FLUX.1 text-to-image model, ready to draw.
+    """A model of FLUX.1, FLUX.2 or FLUX.3, ready to draw.
 
     Attributes:
         variant: what was loaded, with its defaults.
@@ -79,9 +80,9 @@ class Pipeline:
     def __init__(
         self,
         variant: Variant,
-        transformer: Flux1,
-        autoencoder: Autoencoder,
-        text: Text,
+        transformer: Transformer,
+        autoencoder: Autoencoder | Flux2Autoencoder,
+        text: TextReader,
         origin: Origin | None = None,
         tiny: TinyDecoder | None = None,
         results: ResultCache | None = None,
@@ -155,12 +156,13 @@ class Pipeline:
             prompt: one prompt, or several for several pictures.
             seed: picture i of the call is drawn from seed + i.
             steps: number of steps; None for the variant's default, or as many as a list of noise levels has.
-            guidance: strength of the prompt, at least 0, or a function of the noise level; None for the default.
-                Refused by models without that input.
+            guidance: strength of the prompt, at least 0, or a function of the noise level; None for the default. Of
+                models that are drawn with classifier-free guidance it is the scale; others without that input refuse
+                it.
             width, height: in pixels; None for the default, or the size of `image` or of the first `Reference`. Rounded
                 up to a multiple of 16, with a warning in the log.
             images: pictures per prompt.
-            t5_length: T5 tokens per prompt; None for the variant's own.
+            t5_length: tokens of T5, or of the language model, per prompt; None for the variant's own.
             padding: what becomes of the places behind a short prompt, see `miniflux.text.Padding`.
             solver: a name of `sampling.SOLVERS`; some take a number, `ddim:0.5`.
             schedule: a name of `sampling.schedules.SPACINGS`, or noise levels of your own. `auto` for what suits the
@@ -285,15 +287,15 @@ class Pipeline:
     def _fits(self) -> Fits:
         """Whether a run fits into what is free now."""
         memory, autoencoder = self.memory, self.autoencoder.config
-        unit = autoencoder.downscale * PATCH
+        unit = autoencoder.unit
         if memory is not None:
             return Fits(lambda run: memory.ledger(run).working, self.device, unit, memory.fitting)
 
         def needs(run: Run) -> tuple[int, int]:
             floats = self.autoencoder.decoder.conv_in.weight.element_size()
-            computed = activations(
-                self.transformer.config, self.text.t5.config, autoencoder, run, self.dtype.itemsize, floats
-            )
+            networks = {"transformer": self.transformer, "autoencoder": self.autoencoder, **self.text.networks}
+            configs = {part: network.config for part, network in networks.items()}
+            computed = activations(configs, run, self.dtype.itemsize, floats)
             most = max(computed.values())
             return (most, 0) if self.device.type == "cpu" else (0, most)
 
@@ -336,7 +338,9 @@ class Pipeline:
             InputError: another decoder, or this model has none of that kind.
         """
         rows, columns = (math.ceil(side / PIXELS_PER_TOKEN) for side in (height, width))
-        latent = unpack(moment.picture, rows * PIXELS_PER_TOKEN, columns * PIXELS_PER_TOKEN)
+        latent = FAMILIES[self.variant.family].unpack(
+            moment.picture, rows * PIXELS_PER_TOKEN, columns * PIXELS_PER_TOKEN
+        )
         pixels = previews.decode(latent, self.variant.preview, self.tiny, decoder)
         return to_image(pixels[0]).resize((width, height), Image.Resampling.BILINEAR)
 

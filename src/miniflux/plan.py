@@ -18,10 +18,10 @@ from miniflux.arguments import (
     Watch,
     cache_for,
     check_called,
+    check_jumps,
     check_resumed,
     conditions_for,
-    guidance_for,
-    guide_for,
+    guiding_for,
     levels_for,
     listed_for,
     negative_for,
@@ -49,11 +49,11 @@ from miniflux.sampling import (
     with_restarts,
 )
 from miniflux.sampling import solver as find_solver
-from miniflux.sampling.caches import Cache
+from miniflux.sampling.caches import Cache, check_cached
 from miniflux.sampling.denoising import check_part, check_skipped
 from miniflux.sampling.guidance import Cfg, Nag, Scale, SkipLayer, scale_at
 from miniflux.sampling.latents import PIXELS_PER_TOKEN
-from miniflux.text import Padding, check_padding
+from miniflux.text import ChatForm, Padding, Text, check_padding
 from miniflux.variants import Variant
 
 
@@ -68,7 +68,9 @@ class Plan:
         variation: (other seed of the first picture, how far to go towards its noise).
         width, height: in pixels; rows, columns: in tokens.
         family: what its kind of models is like.
+        chat: the form in which a language model reads prompts; None if none does.
         conditions: what steers the pictures beside their words.
+        once: whether references are looked at once, for all steps.
         spacing: the name of the schedule, or noise levels of the caller's own.
         steps_asked: what was asked for, or what the variant was made for.
         levels: the noise levels that are gone through.
@@ -83,11 +85,13 @@ class Plan:
     height: int
     rows: int
     columns: int
-    t5_length: int
+    t5_length: int | None
     padding: Padding
     negative: str | None
     family: Family
+    chat: ChatForm | None
     conditions: tuple[Condition, ...]
+    once: bool
     spacing: str | list[float]
     steps_asked: int | None
     shift: float | None
@@ -153,21 +157,23 @@ class Plan:
         total = images * len(prompts)
         seed, variation = seed_for(seed, total), variation_for(variation, total)
         wraps, conditions = listed_for("wraps", wraps), conditions_for(conditions)
+        family, seen = FAMILIES[variant.family], sum(isinstance(c, Reference) for c in conditions)
+        conditions = tuple(c.framed(family, seen) if isinstance(c, Reference) else c for c in conditions)
         changes = [c.known for c in conditions if isinstance(c, Img2Img)] if image is None else [image]
         known = next((one for one in changes if one is not None and not isinstance(one, str)), None)
         if not changes and width is None and height is None:  # that of the first reference, if there is one
             width, height = next((c.shown_at for c in conditions if isinstance(c, Reference)), (None, None))
         width, height = size_for(variant, variant.autoencoder, width, height, known)
-        family = FAMILIES[variant.family]
-        rows, columns = (side // (variant.autoencoder.downscale * family.patch) for side in (height, width))
+        rows, columns = (side // variant.autoencoder.unit for side in (height, width))
         steps = None if steps is None else whole("steps", steps, 1, MAX_STEPS)
         t5_length = variant.t5_length if t5_length is None else whole("t5_length", t5_length, 1, MAX_TEXT)
         strength, shift = plain(strength), plain(shift)
-        guide, cache = guide_for(guide), cache_for(variant, cache)
+        guide, guidance = guiding_for(variant, guide, guidance)
+        cache = cache_for(variant, cache)
         check_called(run=run, attend=attend, **{f"wraps[{i}]": wrap for i, wrap in enumerate(wraps)})
         negative = negative_for(negative, guide)
         check_resumed(resume, stop, total, rows * columns)
-        check_padding(padding)
+        check_padding(padding, Text.paddings if variant.chat is None else variant.chat.paddings)
         if check_cache and cache is None:
             raise InputError("check_cache compares with the run without a cache, and no cache is given")
         if image is None and strength != 1:
@@ -175,6 +181,7 @@ class Plan:
 
         # Noise levels, from 1 to 0, and how to step from each to the next.
         method = find_solver(solver)
+        check_jumps(variant, method)
         named = isinstance(schedule, str)
         spacing = spacing_for(variant, method, schedule) if named else list(custom_schedule(schedule))
         levels = levels_for(variant, spacing, steps, rows * columns, shift, method)
@@ -197,6 +204,8 @@ class Plan:
         if restart is not None:
             restart = several("restart", restart, "low, high, times")
             levels = with_restarts(levels, *restart)
+        if cache is not None:
+            check_cached(variant.transformer)
         check_part(levels, cache, resume, plain(stop))
         if isinstance(guide, SkipLayer):
             check_skipped(variant.transformer, guide, levels)
@@ -213,13 +222,15 @@ class Plan:
             padding=padding,
             negative=negative,
             family=family,
+            chat=variant.chat,
             conditions=steered,
+            once=once_for(variant, family, conditions),
             spacing=spacing,
             steps_asked=variant.steps if steps is None and named else steps,
             shift=shift,
             restart=restart,
             levels=levels,
-            guidance=guidance_for(variant, variant.transformer.guidance_embed, guidance),
+            guidance=guidance,
             method=method,
             guide=guide,
             cache=cache,
@@ -267,13 +278,21 @@ class Plan:
         given = {"run": self.run, "wraps": self.wraps or None, "attend": self.attend}
         return [name for name, function in given.items() if function is not None]
 
+    def longest(self, prompt: str) -> int:
+        """Tokens that a prompt has at most, where it has as many as it needs: each byte one, and its form."""
+        assert self.chat is not None
+        tokens = len(self.chat.text(prompt).encode("utf-8", "surrogatepass"))
+        return self.chat.multiple * -(-tokens // self.chat.multiple)
+
     def needs(self) -> Run:
         """What the memory that a picture takes depends on."""
+        more = sum(condition.tokens(self.rows, self.columns) for condition in self.conditions)
         return Run(
             width=self.width,
             height=self.height,
-            text_tokens=self.t5_length,
-            more_tokens=sum(condition.tokens(self.rows, self.columns) for condition in self.conditions),
+            text_tokens=self.t5_length or max(map(self.longest, self.prompts)),
+            more_tokens=0 if self.once else more,
+            kept_tokens=more if self.once else 0,
             calls=self.calls,
             batch=2 if isinstance(self.guide, Nag) else 1,
         )
@@ -335,6 +354,21 @@ class Plan:
     def cache_described(self) -> dict[str, Any]:
         name = next(name for name, kind in CACHES.items() if kind is type(self.cache))
         return {"name": name, **{f.name: _listed(getattr(self.cache, f.name)) for f in fields(self.cache)}}  # pyright: ignore
+
+
+def once_for(variant: Variant, family: Family, conditions: Sequence[Condition]) -> bool:
+    """Whether references are looked at once.
+
+    Raises:
+        InputError: the network cannot, or they are not of one mind.
+    """
+    asked = {c.once for c in conditions if isinstance(c, Reference)} - {None}
+    if len(asked) > 1:
+        raise InputError("references see each other: look at all of them once, or at all of them at every step")
+    once = asked.pop() if asked else variant.once
+    if once and (not family.once or variant.transformer.guidance_embed):
+        raise InputError(f"{variant.name} looks at references at every step: once=True is for FLUX.2 klein")
+    return bool(once) and any(isinstance(c, Reference) for c in conditions)
 
 
 def _listed(value: Any) -> Any:

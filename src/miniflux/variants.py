@@ -9,12 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from miniflux.errors import InputError
-from miniflux.models.autoencoder import AutoencoderConfig
+from miniflux.models.autoencoder import AutoencoderConfig, Flux2AutoencoderConfig
+from miniflux.models.causal_lm import CausalLmConfig
 from miniflux.models.clip import ClipTextConfig
 from miniflux.models.flux1 import Flux1Config
+from miniflux.models.flux2 import Flux2Config
+from miniflux.models.flux3 import Flux3Config
 from miniflux.models.t5 import T5Config
 from miniflux.models.tiny_autoencoder import TinyDecoderConfig
+from miniflux.models.transformer import TransformerConfig
 from miniflux.models.vision import VisionConfig
+from miniflux.text.chat import FLUX3_FORM, KLEIN_FORM, ChatForm, dev_form
 
 FLUX1_DEV = Flux1Config(
     in_channels=64,
@@ -48,6 +53,80 @@ CLIP_L = ClipTextConfig(
 )
 T5_XXL = T5Config(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
 
+# FLUX.2 (`flux2/model.py` of the release) and FLUX.3 (the defaults of diffusers' Flux3Transformer2DModel).
+FLUX2_DEV = Flux2Config(
+    in_channels=128,
+    context_in_dim=15360,
+    hidden_size=6144,
+    num_heads=48,
+    depth=8,
+    depth_single_blocks=48,
+    axes_dim=(32, 32, 32, 32),
+    theta=2000,
+    mlp_ratio=3.0,
+    guidance_embed=True,
+)
+FLUX2_KLEIN_4B = replace(
+    FLUX2_DEV,
+    context_in_dim=7680,
+    hidden_size=3072,
+    num_heads=24,
+    depth=5,
+    depth_single_blocks=20,
+    guidance_embed=False,
+)
+FLUX2_KLEIN_9B = replace(
+    FLUX2_KLEIN_4B, context_in_dim=12288, hidden_size=4096, num_heads=32, depth=8, depth_single_blocks=24
+)
+FLUX3_KLEIN = Flux3Config(
+    in_channels=128,
+    out_channels=128,
+    cond_in_channels=128,
+    context_in_dim=20480,
+    hidden_size=3072,
+    num_heads=24,
+    depth=5,
+    depth_single_blocks=28,
+    mlp_ratio=3.0,
+    axes_dim=(32, 32, 32, 32),
+    theta=10_000,
+    flow_map=True,
+)
+FLUX2_AUTOENCODER = Flux2AutoencoderConfig(
+    in_channels=3, ch=128, out_ch=3, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=32
+)
+# The language models (`config.json` of Qwen/Qwen3-4B, Qwen/Qwen3-8B, Qwen/Qwen3-VL-4B-Instruct and
+# mistralai/Mistral-Small-3.2-24B-Instruct-2506), of which as many layers are read as prompts need.
+QWEN3_4B = CausalLmConfig(
+    vocab_size=151936,
+    hidden_size=2560,
+    intermediate_size=9728,
+    num_hidden_layers=36,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    rope_theta=1e6,
+    qk_norm=True,
+    tie_word_embeddings=True,
+    layers_read=max(KLEIN_FORM.layers),
+)
+QWEN3_8B = replace(QWEN3_4B, hidden_size=4096, intermediate_size=12288, tie_word_embeddings=False)
+QWEN3_VL_4B = replace(QWEN3_4B, rope_theta=5e6, layers_read=max(FLUX3_FORM.layers))
+MISTRAL_SMALL = CausalLmConfig(
+    vocab_size=131072,
+    hidden_size=5120,
+    intermediate_size=32768,
+    num_hidden_layers=40,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    rms_norm_eps=1e-5,
+    rope_theta=1e9,
+    qk_norm=False,
+    tie_word_embeddings=False,
+    layers_read=max(dev_form().layers),
+)
+
 NANO_DEV = Flux1Config(
     in_channels=64,
     out_channels=64,
@@ -62,6 +141,38 @@ NANO_DEV = Flux1Config(
     guidance_embed=True,
 )
 
+NANO_AUTOENCODER = AutoencoderConfig(
+    in_channels=3,
+    ch=32,
+    out_ch=3,
+    ch_mult=(1, 2, 2, 2),
+    num_res_blocks=1,
+    z_channels=16,
+    scale_factor=1.1861,  # measured by the recipe: latents of unit variance
+    shift_factor=-0.0041,
+    num_groups=4,
+)
+NANO_CLIP = ClipTextConfig(
+    vocab_size=767,
+    hidden_size=64,
+    intermediate_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    eos_token_id=766,
+)
+NANO_T5 = T5Config(
+    vocab_size=640,
+    d_model=128,
+    d_kv=32,
+    d_ff=320,
+    num_layers=2,
+    num_heads=4,
+    relative_attention_num_buckets=16,
+    relative_attention_max_distance=48,
+)
+NANO_LENGTH = 48  # tokens of a prompt
+
+NANO_SCHNELL = replace(NANO_DEV, guidance_embed=False)
 # What each latent channel of the official autoencoder adds to red, green and blue, and a constant
 # (`latent_rgb_factors` and `latent_rgb_factors_bias` of the class Flux in ComfyUI's `comfy/latent_formats.py`).
 FLUX1_PREVIEW = (
@@ -185,16 +296,21 @@ class Variant:
         repository: where the files come from; empty for the bundled models.
         file: the transformer's single file.
         licence: of the weights; `gated` if it must be accepted before downloading.
-        transformer, autoencoder, clip, t5: sizes of the four networks.
-        t5_length: T5 tokens a prompt is padded or cut to.
-        shift: whether the noise levels depend on the size of the picture.
+        transformer, autoencoder, clip, t5, lm: sizes of its networks; None of those that it has not.
+        lm_file: the language model's single file, as ComfyUI has it.
+        chat: the form in which the language model reads a prompt.
+        t5_length: tokens of T5, or of the language model, that a prompt is padded or cut to; None for as many as it
+            needs.
+        shift: whether the noise levels are shifted, in the way of its family.
         steps, guidance: defaults; guidance is None for models without a guidance input.
+        cfg: the scale of classifier-free guidance that it is drawn with; None for models that need no second text.
         size: default width and height in pixels.
         learned: the sizes that it was trained on; others are drawn, with a warning.
         bundled: whether the weights are inside the package.
         preview: the table of `sampling.previews` for its autoencoder; empty if none was fitted.
         tiny, tiny_file: the tiny decoder for its latents, if there is one, and the file that holds it.
         mag_ratios: what `sampling.caches.MagCache` wants to know; empty if it was not measured.
+        once: whether it looks at references once, for all steps.
         downloads: what `miniflux fetch` takes from the repository; empty for the bundled models.
         family: the name of its record in `miniflux.families`.
     """
@@ -204,14 +320,18 @@ class Variant:
     file: str
     licence: str
     gated: bool = True
-    transformer: Flux1Config
-    autoencoder: AutoencoderConfig
-    clip: ClipTextConfig
-    t5: T5Config
-    t5_length: int = 512
+    transformer: TransformerConfig
+    autoencoder: AutoencoderConfig | Flux2AutoencoderConfig
+    clip: ClipTextConfig | None = None
+    t5: T5Config | None = None
+    lm: CausalLmConfig | None = None
+    lm_file: str = ""
+    chat: ChatForm | None = None
+    t5_length: int | None = 512
     shift: bool = True
     steps: int
     guidance: float | None
+    cfg: float | None = None
     size: int = 1024
     learned: Sizes
     bundled: bool = False
@@ -219,6 +339,7 @@ class Variant:
     tiny: TinyDecoderConfig | None = None
     tiny_file: str = ""
     mag_ratios: tuple[float, ...] = ()
+    once: bool = False
     downloads: tuple[Download, ...] = ()
     family: str = "flux1"
 
@@ -243,6 +364,63 @@ _DEV = Variant(
     mag_ratios=FLUX1_MAG_RATIOS,
     downloads=_flux1_downloads("flux1-dev.safetensors", 23_802_816_640),
 )
+_FLUX2_DEV = Variant(
+    name="flux2-dev",
+    repository="black-forest-labs/FLUX.2-dev",
+    file="flux2-dev.safetensors",
+    licence="FLUX.2-dev Non-Commercial License",
+    transformer=FLUX2_DEV,
+    autoencoder=FLUX2_AUTOENCODER,
+    lm=MISTRAL_SMALL,
+    lm_file="mistral_3_small_flux2_bf16.safetensors",
+    chat=dev_form(),
+    steps=50,
+    guidance=4.0,
+    learned=Sizes(area=(64 * 64, 4 * 2**20)),  # "64x64 to 4 megapixels" (the release's documentation)
+    family="flux2",
+)
+# "distilled" with 4 steps and without guidance, or "base" with 50 and classifier-free guidance (`FLUX2_MODEL_INFO` of
+# `flux2/util.py`).
+_KLEIN_4B = replace(
+    _FLUX2_DEV,
+    name="flux2-klein-4b",
+    repository="black-forest-labs/FLUX.2-klein-4B",
+    file="flux-2-klein-4b.safetensors",
+    licence="Apache-2.0",
+    gated=False,
+    transformer=FLUX2_KLEIN_4B,
+    lm=QWEN3_4B,
+    lm_file="qwen_3_4b.safetensors",
+    chat=KLEIN_FORM,
+    steps=4,
+    guidance=None,
+)
+_KLEIN_9B = replace(
+    _KLEIN_4B,
+    name="flux2-klein-9b",
+    repository="black-forest-labs/FLUX.2-klein-9B",
+    file="flux-2-klein-9b.safetensors",
+    licence="FLUX Non-Commercial License",
+    gated=True,
+    transformer=FLUX2_KLEIN_9B,
+    lm=QWEN3_8B,
+    lm_file="qwen_3_8b.safetensors",
+)
+_FLUX3_KLEIN = replace(
+    _KLEIN_4B,
+    name="flux3-klein",
+    repository="black-forest-labs/flux-3-image-klein",
+    file="flux-3-image-klein.safetensors",
+    licence="FLUX Kommunity License",
+    gated=True,
+    transformer=FLUX3_KLEIN,
+    lm=QWEN3_VL_4B,
+    lm_file="qwen3vl_4b_bf16.safetensors",
+    chat=FLUX3_FORM,
+    t5_length=None,
+    steps=16,
+    family="flux3",
+)
 _NANO = Variant(
     name="nano-dev",
     repository="",
@@ -250,36 +428,10 @@ _NANO = Variant(
     licence="Apache-2.0",
     gated=False,
     transformer=NANO_DEV,
-    autoencoder=AutoencoderConfig(
-        in_channels=3,
-        ch=32,
-        out_ch=3,
-        ch_mult=(1, 2, 2, 2),
-        num_res_blocks=1,
-        z_channels=16,
-        scale_factor=1.1861,  # measured by the recipe: latents of unit variance
-        shift_factor=-0.0041,
-        num_groups=4,
-    ),
-    clip=ClipTextConfig(
-        vocab_size=767,
-        hidden_size=64,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        eos_token_id=766,
-    ),
-    t5=T5Config(
-        vocab_size=640,
-        d_model=128,
-        d_kv=32,
-        d_ff=320,
-        num_layers=2,
-        num_heads=4,
-        relative_attention_num_buckets=16,
-        relative_attention_max_distance=48,
-    ),
-    t5_length=48,
+    autoencoder=NANO_AUTOENCODER,
+    clip=NANO_CLIP,
+    t5=NANO_T5,
+    t5_length=NANO_LENGTH,
     steps=20,
     guidance=3.0,
     size=128,
@@ -350,12 +502,48 @@ VARIANTS: dict[str, Variant] = {
             )
             for kind, guidance in (("canny", 30.0), ("depth", 10.0))
         ),
+        _FLUX2_DEV,
+        _KLEIN_4B,
+        replace(
+            _KLEIN_4B,
+            name="flux2-klein-base-4b",
+            repository="black-forest-labs/FLUX.2-klein-base-4B",
+            file="flux-2-klein-base-4b.safetensors",
+            steps=50,
+            cfg=4.0,
+        ),
+        _KLEIN_9B,
+        replace(
+            _KLEIN_9B,
+            name="flux2-klein-base-9b",
+            repository="black-forest-labs/FLUX.2-klein-base-9B",
+            file="flux-2-klein-base-9b.safetensors",
+            steps=50,
+            cfg=4.0,
+        ),
+        replace(
+            _KLEIN_9B,
+            name="flux2-klein-9b-kv",
+            repository="black-forest-labs/FLUX.2-klein-9b-kv",
+            file="flux-2-klein-9b-kv.safetensors",
+            once=True,
+        ),
+        _FLUX3_KLEIN,
+        replace(
+            _FLUX3_KLEIN,
+            name="flux3-klein-base",
+            repository="black-forest-labs/flux-3-image-klein-base",
+            file="flux-3-image-klein-base.safetensors",
+            transformer=replace(FLUX3_KLEIN, flow_map=False),
+            steps=50,
+            cfg=4.0,
+        ),
         _NANO,
         replace(
             _NANO,
             name="nano-schnell",
             file="flux1-nano-schnell.safetensors",
-            transformer=replace(NANO_DEV, guidance_embed=False),
+            transformer=NANO_SCHNELL,
             shift=False,
             steps=4,
             guidance=None,
@@ -370,36 +558,17 @@ _KONTEXT_SIDES = (672, 688, 720, 752, 800, 832, 880, 944, 1024, 1104, 1184, 1248
 KONTEXT_SIZES = tuple(zip(_KONTEXT_SIDES, reversed(_KONTEXT_SIDES), strict=True))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Flux2Sizes:
-    """What tells the FLUX.2 models apart, so that their files and LoRAs are named (`flux2/model.py` of the release)."""
-
-    hidden_size: int
-    depth: int
-    depth_single_blocks: int
-    context_in_dim: int
-    in_channels: int = 128
-    mlp_ratio: float = 3.0
-
-
-FLUX2_SIZES: dict[str, Flux2Sizes] = {
-    "FLUX.2 dev": Flux2Sizes(hidden_size=6144, depth=8, depth_single_blocks=48, context_in_dim=15360),
-    "FLUX.2 klein 4B": Flux2Sizes(hidden_size=3072, depth=5, depth_single_blocks=20, context_in_dim=7680),
-    "FLUX.2 klein 9B": Flux2Sizes(hidden_size=4096, depth=8, depth_single_blocks=24, context_in_dim=12288),
+# Models of the family whose weights nobody outside has.
+UNPUBLISHED = {
+    "flux1-pro": "FLUX.1 [pro]",
+    "flux1.1-pro": "FLUX1.1 [pro] and [ultra]",
+    "flux1-kontext-pro": "FLUX.1 Kontext [pro] and [max]",
+    "flux2-pro": "FLUX.2 [pro]",
+    "flux2-flex": "FLUX.2 [flex]",
+    "flux2-max": "FLUX.2 [max]",
+    "flux3-image": "FLUX.3 as it is hosted",
 }
 
-
-# FLUX.3 by hidden size, blocks of one stream, joint blocks and width of the text (the defaults of diffusers' class).
-FLUX3_SIZES: dict[tuple[int, int, int, int], str] = {(3072, 5, 28, 20480): "FLUX.3 klein"}
-
-# Encoders of other models of the family, so that their files are named. Language models: by width and layers; SigLIP:
-# by width, patch and tokens; Redux: by widths in and out (the `config.json` files of the releases).
-LANGUAGE_MODELS: dict[tuple[int, int], str] = {
-    (2560, 36): "Qwen3 4B, text encoder of FLUX.2 klein 4B",
-    (4096, 36): "Qwen3 8B, text encoder of FLUX.2 klein 9B",
-    (5120, 40): "Mistral Small 3 24B, text encoder of FLUX.2 dev",
-}
-VISION_LANGUAGE_MODELS: dict[tuple[int, int], str] = {(2560, 36): "Qwen3-VL 4B, text encoder of FLUX.3 klein"}
 SIGLIP_SO400M = VisionConfig(  # `vision_config` of google/siglip-so400m-patch14-384
     hidden_size=1152,
     intermediate_size=4304,
@@ -439,10 +608,24 @@ def variant(name: str) -> Variant:
     for candidate in VARIANTS.values():
         if (name and name in (candidate.name, candidate.repository)) or ALIASES.get(name) == candidate.name:
             return candidate
+    if name in UNPUBLISHED:
+        raise InputError(f"{name}: the weights of {UNPUBLISHED[name]} are not published")
     raise InputError(f"unknown model {name!r}; known: {', '.join([*VARIANTS, *ALIASES])}")
 
 
-def variant_of(config: Flux1Config, file: str = "") -> Variant | None:
+def nearest(config: TransformerConfig) -> Variant:
+    """The variant as which a transformer of other sizes is treated: of its family, and with a guidance input or a time
+    aimed at, or without, as it is."""
+    same = [one for one in VARIANTS.values() if type(one.transformer) is type(config)]
+
+    def alike(one: Variant) -> bool:
+        names = ("guidance_embed", "flow_map")
+        return all(getattr(one.transformer, name, None) == getattr(config, name, None) for name in names)
+
+    return next((one for one in same if alike(one)), same[0])
+
+
+def variant_of(config: TransformerConfig, file: str = "") -> Variant | None:
     """The variant whose transformer has exactly this config, if any: of several, that whose file is so called, else the
     first."""
     same = [variant for variant in VARIANTS.values() if variant.transformer == config]

@@ -13,6 +13,7 @@ import miniflux
 from miniflux.apps.cli import main
 from miniflux.conditions import Reference, kontext_size
 from miniflux.errors import InputError
+from miniflux.families.flux1 import FLUX1
 from miniflux.pictures import from_image
 from miniflux.pipeline import Pipeline
 from miniflux.plan import Plan
@@ -56,9 +57,9 @@ def test_sizes(tmp_path: Path) -> None:
     odd = Image.new("RGB", (50, 37))
     odd.save(tmp_path / "o.png")
     for given in (odd, str(tmp_path / "o.png")):
-        picture = Reference(given).picture
+        picture = Reference(given).framed(FLUX1, 1).picture
         assert isinstance(picture, Image.Image) and picture.size == (48, 32)
-    sized = Reference(odd, size=(64, 128)).picture
+    sized = Reference(odd, size=(64, 128)).framed(FLUX1, 1).picture
     assert isinstance(sized, Image.Image) and sized.size == (64, 128)
     assert [kontext_size(*size) for size in ((1000, 1000), (1920, 1080), (10, 4000), (1248, 832))] == [
         (1024, 1024), (1392, 752), (672, 1568), (1248, 832),

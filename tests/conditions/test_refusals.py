@@ -14,6 +14,7 @@ import miniflux
 from miniflux.conditions import Control, ControlNet, Fill, Img2Img, Inpaint, Redux, Reference
 from miniflux.conditions.masks import Closeup, grown, hardened, outpainted
 from miniflux.errors import InputError
+from miniflux.families.flux1 import FLUX1
 from miniflux.pipeline import Pipeline
 from tests.steered import network, photo
 
@@ -95,10 +96,10 @@ def test_what_does_not_go_together_is_refused_before_drawing(pipe: Pipeline, pic
 def test_rounding_a_reference_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     Image.new("RGB", (100, 70)).save(tmp_path / "a.png")
     with caplog.at_level(logging.WARNING):
-        assert Reference(str(tmp_path / "a.png")).shown_at == (96, 64)
+        assert Reference(str(tmp_path / "a.png")).framed(FLUX1, 1).shown_at == (96, 64)
     assert "100x70 is seen at 96x64" in caplog.text
     caplog.clear()
-    assert Reference(photo(tmp_path / "b.png")).shown_at == (64, 64) and not caplog.text
+    assert Reference(photo(tmp_path / "b.png")).framed(FLUX1, 1).shown_at == (64, 64) and not caplog.text
 
 
 def test_a_tower_that_is_not_needed_is_refused_alone_and_passed_over_among_several(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def test_both_models_begin_as_nano_dev(name: str) -> None:
     words, x0, seen = goal.examples(2, (64, 64), pipe.autoencoder, random.Random(1))
     channels = seen.shape[-1] if name == "fill" else 0
     student = editing.beginning(pipe.transformer, channels).requires_grad_(True)
-    text = encoders_of(pipe)(words, editing.SHORT)
+    text = encoders_of(pipe.text)(words, editing.SHORT)
     told = (
         image_ids(2, 4, 4),
         text.txt,
@@ -61,7 +61,7 @@ def test_both_models_begin_as_nano_dev(name: str) -> None:
     with torch.no_grad():
         wide = torch.cat((x0, seen[..., :channels]), dim=-1)
         torch.testing.assert_close(student(wide, *told), pipe.transformer(x0, *told), rtol=0, atol=1e-5)
-    loss = editing.editing_loss(student, goal, encoders_of(pipe), (64, 64), words, x0, seen)
+    loss = editing.editing_loss(student, goal, encoders_of(pipe.text), (64, 64), words, x0, seen)
     loss.backward()
     assert all(p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in student.parameters())
     assert 0 < float(loss) < 10 and F.relu(loss) == loss

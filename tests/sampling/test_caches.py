@@ -276,7 +276,8 @@ def drive(
     """Which calls were computed, and what was added to the image tokens in each; through two and two blocks."""
     now, text = [0], 3
     blocks = [Adds(text, lambda: amount(now[0]) / 4) for _ in range(4)]
-    network: Any = SimpleNamespace(double_blocks=blocks[:2], single_blocks=blocks[2:])
+    names = [f"{kind}_blocks.{i}" for kind in ("double", "single") for i in range(2)]
+    network: Any = SimpleNamespace(config=SimpleNamespace(blocks=names, depth=2))
     bill = Bill()
     branch = settings.start(network, calls, bill)
     branch.inner = counting(bill)(run_block)

@@ -87,7 +87,7 @@ def _ask(variant: Variant) -> None:
 
 def _variants(options: argparse.Namespace) -> None:
     from miniflux.variants import VARIANTS
-    from miniflux.weights.finding import PARTS
+    from miniflux.weights.finding import needed
     from miniflux.weights.hub import complete_parts
 
     rows: list[dict[str, Any]] = []
@@ -103,7 +103,7 @@ def _variants(options: argparse.Namespace) -> None:
                 "bundled": variant.bundled,
                 "bytes": sum(size.values()),
                 "here": {part: str(path) for part, path in found.items()},
-                "missing": {part: size.get(part, 0) for part in PARTS if part not in found},
+                "missing": {part: size.get(part, 0) for part in needed(variant) if part not in found},
             }
         )
     console.say(json.dumps(rows, indent=1) if options.json else _table(rows))

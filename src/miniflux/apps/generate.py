@@ -411,9 +411,11 @@ def _model(said: dict[str, Any]) -> str:
 def _preview(options: argparse.Namespace, pipe: Pipeline, call: _Call, moment: Moment, about: dict[str, Any]) -> None:
     """Write how far a picture is beside where it will be."""
     from miniflux.conditions import Reference
+    from miniflux.families import FAMILIES
     from miniflux.result import save_picture
 
-    seen = [one.shown_at for one in call.settings["conditions"] if isinstance(one, Reference)]
+    seen = [one for one in call.settings["conditions"] if isinstance(one, Reference)]
+    seen = [one.framed(FAMILIES[pipe.variant.family], len(seen)).shown_at for one in seen]
     size = call.image.size if call.image is not None else options.size or next(iter(seen), None)
     width, height = size or (pipe.variant.size, pipe.variant.size)
     said = {"model": pipe.variant.name, "width": width, "height": height, "steps": moment.steps}

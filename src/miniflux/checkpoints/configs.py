@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -18,17 +17,19 @@ from miniflux.checkpoints.by_name import found_by_name
 from miniflux.checkpoints.files import Entry
 from miniflux.checkpoints.formats.reading import foreign_packing
 from miniflux.checkpoints.layouts import layout_of, own_shapes, their_names
-from miniflux.checkpoints.networks import BY_CONFIG, BY_KIND, Network
+from miniflux.checkpoints.networks import BY_CONFIG, BY_KIND, TRANSFORMERS, Network
 from miniflux.checkpoints.networks.flux1 import FLUX1
 from miniflux.checkpoints.opened import Opened
 from miniflux.errors import CheckpointError, ConfigError
-from miniflux.models.autoencoder import AutoencoderConfig
+from miniflux.models.autoencoder import AutoencoderConfig, Flux2AutoencoderConfig
+from miniflux.models.causal_lm import CausalLmConfig
 from miniflux.models.clip import ClipTextConfig
 from miniflux.models.t5 import T5Config
+from miniflux.models.transformer import TransformerConfig
 from miniflux.strictjson import json_file, json_of
 from miniflux.variants import VARIANTS
 
-Config = TypeVar("Config", AutoencoderConfig, ClipTextConfig, T5Config)
+Config = TypeVar("Config", AutoencoderConfig, Flux2AutoencoderConfig, ClipTextConfig, T5Config, CausalLmConfig)
 Entries = Mapping[str, Entry]
 
 
@@ -119,7 +120,17 @@ def transformer_config(
         raise CheckpointError(f"no {called}: {error}") from error
 
 
-flux1_config = partial(transformer_config, FLUX1)
+def transformer_in(entries: Entries) -> Network:
+    """Which transformer the tensors of a file are of, by the keys that only one has; FLUX.1's, if none is there."""
+    found = (record for record in TRANSFORMERS if any(sign in entries for sign in record.signs))
+    return next(found, FLUX1)
+
+
+def config_of_transformer(
+    entries: Entries, metadata: Mapping[str, str], axes_dim: tuple[int, ...] | None = None, *, to_run: bool = True
+) -> TransformerConfig:
+    """The config of whichever transformer it is; arguments and errors as of `transformer_config`."""
+    return transformer_config(transformer_in(entries), entries, metadata, axes_dim, to_run=to_run)
 
 
 def axes_in(metadata: Mapping[str, str]) -> tuple[int, ...] | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -75,12 +75,13 @@ def counterparts(module: nn.Module, layout: str) -> dict[str, Counterpart]:
         f"{name}.{part}": key for name, layer in packed_layers(module).items() for part, key in layer.origins.items()
     }
 
-    def origin(key: str) -> Counterpart:
+    def origin(key: str, tensor: Tensor) -> Counterpart:
         if key in packed:
             return Counterpart((packed[key],), "packed")
-        return Counterpart((key,), "same") if layout == ORIGINAL else _origin(key, tables[layout], levels)
+        found = Counterpart((key,), "same") if layout == ORIGINAL else _origin(key, tables[layout], levels)
+        return found if tensor.is_floating_point() else replace(found, how="packed")  # a count stays what it is
 
-    return {key: origin(key) for key in module.state_dict()}
+    return {key: origin(key, tensor) for key, tensor in module.state_dict().items()}
 
 
 def _origin(key: str, rows: Sequence[Row], levels: int) -> Counterpart:

@@ -174,7 +174,9 @@ def _report(module: nn.Module, source: TensorSource, plan: Filling) -> LoadRepor
     used |= {f"{layer}.{side}" for layer in contents.broken for side in SIDES}  # said already
     for key in entries:
         if key not in used:
-            why = contents.redundant.get(key) or (record.why_redundant(key) if record else None)
+            why = contents.redundant.get(key)
+            if record is not None:
+                why = why or record.why_redundant(key) or record.beyond(getattr(module, "config", None), key)
             if why:
                 report.redundant[key] = why
             else:

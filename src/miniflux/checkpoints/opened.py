@@ -20,7 +20,7 @@ from miniflux.checkpoints.files import Selection, TensorSource, open_tensors
 from miniflux.checkpoints.folders import Model, path_of, walk
 from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.layouts import detect
-from miniflux.checkpoints.networks import BY_KIND, NETWORKS, PIPELINE
+from miniflux.checkpoints.networks import BY_KIND, NETWORKS, PIPELINE, TRANSFORMERS
 from miniflux.errors import CheckpointError
 from miniflux.strictjson import json_of
 
@@ -76,8 +76,8 @@ def networks_in(keys: Collection[str]) -> dict[type[nn.Module], str]:
                 where = " and ".join(repr(prefix) for prefix in sorted(prefixes))
                 raise CheckpointError(f"{network.kind.__name__} is there {len(prefixes)} times: under {where}")
             if prefixes:
-                # Transformers of several families share keys; the first that NETWORKS names has one that is its own.
-                if not (network.telling and any(BY_KIND[k].telling and at == prefixes[0] for k, at in found.items())):
+                # Networks of several families share keys; the first that NETWORKS names has one that is its own.
+                if not any(BY_KIND[k].part == network.part and at == prefixes[0] for k, at in found.items()):
                     found[network.kind] = prefixes[0]
                 break
     return found
@@ -114,6 +114,8 @@ def divide(keys: Collection[str]) -> Division:
         last = key.rpartition(".")[2]
         if owner is not None:
             division.keys[owner[0]][key[len(owner[1]) :]] = key
+        elif why := next((why for kind in prefixes if (why := BY_KIND[kind].why_redundant(key))), None):
+            division.redundant[key] = why
         elif prefixes and last in REDUNDANT_STRAYS:
             division.redundant[key] = REDUNDANT_STRAYS[last]
         else:
@@ -200,6 +202,16 @@ class Opened:
             CheckpointError: it cannot be read, or holds the network twice.
         """
         return part_of(self.source(path), kind)
+
+
+def transformer_of(source: TensorSource) -> TensorSource:
+    """The tensors of the transformer in a source, of whichever family; the source as it is, if there is none.
+
+    Raises:
+        CheckpointError: the source holds one twice.
+    """
+    kind = next((record.kind for record in TRANSFORMERS if record.kind in _division(source).prefixes), None)
+    return source if kind is None else part_of(source, kind)
 
 
 def open_part(path: str | Path, kind: type[nn.Module]) -> TensorSource:

@@ -14,6 +14,7 @@ from miniflux.checkpoints.configs import in_header
 from miniflux.checkpoints.files import TensorSource
 from miniflux.checkpoints.folders import GGUF, SAFETENSORS
 from miniflux.checkpoints.layouts import ALL_IN_ONE, ORIGINAL, counterparts, to_layout
+from miniflux.checkpoints.networks import BY_KIND
 from miniflux.checkpoints.opened import layout_in, part_of
 from miniflux.checkpoints.quantized import packed_layers
 from miniflux.checkpoints.writing import write_tensors
@@ -64,8 +65,10 @@ def save_all_in_one(pipe: Networks, path: str | Path, *, metadata: Mapping[str, 
     path = checkpoint_path(path)
     tensors: dict[str, Tensor] = {}
     about: dict[str, str] = {}
-    networks = {"transformer": pipe.transformer, "autoencoder": pipe.autoencoder}
-    for part, network in {**networks, "clip": pipe.text.clip, "t5": pipe.text.t5}.items():
+    networks = {"transformer": pipe.transformer, "autoencoder": pipe.autoencoder, **pipe.text.networks}
+    for part, network in networks.items():
+        if not BY_KIND[type(network)].prefix:
+            raise OutputError(f"{path}: all-in-one files have no place for a {BY_KIND[type(network)].word}")
         _refuse_packed(network, path)
         dtypes = _stored(getattr(pipe, "origin", None), part, network)
         state = {key: _narrowed(tensor, dtypes.get(key)) for key, tensor in network.state_dict().items()}

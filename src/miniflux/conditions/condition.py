@@ -14,6 +14,7 @@ from torch import Tensor
 from miniflux.errors import InputError
 from miniflux.families import Family
 from miniflux.models.flux1 import Flux1Config
+from miniflux.models.transformer import TransformerConfig
 from miniflux.sampling import Schedule, Told, Words, Wrap
 
 Picture = Image.Image | Tensor
@@ -31,7 +32,7 @@ class Scene:
     """
 
     family: Family
-    transformer: Flux1Config
+    transformer: TransformerConfig
     width: int
     height: int
     rows: int
@@ -70,7 +71,7 @@ class Condition(Protocol):
     """What steers a picture beside its words. One with a network of its own has `files`, too: (what, file) of all that
     it was loaded from, see `conditions.Steering`."""
 
-    def check(self, family: Family, config: Flux1Config) -> None:
+    def check(self, family: Family, config: TransformerConfig) -> None:
         """Raises InputError if a network with this config cannot be steered so."""
         ...
 
@@ -89,6 +90,18 @@ class Condition(Protocol):
     def added(self, scene: Scene) -> Added:
         """What it adds; called once for all pictures of a call."""
         ...
+
+
+def flux1_only(what: str, config: TransformerConfig) -> Flux1Config:
+    """The config, of a network of FLUX.1.
+
+    Raises:
+        InputError: it is of another family.
+    """
+    if not isinstance(config, Flux1Config):
+        other = type(config).__name__.removesuffix("Config")
+        raise InputError(f"{what} that can be loaded here were made for FLUX.1, and this network is a {other}")
+    return config
 
 
 def joined(added: Sequence[Added]) -> Added:

@@ -15,7 +15,7 @@ from torch import Tensor
 from miniflux.conditions.condition import Added, Picture, Scene
 from miniflux.errors import InputError
 from miniflux.families import Family
-from miniflux.models.flux1 import Flux1Config
+from miniflux.models.transformer import TransformerConfig
 from miniflux.pictures import digest_of, from_image, on_white, open_picture
 from miniflux.sampling import Schedule
 
@@ -35,7 +35,7 @@ class Control:
         if not isinstance(self.picture, Tensor):
             object.__setattr__(self, "picture", on_white(open_picture(self.picture)))
 
-    def check(self, family: Family, config: Flux1Config) -> None:
+    def check(self, family: Family, config: TransformerConfig) -> None:
         more = config.in_channels - config.out_channels
         if more != config.out_channels:
             raise InputError(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from miniflux.checks import whole
-from miniflux.conditions.condition import Added, Picture, Scene
+from miniflux.conditions.condition import Added, Picture, Scene, flux1_only
 from miniflux.conditions.control import control_pixels
 from miniflux.conditions.steering import (
     Steering,
@@ -31,7 +31,8 @@ from miniflux.conditions.steering import (
 from miniflux.errors import InputError
 from miniflux.families import Family
 from miniflux.models import controlnet
-from miniflux.models.flux1 import Flux1Config, RunBlock
+from miniflux.models.flux1 import RunBlock
+from miniflux.models.transformer import TransformerConfig
 from miniflux.pictures import digest_of, on_white, open_picture
 from miniflux.sampling import Schedule, Told
 
@@ -78,7 +79,8 @@ class ControlNet:
         assert isinstance(self.network, Steering)
         return self.network.files
 
-    def check(self, family: Family, config: Flux1Config) -> None:
+    def check(self, family: Family, config: TransformerConfig) -> None:
+        config = flux1_only("ControlNets", config)
         for name in ("hidden_size", "vec_in_dim", "context_in_dim"):
             own, other = getattr(self._net.config, name), getattr(config, name)
             if own != other:
@@ -175,13 +177,15 @@ class _Run:
             guidance = guidance.to(like)
         if self.control is None:
             self.control = network.control_tokens(self.seen.to(like))
+        vec = words.vec
+        assert vec is not None
         double, single = network(
             told.img[:, :sees, : config.in_channels].to(like),
             told.img_ids[:, :sees],
             words.txt.to(like),
             words.txt_ids,
             told.timesteps.to(like),
-            words.vec.to(like),
+            vec.to(like),
             self.control.expand(len(told.img), -1, -1),
             guidance,
             words.mask,

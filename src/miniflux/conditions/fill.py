@@ -12,11 +12,11 @@ from miniflux.conditions.condition import Added, Scene
 from miniflux.conditions.inpaint import Inpaint
 from miniflux.errors import InputError
 from miniflux.families import Family
-from miniflux.models.flux1 import Flux1Config
+from miniflux.models.transformer import TransformerConfig
 from miniflux.pictures import from_image
 
 
-def fill_channels(family: Family, config: Flux1Config, downscale: int) -> int:
+def fill_channels(family: Family, config: TransformerConfig, downscale: int) -> int:
     """What a Fill network reads beside the noisy picture: another picture, and every pixel of the mask."""
     return config.out_channels + (family.patch * downscale) ** 2
 
@@ -26,7 +26,7 @@ class Fill(Inpaint):
     """A picture and where it is drawn anew, for a network that was trained to see both. The hole is grey; a grey mask
     is told as it is, as in the release."""
 
-    def check(self, family: Family, config: Flux1Config) -> None:
+    def check(self, family: Family, config: TransformerConfig) -> None:
         if isinstance(self.image, Tensor) and self.image.ndim == 4:
             raise InputError("a Fill model sees the pixels of the picture, and latents were given")
         if config.in_channels <= 2 * config.out_channels:

@@ -12,7 +12,7 @@ from torch import Tensor
 from miniflux.conditions.condition import Added, Picture, Scene
 from miniflux.errors import InputError
 from miniflux.families import Family
-from miniflux.models.flux1 import Flux1Config
+from miniflux.models.transformer import TransformerConfig
 from miniflux.pictures import digest_of, open_picture
 from miniflux.sampling import Schedule, from_strength
 
@@ -40,7 +40,7 @@ class Img2Img:
         elif not is_digest(self.image):
             object.__setattr__(self, "image", open_picture(self.image))
 
-    def check(self, family: Family, config: Flux1Config) -> None:
+    def check(self, family: Family, config: TransformerConfig) -> None:
         """Every network that draws can."""
 
     def levels(self, levels: Schedule) -> Schedule:

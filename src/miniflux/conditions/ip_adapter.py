@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from miniflux.conditions.condition import Added, Scene
+from miniflux.conditions.condition import Added, Scene, flux1_only
 from miniflux.conditions.seeing import seen
 from miniflux.conditions.steering import (
     Steering,
@@ -28,8 +28,9 @@ from miniflux.conditions.steering import (
 )
 from miniflux.errors import InputError
 from miniflux.families import Family
-from miniflux.models.flux1 import Flux1Config, RunBlock
+from miniflux.models.flux1 import RunBlock
 from miniflux.models.ip_adapter import InstantxIPAdapter, XlabsIPAdapter
+from miniflux.models.transformer import TransformerConfig
 from miniflux.pictures import digest_of, on_white, open_picture
 from miniflux.sampling import Schedule, Told
 
@@ -72,7 +73,8 @@ class IPAdapter:
     def files(self) -> tuple[tuple[str, Any], ...]:
         return self.network.files
 
-    def check(self, family: Family, config: Flux1Config) -> None:
+    def check(self, family: Family, config: TransformerConfig) -> None:
+        config = flux1_only("IP-Adapters", config)
         own = self._net.config
         if own.hidden_size != config.hidden_size:
             raise InputError(

@@ -14,13 +14,13 @@ from PIL import Image
 from torch import Tensor
 
 from miniflux.checks import check_number, shown
-from miniflux.conditions.condition import Added, Scene
+from miniflux.conditions.condition import Added, Scene, flux1_only
 from miniflux.conditions.seeing import seen
 from miniflux.conditions.steering import Steering, placed, steering_of
 from miniflux.errors import InputError
 from miniflux.families import Family
 from miniflux.models import redux
-from miniflux.models.flux1 import Flux1Config
+from miniflux.models.transformer import TransformerConfig
 from miniflux.pictures import digest_of, on_white, open_picture
 from miniflux.sampling import Schedule, Words
 
@@ -81,7 +81,8 @@ class Redux:
     def files(self) -> tuple[tuple[str, Any], ...]:
         return self.network.files
 
-    def check(self, family: Family, config: Flux1Config) -> None:
+    def check(self, family: Family, config: TransformerConfig) -> None:
+        config = flux1_only("Redux", config)
         own = self._net.config.txt_in_features
         if own != config.context_in_dim:
             raise InputError(
@@ -125,7 +126,7 @@ class Redux:
             more = sum(scale * one for scale, one in zip(self._scales, made, strict=True))
             assert isinstance(more, Tensor)
             txt = torch.cat((sum(self._scales) * words.txt, more), dim=1)
-            words = replace(words, vec=len(made) * words.vec)
+            words = replace(words, vec=words.vec if words.vec is None else len(made) * words.vec)
         else:
             txt = torch.cat((words.txt, *(scale * one for scale, one in zip(self._scales, made, strict=True))), dim=1)
         count = txt.shape[1] - words.txt.shape[1]

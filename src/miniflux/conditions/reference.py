@@ -7,9 +7,11 @@ learned (`kontext_size`), without regard to its shape; here it keeps its own siz
 from __future__ import annotations
 
 import logging
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
 
@@ -18,7 +20,9 @@ from miniflux.conditions.condition import Added, Picture, Scene
 from miniflux.conditions.img2img import check_pixels
 from miniflux.errors import InputError
 from miniflux.families import Family
-from miniflux.models.flux1 import Flux1Config
+from miniflux.families.family import Frame
+from miniflux.families.flux1 import FLUX1
+from miniflux.models.transformer import TransformerConfig
 from miniflux.pictures import digest_of, from_image, on_white, open_picture
 from miniflux.sampling import Schedule
 from miniflux.sampling.latents import PIXELS_PER_TOKEN
@@ -44,14 +48,34 @@ def _checked(size: Any) -> tuple[int, int]:
     return width, height
 
 
+def in_frame(picture: Image.Image, frame: Frame) -> Image.Image:
+    """A picture as a frame shows it."""
+    picture = picture if picture.size == frame.resized else picture.resize(frame.resized, LANCZOS)
+    if frame.canvas == frame.resized:
+        return picture
+    edges = [(seen - has) // 2 for seen, has in zip(frame.canvas, frame.resized, strict=True)]
+    left, top = (max(0, edge) for edge in edges)
+    if min(edges) < 0:  # the middle of it
+        across, down = ((has - seen) // 2 for seen, has in zip(frame.canvas, frame.resized, strict=True))
+        return picture.crop((across, down, across + frame.canvas[0], down + frame.canvas[1]))
+    pixels = np.asarray(picture)
+    around = (top, frame.canvas[1] - frame.resized[1] - top), (left, frame.canvas[0] - frame.resized[0] - left), (0, 0)
+    mode = "reflect" if min(picture.size) > PIXELS_PER_TOKEN else "symmetric"
+    return Image.fromarray(np.pad(pixels, around, mode=mode))
+
+
 @dataclass(frozen=True, eq=False)
 class Reference:
     """A picture that the network sees beside the one it draws.
 
     Attributes:
         picture: a path or a Pillow picture; or pixels (3, H, W) in [-1, 1].
-        size: (width, height) to bring it to, see `kontext_size`; None for its own. Rounded to whole tokens of 16.
+        size: (width, height) to bring it to, see `kontext_size`, rounded to whole tokens of 16; None for what models of
+            its family see: FLUX.1 its own size, FLUX.2 the middle of it (up to 2024^2 pixels, of several 1024^2 each),
+            FLUX.3 all of it, mirrored around itself up to whole tokens (up to 2048^2 pixels; of several the middle).
         index: tells several apart; 0 is the picture that is drawn.
+        once: whether it is looked at once, and what it says kept for all steps (FLUX.2 klein KV), or at every step;
+            None for what the model was trained for.
 
     Raises:
         InputError: it is no picture, pixels are not from -1 to 1, or a number is out of its range.
@@ -60,21 +84,18 @@ class Reference:
     picture: Picture | str
     size: tuple[int, int] | None = None
     index: int = 1
+    once: bool | None = None
     _digest: str = field(init=False, repr=False)  # of the picture as it was given
 
     def __post_init__(self) -> None:
         whole("the index of a reference", self.index, 1, MAX_INDEX)
+        if not (self.once is None or isinstance(self.once, bool)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InputError(f"once must be True, False or None, got {shown(self.once)}")
         if self.size is not None:
             object.__setattr__(self, "size", _checked(self.size))
         picture = self.picture
         if not isinstance(picture, Tensor):
             picture = on_white(open_picture(picture))
-            object.__setattr__(self, "_digest", digest_of(picture))
-            given = picture.size if self.size is None else self.size
-            width, height = (max(1, round(side / PIXELS_PER_TOKEN)) * PIXELS_PER_TOKEN for side in given)
-            if (width, height) != given:
-                log.warning("a reference of %dx%d is seen at %dx%d: sides in whole tokens of 16", *given, width, height)
-            picture = picture if picture.size == (width, height) else picture.resize((width, height), LANCZOS)
         else:
             check_pixels("reference pixels", picture)
             if any(side % PIXELS_PER_TOKEN for side in picture.shape[1:]):
@@ -84,17 +105,36 @@ class Reference:
                 )
             if self.size is not None:
                 raise InputError(f"size {self.size} is for pictures, and pixels were given: they keep their own")
-            object.__setattr__(self, "_digest", digest_of(picture))
         object.__setattr__(self, "picture", picture)
+        object.__setattr__(self, "_digest", digest_of(picture))
+
+    def framed(self, family: Family, count: int) -> Reference:
+        """The same, at the size at which models of a family see it beside so many references (itself among them).
+
+        Raises:
+            InputError: they never see a picture of this size.
+        """
+        if not isinstance(self.picture, Image.Image):
+            return self
+        if self.size is not None:
+            frame = FLUX1.reference_frame(*self.size, count)
+        else:
+            frame = family.reference_frame(*self.picture.size, count)
+        given = self.picture.size if self.size is None else self.size
+        if frame.canvas != given:
+            log.warning("a reference of %dx%d is seen at %dx%d: sides in whole tokens of 16", *given, *frame.canvas)
+        framed = copy(self)
+        object.__setattr__(framed, "picture", in_frame(self.picture, frame))
+        return framed
 
     @property
     def shown_at(self) -> tuple[int, int]:
-        """Width and height in pixels, which a picture has as well if nothing else is asked for, as in the release."""
+        """Width and height in pixels, which a picture has as well if nothing else is asked for, as in the releases."""
         picture = self.picture
         assert not isinstance(picture, str)
         return (picture.shape[2], picture.shape[1]) if isinstance(picture, Tensor) else picture.size
 
-    def check(self, family: Family, config: Flux1Config) -> None:
+    def check(self, family: Family, config: TransformerConfig) -> None:
         """Every network has room in its sequence; one that was not trained to look there draws what it likes."""
         more = config.in_channels - config.out_channels
         if more:
@@ -108,6 +148,7 @@ class Reference:
 
     def described(self) -> dict[str, Any]:
         about = {"picture": self._digest, "index": self.index}
+        about |= {} if self.once is None else {"once": self.once}
         return about | ({} if self.size is None else {"size": list(self.size)})
 
     def tokens(self, rows: int, columns: int) -> int:
@@ -119,6 +160,4 @@ class Reference:
         pixels = self.picture if isinstance(self.picture, Tensor) else from_image(self.picture)
         tokens = scene.family.pack(scene.encode(pixels))
         rows, columns = (side // PIXELS_PER_TOKEN for side in pixels.shape[1:])
-        ids = scene.family.image_ids(1, rows, columns)
-        ids[..., 0] = self.index
-        return Added(tokens=tokens, ids=ids)
+        return Added(tokens=tokens, ids=scene.family.reference_ids(self.index, rows, columns))

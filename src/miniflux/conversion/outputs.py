@@ -14,7 +14,7 @@ from miniflux.checkpoints.configs import json_object
 from miniflux.checkpoints.formats import Format
 from miniflux.checkpoints.formats.ggml import Ggml
 from miniflux.checkpoints.layouts import ALL_IN_ONE, DIFFUSERS
-from miniflux.checkpoints.networks import BY_KIND, PIPELINE
+from miniflux.checkpoints.networks import BY_KIND, is_transformer, networks_of
 from miniflux.checkpoints.writing import size_of
 from miniflux.conversion.inputs import Input, Inputs
 from miniflux.conversion.pipelines import (
@@ -29,7 +29,8 @@ from miniflux.conversion.tensors import Target, Targets
 from miniflux.conversion.tokenizer_files import Content
 from miniflux.errors import InputError
 from miniflux.models.flux1 import Flux1
-from miniflux.variants import variant_of
+from miniflux.models.transformer import Transformer
+from miniflux.variants import VARIANTS, variant_of
 
 
 @dataclass
@@ -134,7 +135,7 @@ def _single(network: nn.Module) -> str:
     """What people call the single file of a network."""
     if single := BY_KIND[type(network)].single:
         return single
-    known = variant_of(cast(Flux1, network).config)
+    known = variant_of(cast(Transformer, network).config)
     return Path(known.file).stem if known else "flux1"
 
 
@@ -205,10 +206,13 @@ def _config(part: Input, diffusers: bool) -> Content:
 def _pipeline(found: Inputs, layout: str | None) -> tuple[dict[str, Content], dict[str, str]]:
     """Tokenizers and scheduler of a model, and what it lacks to be a whole one."""
     kinds = {type(part.network): part for part in found.networks}
+    if Flux1 not in kinds and any(is_transformer(part.network) for part in found.networks):
+        return {}, {"tokenizers, scheduler and index": "are written for FLUX.1 alone: copy them"}
     config = cast(Flux1, kinds[Flux1].network).config if Flux1 in kinds else None
     tokenizers = tokenizers_of(found.root, config)
     made = copied(tokenizers)
-    missing = {one.word: "not in what was converted" for one in PIPELINE if one.kind not in kinds}
+    whole = networks_of(VARIANTS["flux1-dev"]).values()
+    missing = {one.word: "not in what was converted" for one in whole if one.kind not in kinds}
     missing |= {
         name: f"not in {found.root}, nor where weights are looked for" for name in TOKENIZERS if name not in tokenizers
     }

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from miniflux.conversion.tokenizer_files import Content, tokenizer_files
-from miniflux.models.flux1 import Flux1Config
-from miniflux.variants import VARIANTS, Variant, variant_of
+from miniflux.models.transformer import TransformerConfig
+from miniflux.variants import VARIANTS, Variant, nearest, variant_of
 from miniflux.weights.finding import found_parts
 
 # Settings of diffusers' scheduler that `flux1_schedule` has built in: where they differ, pictures would.
@@ -41,7 +41,7 @@ INDEX: dict[str, Any] = {
 TOKENIZERS = {"tokenizer": "clip_tokenizer", "tokenizer_2": "t5_tokenizer"}
 
 
-def tokenizers_of(root: Path, config: Flux1Config | None) -> dict[str, Path]:
+def tokenizers_of(root: Path, config: TransformerConfig | None) -> dict[str, Path]:
     """The folders of the tokenizers that belong to a model, by their names in diffusers' layout: in its own folder,
     else where those of its variant are found; without those that are nowhere."""
     known = None if config is None else variant_of(config)
@@ -59,7 +59,7 @@ def copied(tokenizers: dict[str, Path]) -> dict[str, Content]:
     return made
 
 
-def scheduler(root: Path, config: Flux1Config) -> Content:
+def scheduler(root: Path, config: TransformerConfig) -> Content:
     """The scheduler's config of a model: that in its folder, else what is usual for its kind."""
     if (root / SCHEDULER_FILE).is_file():
         return root / SCHEDULER_FILE
@@ -67,6 +67,6 @@ def scheduler(root: Path, config: Flux1Config) -> Content:
     return {**SCHEDULER, "num_train_timesteps": 1000, "shift": 3.0 if shifts else 1.0, "use_dynamic_shifting": shifts}
 
 
-def like(config: Flux1Config) -> Variant:
+def like(config: TransformerConfig) -> Variant:
     """The variant whose transformer this is, or the one that a model of other sizes is treated as."""
-    return variant_of(config) or VARIANTS["flux1-dev" if config.guidance_embed else "flux1-schnell"]
+    return variant_of(config) or nearest(config)

@@ -9,7 +9,19 @@ from typing import Any
 from torch import Tensor
 
 from miniflux.sampling.forwards import Told, Velocity
+from miniflux.sampling.latents import pack, unpack
 from miniflux.sampling.schedules import Curve
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """How a reference is brought to whole tokens: to this width and height, and of that so much is seen of its middle,
+    or where that is more, as much mirrored around it."""
+
+    resized: Size
+    canvas: Size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,25 +30,32 @@ class Family:
 
     Attributes:
         name: what a variant says of itself.
-        patch: rows and columns of the latent in one image token.
-        pack, unpack: latent (B, C, h, w) to image tokens (B, L, C') and back; `unpack` takes the picture's height and
-            width in pixels as `noise` counts them.
-        noise: (height, width, seed, channels) -> what a picture starts from, float32 on the CPU.
+        patch: rows and columns of a latent that are one token.
         image_ids: (batch, rows, columns) -> positions of the image tokens (B, L, A).
         text_ids: (batch, length) -> positions of the text tokens (B, T, A).
-        pooled: whether its words have a summary beside the tokens.
-        shift: image tokens -> how a model with a schedule that depends on the size moves its noise levels.
+        reference_ids: (number of the reference from 1, rows, columns) -> positions of its tokens (1, L, A).
+        reference_frame: (width, height, how many references there are) -> how one of this size is seen; raises
+            InputError for sizes that its models never see.
+        once: whether its networks can look at references once, for all steps.
+        shift: (image tokens, steps) -> how a model whose schedule is shifted moves its noise levels.
         velocity, conditioning: how its network is called, and what its modulations see.
     """
 
     name: str
     patch: int
-    pack: Callable[[Tensor], Tensor]
-    unpack: Callable[[Tensor, int, int], Tensor]
-    noise: Callable[[int, int, int, int], Tensor]
     image_ids: Callable[[int, int, int], Tensor]
     text_ids: Callable[[int, int], Tensor]
-    pooled: bool
-    shift: Callable[[int], Curve]
+    reference_ids: Callable[[int, int, int], Tensor]
+    reference_frame: Callable[[int, int, int], Frame]
+    once: bool = False
+    shift: Callable[[int, int], Curve]
     velocity: Velocity
     conditioning: Callable[[Any, Told], Tensor]
+
+    def pack(self, latent: Tensor) -> Tensor:
+        """Latent (B, C, h, w) to image tokens (B, L, C')."""
+        return pack(latent, self.patch)
+
+    def unpack(self, tokens: Tensor, height: int, width: int) -> Tensor:
+        """Image tokens back to the latent of a picture of so many pixels, as `initial_noise` counts them."""
+        return unpack(tokens, height, width, self.patch)

@@ -17,16 +17,16 @@ from miniflux.checks import check_number
 from miniflux.errors import InputError, LoraError
 from miniflux.lora.dialects import PartName
 from miniflux.lora.layer import Change
-from miniflux.models.flux1 import Flux1
-from miniflux.text import Text
+from miniflux.models.transformer import Transformer
+from miniflux.text import TextReader
 from miniflux.weights.origin import Stamp
 
 
 class Parts(Protocol):
     """What a pipeline has that adapters can change."""
 
-    transformer: Flux1
-    text: Text
+    transformer: Transformer
+    text: TextReader
 
 
 Attachable = Parts | nn.Module
@@ -89,7 +89,8 @@ def networks(target: Attachable) -> dict[PartName, nn.Module]:
         InputError: it is neither a pipeline nor a network of ours.
     """
     if not isinstance(target, nn.Module) and hasattr(target, "transformer") and hasattr(target, "text"):
-        return {"transformer": target.transformer, "clip": target.text.clip, "t5": target.text.t5}
+        known = {"transformer": target.transformer, **target.text.networks}
+        return {part: known[part] for part in get_args(PartName) if part in known}
     record = BY_KIND.get(type(target)) if isinstance(target, nn.Module) else None
     if record is not None and record.part in get_args(PartName):
         return {cast(PartName, record.part): cast(nn.Module, target)}

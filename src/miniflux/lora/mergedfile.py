@@ -29,7 +29,7 @@ from miniflux.lora.layer import Change
 from miniflux.lora.merging import merged_bias, merged_weight, touched
 from miniflux.lora.packing import Rounding, again, check_range, kinds_again, rounding, why_not
 from miniflux.lora.restoring import stack_of
-from miniflux.models.flux1 import Flux1
+from miniflux.models.transformer import Transformer
 
 WIDE = torch.float16  # of packed weights that change
 
@@ -37,7 +37,7 @@ WIDE = torch.float16  # of packed weights that change
 class Weights:
     """The numbers of a base checkpoint, by the names of the network, and what is to become of them."""
 
-    def __init__(self, network: Flux1, source: TensorSource, layout: str) -> None:
+    def __init__(self, network: Transformer, source: TensorSource, layout: str) -> None:
         self.network, self.source = network, source
         self.shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
         self.plan = counterparts(network, layout)

@@ -10,11 +10,11 @@ from torch import nn
 
 from miniflux.checkpoints.layouts import hidden_size, stacked_rows
 from miniflux.checkpoints.loading import bare
-from miniflux.checkpoints.networks import BY_PART
+from miniflux.checkpoints.networks import BY_CONFIG, networks_of
 from miniflux.lora.dialects import PartName, Place
 from miniflux.lora.files import Group, shape_of
-from miniflux.models.flux1 import Flux1, Flux1Config
-from miniflux.variants import FLUX2_SIZES, VARIANTS, Flux2Sizes, Variant, variant
+from miniflux.models.transformer import TransformerConfig
+from miniflux.variants import VARIANTS, Variant, variant
 
 
 def stand_ins(model: str | Variant) -> dict[PartName, nn.Module]:
@@ -24,39 +24,18 @@ def stand_ins(model: str | Variant) -> dict[PartName, nn.Module]:
         InputError: an unknown model.
     """
     sizes = model if isinstance(model, Variant) else variant(model)
-    return {part: bare(BY_PART[part].kind, BY_PART[part].of(sizes)) for part in get_args(PartName)}
+    records = networks_of(sizes)
+    return {part: bare(records[part].kind, records[part].of(sizes)) for part in get_args(PartName) if part in records}
 
 
 @cache
-def _flux1_shapes(config: Flux1Config) -> dict[str, tuple[int, int]]:
-    model = bare(Flux1, config)
+def _shapes(config: TransformerConfig) -> dict[str, tuple[int, int]]:
+    """(out, in) of every linear of a transformer."""
     return {
         key: (module.out_features, module.in_features)
-        for key, module in model.named_modules()
+        for key, module in bare(BY_CONFIG[type(config)].kind, config).named_modules()
         if isinstance(module, nn.Linear)
     }
-
-
-def _flux2_shape(sizes: Flux2Sizes, target: str) -> tuple[int, int] | None:
-    """(out, in) of a linear of FLUX.2; None if it has no such layer. Its MLPs are gated: twice as wide inside."""
-    root, _, rest = target.partition(".")
-    number, _, name = rest.partition(".")
-    h, inner = sizes.hidden_size, int(sizes.mlp_ratio * sizes.hidden_size)
-    if root == "double_blocks" and int(number) < sizes.depth:
-        kind = name.partition("_")[2]
-        shapes = {"attn.qkv": (3 * h, h), "attn.proj": (h, h), "mlp.0": (2 * inner, h), "mlp.2": (h, inner)}
-        return shapes.get(kind)
-    if root == "single_blocks" and int(number) < sizes.depth_single_blocks:
-        return {"linear1": (3 * h + 2 * inner, h), "linear2": (h, h + inner)}.get(name)
-    return {
-        "img_in": (h, sizes.in_channels),
-        "txt_in": (h, sizes.context_in_dim),
-        "double_stream_modulation_img.lin": (6 * h, h),
-        "double_stream_modulation_txt.lin": (6 * h, h),
-        "single_stream_modulation.lin": (3 * h, h),
-        "final_layer.linear": (sizes.in_channels, h),
-        "final_layer.adaLN_modulation.1": (2 * h, h),
-    }.get(target)
 
 
 def _agrees(shape: tuple[int, int] | None, place: Place, hidden: int, given: tuple[int, int]) -> bool:
@@ -78,11 +57,8 @@ def fitting_models(groups: Sequence[Group], found: Mapping[PartName, nn.Module])
         return ""
     scores: dict[str, int] = {}
     for name, one in VARIANTS.items():
-        shapes = _flux1_shapes(one.transformer)  # which several variants share
-        hidden = shapes["img_in"][0]
+        shapes, hidden = _shapes(one.transformer), one.transformer.hidden_size  # which several variants share
         scores[name] = sum(_agrees(shapes.get(p.target), p, hidden, given) for p, given in asked)
-    for name, sizes in FLUX2_SIZES.items():
-        scores[name] = sum(_agrees(_flux2_shape(sizes, p.target), p, sizes.hidden_size, given) for p, given in asked)
     best = max(scores.values())
     if best == 0:
         widths = sorted({given[1] for _, given in asked})

@@ -7,15 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from miniflux.checkpoints.configs import flux1_config
-from miniflux.checkpoints.files import TensorSource
+from miniflux.checkpoints.configs import config_of_transformer
+from miniflux.checkpoints.files import TensorSource, open_tensors
+from miniflux.checkpoints.folders import path_of
 from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.loading import bare, compare, take_packed_layers
-from miniflux.checkpoints.opened import known_in, layout_in, network_of, open_part
+from miniflux.checkpoints.networks import BY_CONFIG, BY_KIND
+from miniflux.checkpoints.opened import known_in, layout_in, network_of, transformer_of
 from miniflux.checkpoints.saving import checkpoint_path
 from miniflux.checkpoints.writing import write_frame
 from miniflux.disk import write_beside
@@ -32,25 +35,27 @@ from miniflux.lora.mergedfile import MergedFile, Weights
 from miniflux.lora.models import stand_ins
 from miniflux.lora.packing import report
 from miniflux.lora.receipt import Receipt
-from miniflux.models.flux1 import Flux1
+from miniflux.models.transformer import Transformer
 from miniflux.variants import VARIANTS, variant
 
 log = logging.getLogger(__name__)
 
 
-def network_of_file(source: TensorSource) -> tuple[Flux1, str]:
+def network_of_file(source: TensorSource) -> tuple[Transformer, str]:
     """The transformer that a checkpoint is of, on the meta device, and the layout of its names.
 
     Raises:
         CheckpointError: the file holds no transformer, or not all of one.
     """
     try:
-        config = flux1_config(contents_of(source).entries, source.metadata, to_run=False)
+        config = config_of_transformer(contents_of(source).entries, source.metadata, to_run=False)
     except CheckpointError as error:
-        other = None if known_in(source) or network_of(source) is Flux1 else what_is(source)
-        why = f"expected a FLUX.1 transformer, found {other}" if other else error
+        found = network_of(source)
+        is_one = found is not None and BY_KIND[found].part == "transformer"
+        other = None if known_in(source) or is_one else what_is(source)
+        why = f"expected a transformer, found {other}" if other else error
         raise CheckpointError(f"{source}: {why}") from error
-    network = bare(Flux1, config)
+    network = cast(Transformer, bare(BY_CONFIG[type(config)].kind, config))
     report = compare(network, source)
     if report.problems:
         raise CheckpointError(str(report))
@@ -85,7 +90,7 @@ def merge_files(
     path = Path(path)
     if path.suffix != ".gguf":
         checkpoint_path(path)
-    source = open_part(base, Flux1)
+    source = transformer_of(open_tensors(path_of(base)))
     blocks = any(entry.block for entry in source.entries.values())
     if blocks != (path.suffix == ".gguf"):
         ending = ".gguf" if blocks else ".safetensors"
@@ -255,7 +260,7 @@ def extract(
     path = checkpoint_path(path)
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError(f"rank must be a whole number of at least 1, got {rank!r}")
-    sources = [open_part(file, Flux1) for file in (base, tuned)]
+    sources = [transformer_of(open_tensors(path_of(file))) for file in (base, tuned)]
     (before, layout), (after, other) = (network_of_file(source) for source in sources)
     old, new = Weights(before, sources[0], layout), Weights(after, sources[1], other)
     differing = sorted(

@@ -15,15 +15,11 @@ from typing import Any
 import torch
 
 from miniflux.checkpoints.networks import BY_CONFIG
-from miniflux.checkpoints.networks.autoencoder import AUTOENCODER
-from miniflux.checkpoints.networks.t5 import T5
 from miniflux.memory.streaming import Partition
-from miniflux.models.autoencoder import AutoencoderConfig
-from miniflux.models.t5 import T5Config
-from miniflux.sampling.latents import PATCH
 
 WITHIN = 0.05  # how far the peak of a run may be from what was predicted ...
 SMALL = 256_000_000  # ... and bytes that nobody needs to explain, of libraries and of the allocator
+TEXTS = {"t5": "T5", "clip": "CLIP", "lm": "language model"}  # in the order in which they run
 LIBRARIES = 60_000_000  # bytes that torch and the tokenizers take when they are first used
 
 
@@ -98,14 +94,15 @@ class Placed:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What is asked of a run: sizes in tokens and pixels, tokens of conditions beside them, rows that go through the
-    network, texts at once."""
+    """What is asked of a run: sizes in tokens and pixels, tokens of conditions beside them and those of references that
+    are looked at once, rows that go through the network, texts at once."""
 
     width: int
     height: int
     text_tokens: int
     calls: int
     more_tokens: int = 0
+    kept_tokens: int = 0
     batch: int = 1
     ahead: bool = True
 
@@ -117,7 +114,7 @@ def predict(
 
     Args:
         mode: its name.
-        parts: the networks `transformer`, `t5`, `clip` and `autoencoder`.
+        parts: the networks by part: `transformer`, `autoencoder` and text encoders.
         dtype: what transformer and text encoders compute in.
         process: bytes that the process took before the pipeline was loaded.
     """
@@ -144,31 +141,36 @@ def predict(
             Line(f"{name}: reading", ram=copied + (part.largest if part.mode == "stream" else 0)),
         ]
 
-    config, itemsize = parts["transformer"].plan.network.config, dtype.itemsize
-    t5, autoencoder = parts["t5"].plan.network.config, parts["autoencoder"].plan.network.config
-    assert isinstance(t5, T5Config) and isinstance(autoencoder, AutoencoderConfig)
+    configs: dict[str, Any] = {name: part.plan.network.config for name, part in parts.items()}
+    itemsize = dtype.itemsize
     common = [Line("the process", ram=process), Line("libraries at work", ram=LIBRARIES)]
     for name in parts:
         common += stays(name)
     ahead = run.ahead and parts["transformer"].mode != "resident"
+    config = configs["transformer"]
     table = [on_device("modulation of all calls", run.calls * BY_CONFIG[type(config)].modulation(config) * itemsize)]
     table = table if ahead else []
+    each = 2 * len(config.blocks) * config.hidden_size * itemsize  # keys and values
+    waits = parts["transformer"].mode != "resident"
+    what, size = "references: keys and values", run.kept_tokens * each
+    kept = Line(what, ram=size) if waits else on_device(what, size)
     floats = next(iter(parts["autoencoder"].plan.kept)).empty.dtype.itemsize
-    computed = activations(config, t5, autoencoder, run, itemsize, floats)
+    computed = activations(configs, run, itemsize, floats)
+    texts: dict[str, tuple[Line, ...]] = {}
+    held: list[Line] = []  # areas are let go of after all encoders
+    for name in (name for name in TEXTS if name in parts):
+        held += blocks(name)
+        texts[f"text, {TEXTS[name]}"] = (*common, *held, on_device(f"{name}: activations", computed[name]))
     return Ledger(
         mode,
         process,
         {
-            "text, T5": (
-                *common,
-                *blocks("t5"),
-                on_device("t5: activations", computed["t5"]),
-            ),
-            "text, CLIP": (*common, *blocks("t5"), *blocks("clip")),  # T5's areas are let go of after both
+            **texts,
             "denoising": (
                 *common,
                 *blocks("transformer", slice(1) if ahead else slice(None)),
                 *table,
+                *([kept] if run.kept_tokens else []),
                 on_device("transformer: activations", computed["transformer"]),
             ),
             "decoding": (
@@ -180,22 +182,25 @@ def predict(
     )
 
 
-def activations(
-    transformer: Any, t5: T5Config, autoencoder: AutoencoderConfig, run: Run, itemsize: int, floats: int
-) -> dict[str, int]:
-    """Bytes that T5, the transformer and the autoencoder compute on the way, at the worst moment of each.
+def activations(configs: Mapping[str, Any], run: Run, itemsize: int, floats: int) -> dict[str, int]:
+    """Bytes that each network computes on the way, at its worst moment.
 
     Args:
-        itemsize, floats: bytes of a number in transformer and T5, and in the autoencoder.
+        configs: of the networks, by part.
+        itemsize, floats: bytes of a number in transformer and text encoders, and in the autoencoder.
     """
-    unit = autoencoder.downscale * PATCH
+    unit = configs["autoencoder"].unit
     image_tokens = -(-run.width // unit) * -(-run.height // unit)
-    tokens = image_tokens + run.more_tokens + run.text_tokens
-    return {
-        "t5": T5.activations(t5, run.text_tokens, itemsize),
-        "transformer": run.batch * BY_CONFIG[type(transformer)].activations(transformer, tokens, itemsize),
-        "autoencoder": AUTOENCODER.activations(autoencoder, image_tokens * unit**2, floats),
-    }
+    found: dict[str, int] = {}
+    for part, config in configs.items():
+        size, of_each = run.text_tokens, itemsize
+        if part == "transformer":
+            size += image_tokens + run.more_tokens
+        elif part == "autoencoder":
+            size, of_each = image_tokens * unit**2, floats
+        found[part] = BY_CONFIG[type(config)].activations(config, size, of_each)
+    found["transformer"] *= run.batch
+    return found
 
 
 def _status(field: str) -> int | None:

@@ -19,13 +19,13 @@ from miniflux.sampling.forwards import Told
 
 log = logging.getLogger(__name__)
 
-# Of each mode: where transformer and text encoders are. The autoencoder, small beside them, is always resident.
+# Of each mode: where the transformer and the text encoders are. The autoencoder, small beside them, is always resident.
 # In the order in which `auto` tries them, the fastest first.
-MODES: dict[str, dict[str, str]] = {
-    "resident": {"transformer": "resident", "clip": "resident", "t5": "resident", "autoencoder": "resident"},
-    "text-freed": {"transformer": "resident", "clip": "stream", "t5": "stream", "autoencoder": "resident"},
-    "offload": {"transformer": "offload", "clip": "offload", "t5": "offload", "autoencoder": "resident"},
-    "stream": {"transformer": "stream", "clip": "stream", "t5": "stream", "autoencoder": "resident"},
+MODES: dict[str, tuple[str, str]] = {
+    "resident": ("resident", "resident"),
+    "text-freed": ("resident", "stream"),
+    "offload": ("offload", "offload"),
+    "stream": ("stream", "stream"),
 }
 NAMES = ("auto", *MODES)
 SPARED = 0.9  # the share of free memory that `auto` fills
@@ -40,6 +40,13 @@ def check_mode(memory: str) -> None:
         raise InputError(f"memory must be one of {', '.join(NAMES)}, got {memory!r}")
 
 
+def in_mode(mode: str, parts: Mapping[str, Placed]) -> dict[str, Placed]:
+    """The networks with their weights where a mode has them."""
+    transformer, text = MODES[mode]
+    places = {"transformer": transformer, "autoencoder": "resident"}
+    return {name: replace(part, mode=places.get(name, text)) for name, part in parts.items()}
+
+
 def choose(
     memory: str, parts: Mapping[str, Placed], run: Run, device: torch.device, dtype: torch.dtype, process: int
 ) -> tuple[str, dict[str, Placed]]:
@@ -52,7 +59,7 @@ def choose(
     ram, vram = free_ram(), free_vram(device)
     tried: list[str] = []
     for mode in MODES if memory == "auto" else (memory,):
-        placed = {name: replace(part, mode=MODES[mode][name]) for name, part in parts.items()}
+        placed = in_mode(mode, parts)
         ledger = predict(mode, placed, run, device, dtype, process)
         wanted = ledger.ram - ledger.process
         fits = (ram is None or wanted <= SPARED * ram) and (vram is None or ledger.vram <= SPARED * vram)
@@ -103,9 +110,8 @@ class Memory:
         """The other modes in which the pipeline could be loaded and this run would fit into so much RAM and VRAM."""
         now, fits = self.ledger(run), list[str]()
         taken = (now.ram - now.process - now.working[0], now.vram - now.working[1])  # what reloading gives back
-        for mode, places in MODES.items():
-            parts = {name: replace(part, mode=places[name]) for name, part in self.parts.items()}
-            other = predict(mode, parts, run, self.device, self.dtype, now.process)
+        for mode in MODES:
+            other = predict(mode, in_mode(mode, self.parts), run, self.device, self.dtype, now.process)
             needs = (other.ram - other.process, other.vram)
             if mode != self.mode and all(
                 known is None or need <= SPARED * (known + given)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miniflux.checkpoints.networks.flux1 import MODULATION
-from miniflux.memory.streaming import Streamed
+from miniflux.memory.streaming import Chain, Streamed
 from miniflux.models.flux1 import Flux1
 from miniflux.sampling.forwards import Told, flux1_conditioning
 
@@ -42,7 +42,7 @@ class Ahead:
     def __init__(self, streamed: Streamed) -> None:
         assert isinstance(streamed.network, Flux1)
         self.network, self.misses = streamed.network, 0
-        (self._chain,) = (c for c in streamed.chains if all(re.fullmatch(MODULATION, unit.name) for unit in c.units))
+        self._chain = _modulations(streamed)[0]
         self._plain = {unit.name: unit.module.forward for unit in self._chain.units}
         self._table: dict[str, Rows] = {unit.name: {} for unit in self._chain.units}
         self._runs: list[set[Key]] = []
@@ -92,6 +92,16 @@ class Ahead:
         if self._runs and self.misses == 1:
             log.warning("a conditioning vector was not foreseen: the weights of all modulations are read again for it")
         return self._plain[name](x)
+
+
+def ahead_of(streamed: Streamed) -> Ahead | None:
+    """The table of a network; None where nothing would be spared, because all blocks share a few modulations, which
+    stay in memory (FLUX.2, FLUX.3)."""
+    return Ahead(streamed) if _modulations(streamed) else None
+
+
+def _modulations(streamed: Streamed) -> list[Chain]:
+    return [c for c in streamed.chains if all(re.fullmatch(MODULATION, unit.name) for unit in c.units)]
 
 
 def _key(x: Tensor) -> Key:

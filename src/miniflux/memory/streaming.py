@@ -356,7 +356,8 @@ def partitioned(network: nn.Module, source: TensorSource, dtype: torch.dtype) ->
     for key, tensor in network.state_dict().items():
         path, _, name = key.rpartition(".")
         owner = network.get_submodule(path)
-        empty = torch.empty(tensor.shape, dtype=tensor.dtype if key in packed else dtype, device="meta")
+        as_it_is = key in packed or not tensor.is_floating_point()
+        empty = torch.empty(tensor.shape, dtype=tensor.dtype if as_it_is else dtype, device="meta")
         if name in owner._parameters:  # pyright: ignore[reportPrivateUsage]
             empty = nn.Parameter(empty, requires_grad=False)
         pieces[key] = Piece(key, owner, name, empty, _phase(source, table[key], empty.dtype))

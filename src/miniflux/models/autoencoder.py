@@ -54,6 +54,21 @@ class AutoencoderSizes:
         """Pixels per latent row or column."""
         return 2 ** (len(self.ch_mult) - 1)
 
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents that `encode` gives."""
+        return self.z_channels
+
+    @property
+    def patch(self) -> int:
+        """Rows and columns of those latents that are one token of the transformer."""
+        return 2
+
+    @property
+    def unit(self) -> int:
+        """Pixels along a side of a token."""
+        return self.downscale * self.patch
+
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig(AutoencoderSizes):
@@ -274,6 +289,16 @@ class Flux2AutoencoderConfig(AutoencoderSizes):
     def downscale(self) -> int:
         """Pixels per row or column of patchified latents."""
         return FOLD * super().downscale
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of patchified latents."""
+        return FOLD * FOLD * self.z_channels
+
+    @property
+    def patch(self) -> int:
+        """They are patchified already."""
+        return 1
 
 
 class QuantEncoder(Encoder):

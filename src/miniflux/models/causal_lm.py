@@ -32,6 +32,8 @@ class CausalLmConfig:
         rope_theta: base of the rotary frequencies.
         qk_norm: whether queries and keys are normalised (Qwen3) or not (Mistral).
         tie_word_embeddings: whether the embedding is the output layer too.
+        layers_read: how many of its layers are there, where it is read and writes nothing; then there is neither the
+            last norm nor an output layer. None for all of it.
     """
 
     vocab_size: int
@@ -45,6 +47,7 @@ class CausalLmConfig:
     rope_theta: float
     qk_norm: bool
     tie_word_embeddings: bool
+    layers_read: int | None = None
 
     def __post_init__(self) -> None:
         heads, groups = self.num_attention_heads, self.num_key_value_heads
@@ -52,6 +55,13 @@ class CausalLmConfig:
             raise ConfigError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
         if self.head_dim % 2:
             raise ConfigError(f"head_dim {self.head_dim} must be even")
+        if self.layers_read is not None and not 1 <= self.layers_read < self.num_hidden_layers:
+            raise ConfigError(f"layers_read {self.layers_read} must be from 1 to {self.num_hidden_layers - 1}, or None")
+
+    @property
+    def depth(self) -> int:
+        """Layers that are there."""
+        return self.layers_read or self.num_hidden_layers
 
 
 @dataclass
@@ -158,8 +168,9 @@ class Decoder(nn.Module):
     def __init__(self, config: CausalLmConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.depth))
+        if config.layers_read is None:
+            self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class CausalLm(nn.Module):
@@ -169,8 +180,13 @@ class CausalLm(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        if not config.tie_word_embeddings:
+        if not config.tie_word_embeddings and config.layers_read is None:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes, in every memory mode: that of a parameter which stays."""
+        return self.model.layers[0].get_parameter("input_layernorm.weight").device
 
     def forward(
         self,
@@ -186,7 +202,7 @@ class CausalLm(nn.Module):
             input_ids: (B, T).
             attention_mask: (B, tokens read and T), true or 1 for tokens that may be looked at; None for all.
             position_ids: (B, T); None to count on from the tokens read.
-            layers: after how many layers; 0 is the embedding, the last one is normalised. None for the last one alone.
+            layers: after how many layers; 0 is the embedding, that after all is normalised. None for the last one.
             cache: what was read before; it is extended.
 
         Returns:
@@ -195,7 +211,7 @@ class CausalLm(nn.Module):
         Raises:
             InputError: a layer that the model has not.
         """
-        depth = self.config.num_hidden_layers
+        depth, normalised = self.config.depth, self.config.num_hidden_layers
         wanted = (depth,) if layers is None else tuple(layers)
         if not wanted or not all(0 <= layer <= depth for layer in wanted):
             raise InputError(f"layers must be numbers from 0 to {depth}, got {wanted}")
@@ -210,7 +226,7 @@ class CausalLm(nn.Module):
         for i, layer in enumerate(self.model.layers[: max(wanted)]):
             x = layer(x, angles, mask, cache, i)
             if i + 1 in wanted:
-                found[i + 1] = self.model.norm(x) if i + 1 == depth else x
+                found[i + 1] = self.model.norm(x) if i + 1 == normalised else x
         return tuple(found[layer] for layer in wanted)
 
     def _angles(self, positions: Tensor) -> Tensor:

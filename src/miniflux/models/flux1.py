@@ -81,6 +81,17 @@ class Flux1Config:
     def __post_init__(self) -> None:
         object.__setattr__(self, "axes_dim", checked_axes(self.axes_dim, self.hidden_size, self.num_heads))
 
+    @property
+    def joined(self) -> bool:
+        """Whether text and picture go through all blocks together."""
+        return True
+
+    @property
+    def blocks(self) -> list[str]:
+        """Names of the blocks, in the order in which they run."""
+        numbers = {"double": self.depth, "single": self.depth_single_blocks}
+        return [f"{kind}_blocks.{i}" for kind, number in numbers.items() for i in range(number)]
+
 
 def _mlp(dim: int, hidden: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim))
@@ -102,6 +113,10 @@ class DoubleStreamBlock(DoubleStream):
         self.txt_attn = SelfAttention(dim, config.num_heads, config.qkv_bias)
         self.txt_norm2 = plain_norm(dim)
         self.txt_mlp = _mlp(dim, mlp_dim)
+
+    def modulated(self, img: Tensor, vec: Tensor) -> Tensor:
+        """What the attention of the image tokens begins with."""
+        return self.img_mod(vec)[0](self.img_norm1(img))
 
     def forward(
         self,

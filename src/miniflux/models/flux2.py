@@ -41,7 +41,7 @@ class Flux2Config:
 
     Attributes:
         in_channels: channels of an image token: 32 of the latent, 2x2 patchified.
-        out_channels: channels of the predicted velocity; None for as many.
+        out_channels: channels of the predicted velocity; 0 for as many.
         context_in_dim: width of the text tokens: three layers of the language model side by side.
         hidden_size, num_heads: width of the residual stream; head size is their ratio.
         mlp_ratio: width of the MLPs, after SwiGLU, over the hidden size.
@@ -52,7 +52,7 @@ class Flux2Config:
     """
 
     in_channels: int
-    out_channels: int | None = None
+    out_channels: int = 0
     context_in_dim: int
     hidden_size: int
     num_heads: int
@@ -66,6 +66,17 @@ class Flux2Config:
     def __post_init__(self) -> None:
         object.__setattr__(self, "out_channels", self.out_channels or self.in_channels)
         object.__setattr__(self, "axes_dim", checked_axes(self.axes_dim, self.hidden_size, self.num_heads))
+
+    @property
+    def joined(self) -> bool:
+        """Whether text and picture go through all blocks together."""
+        return True
+
+    @property
+    def blocks(self) -> list[str]:
+        """Names of the blocks, in the order in which they run."""
+        numbers = {"double": self.depth, "single": self.depth_single_blocks}
+        return [f"{kind}_blocks.{i}" for kind, number in numbers.items() for i in range(number)]
 
     @property
     def mlp_dim(self) -> int:
@@ -92,6 +103,10 @@ class DoubleStreamBlock(DoubleStream):
         self.txt_attn = SelfAttention(dim, config.num_heads, qkv_bias=False, bias=False)
         self.txt_norm2 = plain_norm(dim)
         self.txt_mlp = _mlp(config)
+
+    def modulated(self, img: Tensor, img_mods: list[Shift]) -> Tensor:
+        """What the attention of the image tokens begins with."""
+        return img_mods[0](self.img_norm1(img))
 
     def forward(
         self,
@@ -145,7 +160,6 @@ class Flux2(nn.Module):
         self.single_stream_modulation = Modulation(dim, double=False, bias=False)
         self.double_blocks = nn.ModuleList(DoubleStreamBlock(config) for _ in range(config.depth))
         self.single_blocks = nn.ModuleList(SingleStreamBlock(config) for _ in range(config.depth_single_blocks))
-        assert config.out_channels is not None
         self.final_layer = LastLayer(dim, config.out_channels, bias=False)
 
     def conditioning(self, timesteps: Tensor, guidance: Tensor | None, dtype: torch.dtype) -> Tensor:

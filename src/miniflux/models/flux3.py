@@ -65,6 +65,23 @@ class Flux3Config:
     def __post_init__(self) -> None:
         object.__setattr__(self, "axes_dim", checked_axes(self.axes_dim, self.hidden_size, self.num_heads))
 
+    @property
+    def guidance_embed(self) -> bool:
+        """No FLUX.3 has an input for the guidance strength."""
+        return False
+
+    @property
+    def joined(self) -> bool:
+        """Whether text and picture go through all blocks together."""
+        return False
+
+    @property
+    def blocks(self) -> list[str]:
+        """Names of the blocks, in the order in which they run; those of references only where there are any."""
+        streams = ("txt_mode_blocks", "content_mode_blocks.image", "content_mode_blocks.image_cond")
+        numbers = {**dict.fromkeys(streams, self.depth), "single_blocks": self.depth_single_blocks}
+        return [f"{kind}.{i}" for kind, number in numbers.items() for i in range(number)]
+
 
 @dataclass(frozen=True)
 class Parts:

@@ -61,14 +61,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pe: Tensor, mask: Tensor | None =
     """Softmax attention over rotated queries and keys.
 
     Args:
-        q, k, v: (B, H, L, D).
-        pe: rotations from `rope_rotations`.
+        q, k, v: (B, H, L, D); there may be fewer queries than keys, which are then those of the last places.
+        pe: rotations of the keys from `rope_rotations`.
         mask: (B, 1, 1, L) booleans, False for keys nobody may look at; None to see all (as released).
 
     Returns:
         (B, L, H * D), heads side by side.
     """
-    x = F.scaled_dot_product_attention(apply_rope(q, pe).to(v), apply_rope(k, pe).to(v), v, attn_mask=mask)
+    q, k = apply_rope(q, pe[:, :, -q.shape[2] :]), apply_rope(k, pe)
+    x = F.scaled_dot_product_attention(q.to(v), k.to(v), v, attn_mask=mask)
     return rearrange(x, "B H L D -> B L (H D)")
 
 

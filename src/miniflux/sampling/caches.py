@@ -10,14 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from miniflux.checks import check_number, made, plain_fields, whole
 from miniflux.errors import InputError
-from miniflux.models.flux1 import Flux1, RunBlock, run_block
+from miniflux.models.flux1 import RunBlock, run_block
+from miniflux.models.transformer import Transformer, TransformerConfig
+
+OTHERWISE = "and in this network each goes through blocks of its own first: leave it out"
 
 
 @dataclass
@@ -45,22 +48,22 @@ class Branch:
     call = 0
     inner: RunBlock = staticmethod(run_block)
 
-    def __init__(self, network: Flux1, calls: int, bill: Bill) -> None:
-        names = [f"double_blocks.{i}" for i in range(len(network.double_blocks))]
-        names += [f"single_blocks.{i}" for i in range(len(network.single_blocks))]
+    def __init__(self, network: Transformer, calls: int, bill: Bill) -> None:
+        check_cached(network.config)
+        names = network.config.blocks
         self.first, self.last = names[0], names[-1]
         self.calls, self.bill, self.learned = calls, bill, False
         self.text_tokens = 0
         self.base = self.kept = torch.empty(0)
         self.reusing = False
 
-    def reuse(self, change: Tensor, block: nn.Module, vec: Tensor) -> bool:
+    def reuse(self, change: Tensor, block: nn.Module, about: Any) -> bool:
         """Whether this call may do without the blocks.
 
         Args:
             change: what the first block adds to the image tokens if `after_first`, else the tokens before it.
             block: the first one.
-            vec: conditioning vector.
+            about: what its modulations are, or are made of.
         """
         raise NotImplementedError
 
@@ -115,12 +118,12 @@ class _FirstBlock(Branch):
     after_first = True
     settings: FirstBlockCache
 
-    def __init__(self, network: Flux1, calls: int, bill: Bill, settings: FirstBlockCache) -> None:
+    def __init__(self, network: Transformer, calls: int, bill: Bill, settings: FirstBlockCache) -> None:
         super().__init__(network, calls, bill)
         self.settings = settings
         self.change: Tensor | None = None
 
-    def reuse(self, change: Tensor, block: nn.Module, vec: Tensor) -> bool:
+    def reuse(self, change: Tensor, block: nn.Module, about: Any) -> bool:
         if self.change is not None and _relative(change, self.change) < self.settings.threshold:
             return True
         self.change = change
@@ -128,14 +131,14 @@ class _FirstBlock(Branch):
 
 
 class _Tea(Branch):
-    def __init__(self, network: Flux1, calls: int, bill: Bill, settings: TeaCache) -> None:
+    def __init__(self, network: Transformer, calls: int, bill: Bill, settings: TeaCache) -> None:
         super().__init__(network, calls, bill)
         self.settings = settings
         self.before: Tensor | None = None
         self.distance = 0.0
 
-    def reuse(self, change: Tensor, block: nn.Module, vec: Tensor) -> bool:
-        modulated = block.img_mod(vec)[0](block.img_norm1(change))  # pyright: ignore
+    def reuse(self, change: Tensor, block: nn.Module, about: Any) -> bool:
+        modulated = cast(Tensor, cast(Any, block).modulated(change, about))
         before, self.before = self.before, modulated
         if before is None or self.call == self.calls - 1:
             self.distance = 0.0
@@ -149,12 +152,12 @@ class _Tea(Branch):
 
 
 class _Mag(Branch):
-    def __init__(self, network: Flux1, calls: int, bill: Bill, settings: MagCache) -> None:
+    def __init__(self, network: Transformer, calls: int, bill: Bill, settings: MagCache) -> None:
         super().__init__(network, calls, bill)
         self.settings = settings
         self.ratio, self.error, self.run = 1.0, 0.0, 0
 
-    def reuse(self, change: Tensor, block: nn.Module, vec: Tensor) -> bool:
+    def reuse(self, change: Tensor, block: nn.Module, about: Any) -> bool:
         ratios, settings = self.settings.ratios, self.settings
         if self.call >= max(1, int(settings.retention * self.calls)):
             place = round(self.call * (len(ratios) - 1) / max(1, self.calls - 1))
@@ -168,13 +171,13 @@ class _Mag(Branch):
 
 
 class _Taylor(Branch):
-    def __init__(self, network: Flux1, calls: int, bill: Bill, settings: TaylorSeer) -> None:
+    def __init__(self, network: Transformer, calls: int, bill: Bill, settings: TaylorSeer) -> None:
         super().__init__(network, calls, bill)
         self.settings = settings
         self.learned_at = -1
         self.differences: list[Tensor] = []
 
-    def reuse(self, change: Tensor, block: nn.Module, vec: Tensor) -> bool:
+    def reuse(self, change: Tensor, block: nn.Module, about: Any) -> bool:
         if self.call < self.settings.warmup or self.call == self.calls - 1:
             return False
         return self.call - self.learned_at < self.settings.interval
@@ -208,7 +211,7 @@ class FirstBlockCache:
         plain_fields(self)
         check_number("threshold", self.threshold, 0)
 
-    def start(self, network: Flux1, calls: int, bill: Bill) -> Branch:
+    def start(self, network: Transformer, calls: int, bill: Bill) -> Branch:
         """The working part for one text of a run with so many calls of the network.
 
         Raises:
@@ -241,9 +244,9 @@ class TeaCache:
         for coefficient in self.coefficients:
             check_number("a coefficient", coefficient, -math.inf)
 
-    def start(self, network: Flux1, calls: int, bill: Bill) -> Branch:
+    def start(self, network: Transformer, calls: int, bill: Bill) -> Branch:
         """See `FirstBlockCache.start`."""
-        if not len(network.double_blocks):
+        if not network.config.depth:
             raise InputError("TeaCache watches the first double block, and this network has none")
         return _Tea(network, calls, bill, self)
 
@@ -273,7 +276,7 @@ class MagCache:
         for ratio in self.ratios:
             check_number("a ratio", ratio, 0)
 
-    def start(self, network: Flux1, calls: int, bill: Bill) -> Branch:
+    def start(self, network: Transformer, calls: int, bill: Bill) -> Branch:
         """See `FirstBlockCache.start`."""
         if not self.ratios:
             raise InputError("MagCache needs the ratios of its model: let a run with the cache `measure` find them")
@@ -300,7 +303,7 @@ class TaylorSeer:
         whole("order", self.order, 0)
         whole("warmup", self.warmup, 1)
 
-    def start(self, network: Flux1, calls: int, bill: Bill) -> Branch:
+    def start(self, network: Transformer, calls: int, bill: Bill) -> Branch:
         """See `FirstBlockCache.start`."""
         return _Taylor(network, calls, bill, self)
 
@@ -320,18 +323,18 @@ class Measure:
         """Those of the last text of the last run."""
         return self.runs[-1]
 
-    def start(self, network: Flux1, calls: int, bill: Bill) -> Branch:
+    def start(self, network: Transformer, calls: int, bill: Bill) -> Branch:
         """See `FirstBlockCache.start`."""
         self.runs.append([])
         return _Watch(network, calls, bill, self.runs[-1])
 
 
 class _Watch(Branch):
-    def __init__(self, network: Flux1, calls: int, bill: Bill, ratios: list[float]) -> None:
+    def __init__(self, network: Transformer, calls: int, bill: Bill, ratios: list[float]) -> None:
         super().__init__(network, calls, bill)
         self.ratios, self.before = ratios, torch.empty(0)
 
-    def reuse(self, change: Tensor, block: nn.Module, vec: Tensor) -> bool:
+    def reuse(self, change: Tensor, block: nn.Module, about: Any) -> bool:
         return False
 
     def learn(self, addition: Tensor) -> None:
@@ -349,6 +352,12 @@ CACHES: dict[str, type[Any]] = {
     "taylor": TaylorSeer,
     "measure": Measure,
 }
+
+
+def check_cached(config: TransformerConfig) -> None:
+    """Raises InputError unless image and text tokens go through all blocks together."""
+    if not config.joined:
+        raise InputError(f"step caches watch text and picture go through all blocks together, {OTHERWISE}")
 
 
 def cache(name: str, **settings: Any) -> Cache:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from miniflux.checks import shown
 from miniflux.errors import InputError
-from miniflux.models.flux1 import Attend, Flux1, Flux1Config, RunBlock, run_block
+from miniflux.models.flux1 import Attend, RunBlock, run_block
 from miniflux.models.layers import attention
-from miniflux.sampling.caches import Bill, Branch, Cache
+from miniflux.models.transformer import Transformer, TransformerConfig
+from miniflux.sampling.caches import OTHERWISE, Bill, Branch, Cache
 from miniflux.sampling.forwards import Told, Velocity, Words, flux1_velocity
 from miniflux.sampling.guidance import Cfg, Nag, Scale, SkipLayer, scale_at
 from miniflux.sampling.running import advance, start
@@ -56,7 +57,7 @@ StepCallback = Callable[[Moment], "Tensor | None"]
 
 @torch.inference_mode()
 def denoise(
-    model: Flux1,
+    model: Transformer,
     img: Tensor,
     img_ids: Tensor,
     txt: Words | Tensor,
@@ -132,7 +133,7 @@ def denoise(
     guide = Cfg() if guide is None else guide
     steps = schedule.steps
     if not isinstance(txt, Words):
-        txt = Words(txt, cast(Tensor, txt_ids), cast(Tensor, vec), txt_mask)
+        txt = Words(txt, cast(Tensor, txt_ids), vec, txt_mask)
     words = {"positive": txt, "negative": negative, "empty": empty}
     _check(model, schedule, method, guide, words, rng)
     check_part(schedule, cache, resume, stop)
@@ -167,11 +168,11 @@ def denoise(
             )
             continue
         place, share = schedule.skipped + state.step, state.share if state.step == 0 else 1.0
-        v, memory = tell(x, sigma, place, schedule.skipped + steps, memory)
+        v, memory = tell(x, sigma, method.target(sigma_next), place, schedule.skipped + steps, memory)
         picture = data(x, v, sigma)
         x, state = advance(method, x, v, sigma, sigma_next, state, rng)
         while state.ask is not None:
-            v, memory = tell(x, state.ask, place, schedule.skipped + steps, memory)
+            v, memory = tell(x, state.ask, None, place, schedule.skipped + steps, memory)
             x, state = advance(method, x, v, sigma, sigma_next, state, rng)
         if memory is not None and share < 1:  # of a shortened first step as much is remembered as was left of it
             memory = share * memory
@@ -186,7 +187,7 @@ def denoise(
 ALONG_TOKENS = ("img", "img_ids", "img_cond", "img_cond_seq", "img_cond_seq_ids")
 
 
-def model_calls(model: Flux1, **arguments: Any) -> list[Told]:
+def model_calls(model: Transformer, **arguments: Any) -> list[Told]:
     """What the network is told in every call that `denoise` with these arguments, by name, is going to make.
 
     Solvers and guides are pure and choose noise levels without looking at the latents: so the run is rehearsed with one
@@ -194,7 +195,7 @@ def model_calls(model: Flux1, **arguments: Any) -> list[Told]:
     """
     calls: list[Told] = []
 
-    def noted(model: Flux1, told: Told, **_: Any) -> Tensor:
+    def noted(model: Transformer, told: Told, **_: Any) -> Tensor:
         calls.append(told)
         return told.img.new_zeros(*told.img.shape[:2], model.config.out_channels)
 
@@ -221,7 +222,7 @@ def _needed(name: str, words: Mapping[str, Words | None]) -> Words:
 
 
 def _check(
-    model: Flux1,
+    model: Transformer,
     schedule: Schedule,
     method: Solver,
     guide: Cfg,
@@ -233,6 +234,8 @@ def _check(
     for name in sorted({"negative" if name == "attended" else name for name in wanted} - {"skipped"}):
         _needed(name, words)
     if "attended" in wanted:
+        if not model.config.joined:
+            raise InputError(f"NAG guides attention of text and picture together, {OTHERWISE}")
         positive, negative = (_needed(name, words).txt.shape[1] for name in ("positive", "negative"))
         if positive != negative:
             raise InputError(
@@ -252,10 +255,9 @@ def _wanted(guide: Cfg, schedule: Schedule) -> set[str]:
     return {name for i, sigma in levels for name in guide.wants(sigma, i, places.stop)}
 
 
-def check_skipped(config: Flux1Config, guide: SkipLayer, schedule: Schedule) -> None:
+def check_skipped(config: TransformerConfig, guide: SkipLayer, schedule: Schedule) -> None:
     """Raises InputError unless the network has the blocks that are to be skipped, if any are in this run."""
-    numbers = {"double": config.depth, "single": config.depth_single_blocks}
-    known = [f"{kind}_blocks.{i}" for kind, number in numbers.items() for i in range(number)]
+    known = config.blocks
     for layer in guide.layers if "skipped" in _wanted(guide, schedule) else ():
         if layer not in known:
             raise InputError(f"no block {layer!r} to skip; known: {known[0]} to {known[-1]}")
@@ -286,7 +288,7 @@ def _on_accelerator(x: Tensor) -> bool:
 class _Network:
     """The network with all that it is told in one run; called with latents and a noise level."""
 
-    model: Flux1
+    model: Transformer
     dtype: torch.dtype
     ids: Tensor
     words: dict[str, Words]
@@ -305,28 +307,37 @@ class _Network:
     branches: dict[tuple[str, ...], Branch] = field(default_factory=dict[tuple[str, ...], Branch])
 
     def __call__(
-        self, x: Tensor, sigma: float, step: int, steps: int, memory: Tensor | None
+        self, x: Tensor, sigma: float, target: float | None, step: int, steps: int, memory: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The guided velocity (B, L, C) in float32, and what the guide remembers."""
+        """The guided velocity (B, L, C) in float32, and what the guide remembers. `target`: the noise level that it is
+        used to jump to."""
         self.call += 1
         wanted = self.guide.wants(sigma, step, steps)
         parts: dict[str, Tensor] = {}
         together = tuple(name for name in wanted if name not in ("skipped", "attended"))
         lengths = {_needed(name, self.words).txt.shape[1] for name in together}
         for names in [together] if self.batched and len(lengths) == 1 else [(name,) for name in together]:
-            parts |= zip(names, self.predict(names, x, sigma).chunk(len(names)), strict=True)
+            parts |= zip(names, self.predict(names, x, sigma, target).chunk(len(names)), strict=True)
         if "skipped" in wanted and isinstance(self.guide, SkipLayer):
-            layers = self.guide.layers or (f"double_blocks.{len(self.model.double_blocks) // 2}",)
-            parts["skipped"] = self.predict(("positive",), x, sigma, partial(_skip, layers, self.run))
+            first = [name for name in self.model.config.blocks if name.startswith("double_blocks.")]
+            first = first or self.model.config.blocks
+            layers = self.guide.layers or (first[len(first) // 2],)
+            parts["skipped"] = self.predict(("positive",), x, sigma, target, partial(_skip, layers, self.run))
         if "attended" in wanted and isinstance(self.guide, Nag):
             _needed("negative", self.words)
             attend = self.guide.attend(sigma, self.words["positive"].txt.shape[1], self.attend)
-            v = self.predict(("positive", "negative"), x, sigma, attend=attend)
+            v = self.predict(("positive", "negative"), x, sigma, target, attend=attend)
             parts["attended"] = v.chunk(2)[0]
         return self.guide.combine(parts, sigma, step, memory)
 
     def predict(
-        self, names: tuple[str, ...], x: Tensor, sigma: float, run: RunBlock | None = None, **more: Any
+        self,
+        names: tuple[str, ...],
+        x: Tensor,
+        sigma: float,
+        target: float | None,
+        run: RunBlock | None = None,
+        **more: Any,
     ) -> Tensor:
         """One call of the network, for the texts of these names side by side: (len(names) * B, L, C)."""
         if run is None and self.cache is not None:
@@ -352,6 +363,8 @@ class _Network:
             Words.joined([self.words[name] for name in names]),
             torch.full((rows,), sigma, device=x.device, dtype=self.dtype),
             None if strength is None else torch.full((rows,), strength, device=x.device, dtype=self.dtype),
+            None if target is None else torch.full((rows,), target, device=x.device, dtype=self.dtype),
+            x.shape[1],
             names,
         )
         v = self.velocity(self.model, told, **more)

@@ -1,6 +1,7 @@
 """Latents on their way in and out of the transformer: noise from a seed, packing into tokens, position ids.
 
-A token is a 2x2 patch of the latent. Source: `flux/sampling.py` of the original release.
+A token of FLUX.1 is a 2x2 patch of the latent; latents of FLUX.2 and FLUX.3 are patchified already, and a token is one
+place of them. Source: `flux/sampling.py` of the original release.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from torch import Tensor
 from miniflux.checks import whole
 from miniflux.errors import InputError
 
-PATCH = 2  # latent rows and columns per token
+PATCH = 2  # latent rows and columns per token of FLUX.1
 PIXELS_PER_TOKEN = 16  # 8 pixels per latent row in the autoencoder, times the patch
 MAX_SEED = 2**64 - 1  # what torch's generator takes
 
 
-def initial_noise(height: int, width: int, seed: int, channels: int = 16) -> Tensor:
+def initial_noise(height: int, width: int, seed: int, channels: int = 16, patch: int = PATCH) -> Tensor:
     """The noise a picture starts from: standard normal, on the CPU, in float32.
 
     Always drawn on the CPU from one generator per picture, so a seed means the same picture on every device and in
@@ -28,10 +29,10 @@ def initial_noise(height: int, width: int, seed: int, channels: int = 16) -> Ten
     Args:
         height, width: of the picture in pixels; rounded up to whole tokens of 16.
         seed: 0 ... 2^64 - 1.
-        channels: of the latent.
+        channels, patch: of the latent, and its rows and columns per token.
 
     Returns:
-        (1, channels, 2 * ceil(height / 16), 2 * ceil(width / 16))
+        (1, channels, patch * ceil(height / 16), patch * ceil(width / 16))
 
     Raises:
         InputError: the seed is not a whole number in its range, or the picture has no pixels.
@@ -39,7 +40,7 @@ def initial_noise(height: int, width: int, seed: int, channels: int = 16) -> Ten
     seed = whole("seed", seed, 0, MAX_SEED)
     if height < 1 or width < 1:
         raise InputError(f"height and width must be at least 1, got {height}x{width}")
-    rows, columns = (PATCH * math.ceil(side / PIXELS_PER_TOKEN) for side in (height, width))
+    rows, columns = (patch * math.ceil(side / PIXELS_PER_TOKEN) for side in (height, width))
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randn(1, channels, rows, columns, generator=generator, dtype=torch.float32)
 
@@ -53,20 +54,20 @@ def slerp(a: Tensor, b: Tensor, amount: float) -> Tensor:
     return (math.sin((1 - amount) * angle) * a + math.sin(amount * angle) * b) / math.sin(angle)
 
 
-def pack(latent: Tensor) -> Tensor:
-    """(B, C, h, w) -> tokens (B, h / 2 * w / 2, C * 4), row by row.
+def pack(latent: Tensor, patch: int = PATCH) -> Tensor:
+    """(B, C, h, w) -> tokens (B, h / patch * w / patch, C * patch^2), row by row.
 
     Raises:
-        InputError: h or w is odd.
+        InputError: h or w is no multiple of `patch`.
     """
     height, width = latent.shape[-2:]
-    if height % PATCH or width % PATCH:
+    if height % patch or width % patch:
         raise InputError(f"a latent of {height}x{width} has no whole patches: both sides must be even")
-    return rearrange(latent, "B C (h ph) (w pw) -> B (h w) (C ph pw)", ph=PATCH, pw=PATCH)
+    return rearrange(latent, "B C (h ph) (w pw) -> B (h w) (C ph pw)", ph=patch, pw=patch)
 
 
-def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """Tokens (B, L, C * 4) of a picture of height x width pixels -> latent (B, C, h, w); the inverse of `pack`.
+def unpack(tokens: Tensor, height: int, width: int, patch: int = PATCH) -> Tensor:
+    """Tokens (B, L, C * patch^2) of a picture of height x width pixels -> latent (B, C, h, w); the inverse of `pack`.
 
     Raises:
         InputError: the number of tokens does not fit the size, or their channels are not whole patches.
@@ -74,9 +75,9 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     rows, columns = math.ceil(height / PIXELS_PER_TOKEN), math.ceil(width / PIXELS_PER_TOKEN)
     if tokens.shape[1] != rows * columns:
         raise InputError(f"{tokens.shape[1]} tokens do not fill {height}x{width} pixels, which needs {rows * columns}")
-    if tokens.shape[2] % PATCH**2:
-        raise InputError(f"{tokens.shape[2]} channels are no whole patches: expected a multiple of {PATCH**2}")
-    return rearrange(tokens, "B (h w) (C ph pw) -> B C (h ph) (w pw)", h=rows, ph=PATCH, pw=PATCH)
+    if tokens.shape[2] % patch**2:
+        raise InputError(f"{tokens.shape[2]} channels are no whole patches: expected a multiple of {patch**2}")
+    return rearrange(tokens, "B (h w) (C ph pw) -> B C (h ph) (w pw)", h=rows, ph=patch, pw=patch)
 
 
 def image_ids(batch: int, rows: int, columns: int, index: int = 0) -> Tensor:

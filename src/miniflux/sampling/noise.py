@@ -15,7 +15,7 @@ from torch import Tensor
 
 from miniflux.checks import finite, several, shown, whole
 from miniflux.errors import InputError
-from miniflux.sampling.latents import MAX_SEED, initial_noise, slerp
+from miniflux.sampling.latents import MAX_SEED, PATCH, initial_noise, slerp
 from miniflux.sampling.solvers import StepNoise
 
 
@@ -43,7 +43,9 @@ def step_noise(seeds: Sequence[int]) -> StepNoise:
     return draw
 
 
-def varied_noise(height: int, width: int, seed: int, variation: tuple[int, float], channels: int = 16) -> Tensor:
+def varied_noise(
+    height: int, width: int, seed: int, variation: tuple[int, float], channels: int = 16, patch: int = PATCH
+) -> Tensor:
     """`initial_noise` of a seed, turned towards that of another.
 
     Args:
@@ -55,8 +57,8 @@ def varied_noise(height: int, width: int, seed: int, variation: tuple[int, float
     other, amount = several("variation", variation, "seed, amount")
     if not finite(amount) or not 0 <= amount <= 1:
         raise InputError(f"the amount of variation must be a number from 0 to 1, got {shown(amount)}")
-    first = initial_noise(height, width, seed, channels)
+    first = initial_noise(height, width, seed, channels, patch)
     if amount == 0:
         return first
-    second = initial_noise(height, width, other, channels)
+    second = initial_noise(height, width, other, channels, patch)
     return second if amount == 1 else slerp(first, second, amount)

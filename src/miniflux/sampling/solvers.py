@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -84,6 +85,9 @@ class Solver:
         start_order: of the error that its first steps leave behind, where that is lower than `order`.
         spacing: of the steps, that suits it (`schedules.SPACINGS`). Solvers in lambda have only a first order at both
             ends of a run, where lambda is infinite, and take small steps there.
+        jumps: how it uses a prediction, if each step is made of one alone: as the way to the next noise level, or to
+            the picture, to which new noise is added. A flow map can be asked for either; for other solvers predictions
+            are slopes at one place.
     """
 
     name: str
@@ -94,6 +98,11 @@ class Solver:
     noisy: bool = False
     start_order: int | None = None
     spacing: str = "uniform"
+    jumps: Literal["to the next level", "to the end"] | None = None
+
+    def target(self, sigma_next: float) -> float | None:
+        """The noise level that a prediction is used to jump to."""
+        return None if self.jumps is None else sigma_next if self.jumps == "to the next level" else 0.0
 
     def model_calls(self, sigmas: Sequence[float]) -> int:
         """How often a run through these noise levels calls the network."""
@@ -408,7 +417,7 @@ IN_LAMBDA = "beta-flow"
 SOLVERS: dict[str, Solver] = {
     solver.name: solver
     for solver in (
-        Solver("euler", euler, 1),
+        Solver("euler", euler, 1, jumps="to the next level"),
         Solver("heun", heun, 2, calls=2),
         Solver("midpoint", midpoint, 2, calls=2, last_calls=2),
         Solver("rk4", rk4, 4, calls=4, last_calls=4),
@@ -424,8 +433,8 @@ SOLVERS: dict[str, Solver] = {
         Solver("unipc-3", unipc(3), 4, start_order=2, spacing=IN_LAMBDA),
         Solver("ddim", ddim(), 1),
         Solver("euler-ancestral", euler_ancestral(), 1, noisy=True),
-        Solver("lcm", renoise, 1, noisy=True),
-        Solver("stochastic", renoise, 1, noisy=True),
+        Solver("lcm", renoise, 1, noisy=True, jumps="to the end"),
+        Solver("stochastic", renoise, 1, noisy=True, jumps="to the end"),
     )
 }
 WITH_ETA: dict[str, Callable[[float], Step]] = {"ddim": ddim, "euler-ancestral": euler_ancestral}

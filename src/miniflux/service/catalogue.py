@@ -15,10 +15,10 @@ from miniflux.checkpoints.files import TensorSource
 from miniflux.checkpoints.folders import MAX_FOLDERS, entries, models
 from miniflux.checkpoints.formats.reading import format_of
 from miniflux.checkpoints.loading import bare, compare
+from miniflux.checkpoints.networks import BY_KIND, networks_of
 from miniflux.checkpoints.opened import known_in, open_part, parts_of
 from miniflux.conditions.again import NETWORKS
 from miniflux.errors import CheckpointError, InputError, MinifluxError, WeightsNotFoundError
-from miniflux.models.flux1 import Flux1
 from miniflux.variants import ALIASES, VARIANTS, Variant, variant
 from miniflux.weights.finding import find
 from miniflux.weights.origin import Stamp, stamped
@@ -97,15 +97,16 @@ def checked(path: Path, first: Sequence[Path] = ()) -> Found:
         first: folders to look for its other parts in, before the usual places.
 
     Raises:
-        InputError, WeightsNotFoundError, CheckpointError: it is no FLUX.1 model, incomplete, or parts are missing.
+        InputError, WeightsNotFoundError, CheckpointError: it is no model that draws, incomplete, or parts are missing.
     """
     variant, files = locate(path, list(first), {})
-    source = open_part(files.transformer, Flux1)
-    report = compare(bare(Flux1, variant.transformer), source)
+    record = networks_of(variant)["transformer"]
+    source = open_part(files.transformer, record.kind)
+    report = compare(bare(record.kind, variant.transformer), source)
     wrong = [f"{what}: {key}" for what, keys in report.problems.items() for key in keys]
     if wrong:
         more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
-        raise CheckpointError(f"{path}: not a whole FLUX.1 transformer: {'; '.join(wrong[:SHOWN])}{more}")
+        raise CheckpointError(f"{path}: not a whole {record.title} transformer: {'; '.join(wrong[:SHOWN])}{more}")
     parts = {part.name: at for part in fields(files) if (at := getattr(files, part.name)) is not None}
     return Found(path, variant, format_of(source), parts, tuple(stamp for _, stamp in stamped(files)))
 
@@ -139,7 +140,7 @@ def candidates(folder: Path) -> Iterator[tuple[Path, MinifluxError | str]]:
                     source = TensorSource(model.complete())
                     if kinds := [kind for found in known_in(source) if (kind := _steers(found.what.kind))]:
                         yield model.path, kinds[0]
-                    elif Flux1 in parts_of(source):
+                    elif any(BY_KIND[kind].part == "transformer" for kind in parts_of(source)):
                         yield model.path, MODEL
                 except CheckpointError as error:
                     yield model.path, error

@@ -50,7 +50,7 @@ class _Loaded:
         self.uses: tuple[LoraUse, ...] = ()
         self.attached: list[tuple[str, list[Stamp]]] = []  # names, and the files they came from
         self.change = threading.Condition()
-        networks = (pipe.transformer, pipe.autoencoder, pipe.text.clip, pipe.text.t5)
+        networks = (pipe.transformer, pipe.autoencoder, *pipe.text.networks.values())
         tensors = chain.from_iterable(chain(network.parameters(), network.buffers()) for network in networks)
         self.bytes = sum(tensor.nbytes for tensor in tensors if not tensor.is_meta)  # those of streamed blocks are
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer
@@ -18,11 +18,13 @@ from tokenizers.models import BPE
 from tokenizers.normalizers import NFC
 from tokenizers.pre_tokenizers import ByteLevel, Split
 from tokenizers.pre_tokenizers import Sequence as PreTokenizers
-from torch import Tensor
+from torch import Tensor, nn
 
 from miniflux.errors import InputError, TokenizerError
+from miniflux.models.causal_lm import CausalLm
 from miniflux.strictjson import json_file
 from miniflux.text.decoding import repaired
+from miniflux.text.encoding import Padding, Read, TextReader, warn_if_cut
 from miniflux.text.tokenizers import bounded, from_json
 
 # Contractions, words with a mark before them, single digits, runs of other marks, ends of lines, spaces
@@ -49,6 +51,8 @@ class ChatForm:
         length: tokens in all; None for the next multiple of `multiple`.
         pad_position: the position that padding is given; None to count it like any other token.
         left_out: texts that are taken out of a prompt: the model would read them as something else.
+        layers: whose hidden states the transformer reads, side by side.
+        paddings: what may become of padding, see `Padding`.
     """
 
     before: str
@@ -59,6 +63,8 @@ class ChatForm:
     multiple: int = 1
     pad_position: int | None = None
     left_out: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
+    paddings: tuple[Padding, ...] = ("released", "masked")
 
     def text(self, prompt: str) -> str:
         """All that the model reads for a prompt."""
@@ -68,10 +74,24 @@ class ChatForm:
 
 
 QWEN_USER = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
-KLEIN_FORM = ChatForm(QWEN_USER[0], f"{QWEN_USER[1]}<think>\n\n</think>\n\n", "<|endoftext|>")
+KLEIN_FORM = ChatForm(
+    QWEN_USER[0],
+    f"{QWEN_USER[1]}<think>\n\n</think>\n\n",
+    "<|endoftext|>",
+    layers=(9, 18, 27),
+    paddings=("released", "masked", "trimmed"),
+)
 """FLUX.2 klein: Qwen3 with thinking switched off."""
-FLUX3_FORM = ChatForm(*QWEN_USER, "<|endoftext|>", length=None, multiple=80, pad_position=1)
-"""FLUX.3 klein: Qwen3-VL."""
+FLUX3_FORM = ChatForm(
+    *QWEN_USER,
+    "<|endoftext|>",
+    length=None,
+    multiple=80,
+    pad_position=1,
+    layers=tuple(range(4, 33, 4)),
+    paddings=("released",),
+)
+"""FLUX.3 klein: Qwen3-VL. Its transformer has no way to pass padding over."""
 
 
 def dev_form(system: str = DEV_SYSTEM) -> ChatForm:
@@ -81,7 +101,7 @@ def dev_form(system: str = DEV_SYSTEM) -> ChatForm:
         system: what stands before every prompt.
     """
     before = f"<s>[SYSTEM_PROMPT]{system}[/SYSTEM_PROMPT][INST]"
-    return ChatForm(before, "[/INST]", "<pad>", side="left", left_out=("[IMG]",))
+    return ChatForm(before, "[/INST]", "<pad>", side="left", left_out=("[IMG]",), layers=(10, 20, 30))
 
 
 @dataclass(frozen=True)
@@ -194,3 +214,45 @@ def _qwen(folder: Path) -> Tokenizer:
         if tokenizer.token_to_id(about["content"]) != int(number):
             raise TokenizerError(f"{folder}: the token {about['content']!r} should have the number {number}")
     return tokenizer
+
+
+class ChatText(TextReader):
+    """The text side of FLUX.2 and FLUX.3: a language model whose hidden states are read, and its tokenizer.
+
+    Args:
+        layers: after which layers; those of the tokenizer's form unless given.
+        cache_size: see `TextReader`.
+    """
+
+    def __init__(
+        self,
+        lm: CausalLm,
+        lm_tokenizer: ChatTokenizer,
+        layers: Sequence[int] | None = None,
+        length: int | None = None,
+        cache_size: int = 32,
+    ) -> None:
+        form = lm_tokenizer.form
+        super().__init__(form.length if length is None else length, cache_size)
+        self.lm, self.lm_tokenizer = lm, lm_tokenizer
+        self.layers = form.layers if layers is None else tuple(layers)
+        self.paddings = form.paddings
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        return {"lm": self.lm}
+
+    @property
+    def tokenizers(self) -> dict[str, Any]:
+        return {"lm_tokenizer": self.lm_tokenizer}
+
+    def _embed(self, prompt: str, length: int | None, masked: bool) -> Read:
+        tokens, device = self.lm_tokenizer([prompt], length), self.lm.device
+        count = int(tokens.mask.sum())
+        warn_if_cut(len(self.lm_tokenizer.tokens(prompt)), tokens.ids.shape[1], "tokens")
+        positions = None if tokens.positions is None else tokens.positions.to(device)
+        hidden = self.lm(tokens.ids.to(device), tokens.mask.to(device), positions, self.layers)
+        return Read(torch.cat(hidden, dim=-1), None, count)
+
+    def _own(self, places: Tensor, counts: Tensor, length: int) -> Tensor:
+        return places >= length - counts if self.lm_tokenizer.form.side == "left" else places < counts

@@ -1,17 +1,18 @@
-"""From prompts to what the transformer reads: T5's tokens, CLIP's summary, and the cache between."""
+"""From prompts to what the transformer reads: text encoders at work, and the cache of what they said."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import warnings
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from miniflux.errors import InputError
 from miniflux.models.clip import ClipTextEncoder
@@ -30,10 +31,10 @@ trimmed: as masked, and cut to the longest prompt, which costs less time.
 """
 
 
-def check_padding(padding: str) -> None:
-    """Raises InputError unless it is one of `Padding`."""
-    if padding not in get_args(Padding):
-        raise InputError(f"padding must be one of {', '.join(get_args(Padding))}, got {padding!r}")
+def check_padding(padding: str, known: Sequence[str] = get_args(Padding)) -> None:
+    """Raises InputError unless it is one of `Padding`, and of those that a model knows."""
+    if padding not in known:
+        raise InputError(f"padding must be one of {', '.join(known)}, got {padding!r}")
 
 
 @dataclass(frozen=True)
@@ -41,29 +42,117 @@ class TextEmbedding:
     """What the transformer needs to know of B prompts.
 
     Attributes:
-        txt: T5's hidden states (B, T, d_model).
-        vec: CLIP's pooled vectors (B, hidden).
+        txt: hidden states (B, T, width): T5's, or of the chosen layers of a language model side by side.
+        vec: CLIP's pooled vectors (B, hidden); None of language models.
         mask: (B, T) booleans, False for padding that is not attended to; None when all is.
     """
 
     txt: Tensor
-    vec: Tensor
+    vec: Tensor | None
     mask: Tensor | None
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Read:
+    """One prompt that was read: hidden states (1, T, width), summary (1, hidden), and how many tokens are its own."""
+
     txt: Tensor
-    vec: Tensor
+    vec: Tensor | None
     count: int
 
 
-class Text:
-    """The text side of FLUX.1: both encoders, both tokenizers, and a cache of the last prompts.
+class TextReader(ABC):
+    """What reads prompts: text encoders, tokenizers, and a cache of the last prompts.
+
+    Attributes:
+        length: tokens that a prompt is padded or cut to, unless a call says otherwise; None for what it needs.
+        cache_size: prompts whose embeddings are kept; the least recently used goes first.
+        encoded: prompts that went through the encoders, not the cache.
+        paddings: what may become of the places behind a short prompt.
+    """
+
+    paddings: tuple[Padding, ...] = get_args(Padding)
+
+    def __init__(self, length: int | None, cache_size: int) -> None:
+        self.length, self.cache_size = length, cache_size
+        self.encoded = 0
+        self._cache: OrderedDict[tuple[str, int | None, bool], Read] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    @abstractmethod
+    def networks(self) -> dict[str, nn.Module]:
+        """The encoders by their parts of a model, in the order in which they run."""
+
+    @property
+    @abstractmethod
+    def tokenizers(self) -> dict[str, Any]:
+        """The tokenizers, likewise."""
+
+    @abstractmethod
+    def _embed(self, prompt: str, length: int | None, masked: bool) -> Read:
+        """Read one prompt. `masked`: padding is not attended to."""
+
+    @torch.inference_mode()
+    def encode(self, prompts: Sequence[str], length: int | None = None, padding: Padding = "released") -> TextEmbedding:
+        """Embed prompts, in order; those seen before come from the cache.
+
+        A prompt over CLIP's limit is no error: the summary vector sees its beginning, T5 sees all of it.
+
+        Args:
+            prompts: several only where all have one length.
+            length: tokens per prompt; None for the model's own (512 dev, 256 schnell).
+            padding: see `Padding`.
+
+        Raises:
+            InputError: a prompt is no string or holds half a character, the length is below 1, or the padding has
+                another name or is not for this model.
+        """
+        length = self.length if length is None else length
+        if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InputError(f"t5_length must be a whole number of at least 1, got {length!r}")
+        check_padding(padding, self.paddings)
+        prompts = [repaired("a prompt", prompt) for prompt in prompts]
+        masked = padding != "released"
+        with self._lock:
+            read = [self._read(prompt, length, masked) for prompt in prompts]
+        txt, vecs = torch.cat([one.txt for one in read]), [one.vec for one in read if one.vec is not None]
+        vec = torch.cat(vecs) if vecs else None
+        if not masked:
+            return TextEmbedding(txt, vec, None)
+        counts = torch.tensor([one.count for one in read], device=txt.device)
+        places = torch.arange(txt.shape[1], device=txt.device)
+        mask = self._own(places, counts[:, None], txt.shape[1])
+        kept = int(counts.max()) if padding == "trimmed" else txt.shape[1]
+        return TextEmbedding(txt[:, :kept], vec, mask[:, :kept])
+
+    def _own(self, places: Tensor, counts: Tensor, length: int) -> Tensor:
+        """Which places are a prompt's own, and no padding."""
+        return places < counts
+
+    def _read(self, prompt: str, length: int | None, masked: bool) -> Read:
+        key = (prompt, length, masked)
+        found = self._cache.get(key)
+        if found is None:
+            found = self._cache[key] = self._embed(prompt, length, masked)
+            self.encoded += 1
+            if len(self._cache) > self.cache_size:
+                self._cache.popitem(last=False)
+        self._cache.move_to_end(key)
+        return found
+
+    def clear(self) -> None:
+        """Forget all cached prompts, after the encoders were changed."""
+        with self._lock:
+            self._cache.clear()
+
+
+class Text(TextReader):
+    """The text side of FLUX.1: both encoders and both tokenizers.
 
     Args:
         length: T5 tokens a prompt is padded or cut to, unless a call says otherwise.
-        cache_size: prompts whose embeddings are kept; the least recently used goes first.
+        cache_size: see `TextReader`.
     """
 
     def __init__(
@@ -75,60 +164,23 @@ class Text:
         length: int,
         cache_size: int = 32,
     ) -> None:
+        super().__init__(length, cache_size)
         self.clip, self.t5 = clip, t5
         self.clip_tokenizer, self.t5_tokenizer = clip_tokenizer, t5_tokenizer
-        self.length, self.cache_size = length, cache_size
-        self.encoded = 0  # prompts that went through the encoders, not the cache
-        self._cache: OrderedDict[tuple[str, int, bool], _Entry] = OrderedDict()
-        self._lock = threading.Lock()
         self._said_clip_limit = False
 
-    @torch.inference_mode()
-    def encode(self, prompts: Sequence[str], length: int | None = None, padding: Padding = "released") -> TextEmbedding:
-        """Embed prompts, in order; those seen before come from the cache.
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        return {"clip": self.clip, "t5": self.t5}
 
-        A prompt over CLIP's limit is no error: the summary vector sees its beginning, T5 sees all of it.
+    @property
+    def tokenizers(self) -> dict[str, Any]:
+        return {"clip_tokenizer": self.clip_tokenizer, "t5_tokenizer": self.t5_tokenizer}
 
-        Args:
-            length: T5 tokens per prompt; None for the model's own (512 dev, 256 schnell).
-            padding: see `Padding`.
-
-        Raises:
-            InputError: a prompt is no string or holds half a character, the length is below 1, or the padding has
-                another name.
-        """
-        length = self.length if length is None else length
-        if isinstance(length, bool) or not isinstance(length, int) or length < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise InputError(f"t5_length must be a whole number of at least 1, got {length!r}")
-        check_padding(padding)
-        prompts = [repaired("a prompt", prompt) for prompt in prompts]
-        masked = padding != "released"
-        with self._lock:
-            entries = [self._entry(prompt, length, masked) for prompt in prompts]
-        txt, vec = torch.cat([entry.txt for entry in entries]), torch.cat([entry.vec for entry in entries])
-        if not masked:
-            return TextEmbedding(txt, vec, None)
-        counts = torch.tensor([entry.count for entry in entries], device=txt.device)
-        kept = int(counts.max()) if padding == "trimmed" else length
-        return TextEmbedding(txt[:, :kept], vec, torch.arange(kept, device=txt.device) < counts[:, None])
-
-    def _entry(self, prompt: str, length: int, masked: bool) -> _Entry:
-        key = (prompt, length, masked)
-        entry = self._cache.get(key)
-        if entry is None:
-            entry = self._cache[key] = self._embed(prompt, length, masked)
-            if len(self._cache) > self.cache_size:
-                self._cache.popitem(last=False)
-        self._cache.move_to_end(key)
-        return entry
-
-    def _embed(self, prompt: str, length: int, masked: bool) -> _Entry:
+    def _embed(self, prompt: str, length: int | None, masked: bool) -> Read:
+        assert length is not None
         count, limit = len(self.t5_tokenizer.tokens(prompt)), self.clip.config.max_position_embeddings
-        if count > length:
-            warnings.warn(
-                f"the prompt has {count} T5 tokens, {count - length} over the limit of {length}: its end was cut off",
-                stacklevel=2,
-            )
+        warn_if_cut(count, length, "T5 tokens")
         if not self._said_clip_limit and len(self.clip_tokenizer.tokens(prompt)) > limit:
             self._said_clip_limit = True
             log.info("CLIP's summary vector sees the first %d tokens of the prompt; T5 sees all of it", limit)
@@ -137,10 +189,13 @@ class Text:
         mask = (torch.arange(length, device=device) < count)[None] if masked else None
         txt = self.t5(self.t5_tokenizer(prompt, length).to(device), mask)
         _, vec = self.clip(self.clip_tokenizer(prompt, limit).to(device))
-        self.encoded += 1
-        return _Entry(txt, vec, count)
+        return Read(txt, vec, count)
 
-    def clear(self) -> None:
-        """Forget all cached prompts, after the encoders were changed."""
-        with self._lock:
-            self._cache.clear()
+
+def warn_if_cut(count: int, length: int, what: str) -> None:
+    """Warns that a prompt is longer than what is read of it."""
+    if count > length:
+        warnings.warn(
+            f"the prompt has {count} {what}, {count - length} over the limit of {length}: its end was cut off",
+            stacklevel=2,
+        )

@@ -13,7 +13,7 @@ from miniflux.errors import InputError, LoraError
 from miniflux.lora.adapters import Adapter, adapters_of, checked_name
 from miniflux.lora.encoding import Contents, encode
 from miniflux.lora.layer import Change, LowRank, add_changes
-from miniflux.models.flux1 import Flux1
+from miniflux.models.transformer import Transformer
 
 
 class TrainableLora(nn.Module):
@@ -31,7 +31,7 @@ class TrainableLora(nn.Module):
         LoraError: the name is taken.
     """
 
-    def __init__(self, network: Flux1, layers: Sequence[str], rank: int, name: str = "trained") -> None:
+    def __init__(self, network: Transformer, layers: Sequence[str], rank: int, name: str = "trained") -> None:
         super().__init__()
         if rank < 1 or not layers:
             raise InputError(f"a LoRA needs at least one layer and rank 1, got {len(layers)} layers and rank {rank}")
@@ -59,7 +59,7 @@ class TrainableLora(nn.Module):
         for change in cast("list[LowRank]", list(self.changes)):
             change.scale.fill_(scale)
 
-    def tensors(self, network: Flux1, dialect: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    def tensors(self, network: Transformer, dialect: str, dtype: torch.dtype) -> dict[str, Tensor]:
         """The tensors of a LoRA file; `network`: what it is for, on any device.
 
         Raises:

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from miniflux.checkpoints.folders import SAFETENSORS, models, named
-from miniflux.checkpoints.networks import BY_PART, NETWORKS, PIPELINE
+from miniflux.checkpoints.networks import NETWORKS, PIPELINE, networks_of
 from miniflux.errors import CheckpointError, InputError, WeightsNotFoundError
 from miniflux.variants import VARIANTS, Variant
 from miniflux.weights.hubcache import hub_cache, snapshot
@@ -24,27 +24,47 @@ WEIGHTS_VARIABLE = "MINIFLUX_WEIGHTS"
 BUNDLED = Path(__file__).parent.parent / "nano" / "weights"
 TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))  # any of these sets will do
 
-# For each part of a model: the names under which releases keep it, a file or a folder. `{file}` is the variant's own.
-PARTS: dict[str, tuple[str, ...]] = {
-    **{network.part: network.names for network in PIPELINE},
-    "clip_tokenizer": ("tokenizer",),
-    "t5_tokenizer": ("tokenizer_2",),
+# Of each text encoder: its tokenizer, and the folder in which releases keep that.
+TOKENIZERS = {
+    "clip": ("clip_tokenizer", "tokenizer"),
+    "t5": ("t5_tokenizer", "tokenizer_2"),
+    "lm": ("lm_tokenizer", "tokenizer"),
 }
-# Parts that a model does without.
+# Every part that a model may have, and those that it does without.
+PARTS = tuple(dict.fromkeys([*(one.part for one in PIPELINE), *(tokenizer for tokenizer, _ in TOKENIZERS.values())]))
 OPTIONAL = {network.part: network.names for network in NETWORKS if network not in PIPELINE}
+
+
+def needed(variant: Variant) -> dict[str, tuple[str, ...]]:
+    """The parts that a variant is made of, and the names, a file or a folder, under which releases keep each."""
+    networks = networks_of(variant)
+    names = {part: tuple(_filled(name, variant) for name in network.names) for part, network in networks.items()}
+    return names | {TOKENIZERS[part][0]: (TOKENIZERS[part][1],) for part in networks if part in TOKENIZERS}
+
+
+def _filled(name: str, variant: Variant) -> str:
+    return name.format(file=variant.file, lm_file=variant.lm_file, tiny_file=variant.tiny_file)
 
 
 @dataclass(frozen=True)
 class Files:
-    """Where each part of a model lies: a file, or a folder in the Hugging Face layout."""
+    """Where each part of a model lies: a file, or a folder in the Hugging Face layout; None if it has no such part."""
 
     transformer: Path
     autoencoder: Path
-    clip: Path
-    t5: Path
-    clip_tokenizer: Path
-    t5_tokenizer: Path
+    clip: Path | None = None
+    t5: Path | None = None
+    lm: Path | None = None
+    clip_tokenizer: Path | None = None
+    t5_tokenizer: Path | None = None
+    lm_tokenizer: Path | None = None
     tiny: Path | None = None
+
+    def of(self, part: str) -> Path:
+        """Where a part lies that the model has."""
+        path = getattr(self, part)
+        assert path is not None, part
+        return path
 
 
 def weights_folder() -> Path | None:
@@ -126,10 +146,10 @@ def found_parts(
     folders = places(variant, first)
     found: dict[str, Path] = {}
     missing: dict[str, str] = {}
-    for part, names in PARTS.items():
-        wanted = [name.format(file=variant.file) for name in names]
+    networks = networks_of(variant)
+    for part, wanted in needed(variant).items():
         # ComfyUI's folders come first: its `vae` may hold many files, of which one is meant.
-        folders_there = BY_PART[part].comfyui if part in BY_PART else ()
+        folders_there = networks[part].comfyui if part in networks else ()
         inside = [f"{at}/{name}" for at in folders_there for name in wanted if name.endswith(SAFETENSORS)]
         searched = folders if part == "transformer" else [*folders, *_relatives(variant)]
         usual = [(folder, name) for folder in searched for name in (*inside, *wanted)]
@@ -154,8 +174,11 @@ def _is_given(path: Path, part: str) -> bool:
 
 def _relatives(variant: Variant) -> list[Path]:
     """Cached snapshots of the variants with the same text encoders and autoencoder."""
-    same = (variant.autoencoder, variant.clip, variant.t5)
-    others = [v for v in VARIANTS.values() if v.name != variant.name and (v.autoencoder, v.clip, v.t5) == same]
+
+    def beside(one: Variant) -> tuple[object, ...]:
+        return one.autoencoder, one.clip, one.t5, one.lm
+
+    others = [v for v in VARIANTS.values() if v.name != variant.name and beside(v) == beside(variant)]
     cached = [snapshot(other.repository) for other in others if other.repository]
     return [folder for folder in cached if folder is not None]
 
@@ -176,11 +199,13 @@ def find(variant: Variant, first: Iterable[Path] = (), given: Mapping[str, Path]
     unknown = sorted(set(given) - set(known))
     if unknown:
         raise InputError(f"unknown part {unknown[0]!r} of a model; parts are {', '.join(known)}")
+    parts = needed(variant)
+    strange = next((part for part in given if part in PARTS and part not in parts), None)
+    if strange is not None:
+        raise InputError(f"{variant.name} has no part {strange!r}; its parts are {', '.join([*parts, *OPTIONAL])}")
     found, missing = found_parts(variant, first, {part: given[part] for part in given if part in PARTS})
     for part, names in OPTIONAL.items():
-        usual = [
-            (folder, name.format(tiny_file=variant.tiny_file)) for folder in places(variant, first) for name in names
-        ]
+        usual = [(folder, _filled(name, variant)) for folder in places(variant, first) for name in names]
         held = (path for folder, name in usual if name and (path := _held(folder, name, part)))
         chosen = next(held, None) if part not in given else given[part] if _is_given(given[part], part) else None
         if chosen is not None:

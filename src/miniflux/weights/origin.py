@@ -96,7 +96,12 @@ class Origin:
 
 def stamped(files: Files) -> tuple[tuple[str, Stamp], ...]:
     """The files of every part of a model."""
-    return tuple((part, stamp) for part in PARTS for stamp in stamps(getattr(files, part), part.endswith("tokenizer")))
+    return tuple(
+        (part, stamp)
+        for part in PARTS
+        if (path := getattr(files, part)) is not None
+        for stamp in stamps(path, part.endswith("tokenizer"))
+    )
 
 
 def stamps(path: Path, tokenizer: bool = False) -> list[Stamp]:

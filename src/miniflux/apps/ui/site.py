@@ -22,7 +22,7 @@ from miniflux.errors import InputError, MinifluxError
 from miniflux.lora import Receipt
 from miniflux.lora.attaching import BUNDLED_LORAS
 from miniflux.memory.compute import choose_device, choose_dtype
-from miniflux.models.flux1 import Flux1Config
+from miniflux.models.transformer import TransformerConfig
 from miniflux.result import Result
 from miniflux.service import Given, Grid, History, Job, Listed, Models, Queue
 from miniflux.settings import Request
@@ -166,7 +166,7 @@ class Site:
 
     def _reasons(self, file: str, listed: Mapping[str, Listed]) -> tuple[dict[str, str], Receipt | MinifluxError]:
         """Why a LoRA cannot be used with each model, empty where it can; and its receipt, or why it fits none."""
-        asked: dict[tuple[str, Flux1Config], Receipt | MinifluxError] = {}  # models of the same sizes only once
+        asked: dict[tuple[str, TransformerConfig], Receipt | MinifluxError] = {}  # models of the same sizes only once
         reasons: dict[str, str] = {}
         for name, model in listed.items():
             sizes = model.variant.name, model.variant.transformer

@@ -7,10 +7,10 @@ from typing import Any
 
 from miniflux.checkpoints.networks.record import DIFFUSERS, Layout, Network, Row, Shapes, count, row
 from miniflux.errors import ConfigError
-from miniflux.models.autoencoder import Autoencoder, AutoencoderConfig
+from miniflux.models.autoencoder import Autoencoder, AutoencoderConfig, AutoencoderSizes
 
 
-def _autoencoder_rows() -> list[Row]:
+def autoencoder_rows() -> list[Row]:
     """diffusers' AutoencoderKL. Its decoder counts levels from the smallest: `{-i}` is the last level minus i."""
     rows = [
         row(f"{half}.{name}.*", f"{half}.{name}.*")
@@ -35,7 +35,7 @@ def _autoencoder_rows() -> list[Row]:
     return rows
 
 
-def _sizes(shapes: Shapes, default: AutoencoderConfig) -> dict[str, Any]:
+def autoencoder_sizes(shapes: Shapes, default: AutoencoderSizes) -> dict[str, Any]:
     ch = shapes["encoder.conv_in.weight"][0]
     levels = count(shapes, r"encoder\.down\.(\d+)\.")
     widths = [shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)]
@@ -94,7 +94,7 @@ def _as_json(config: AutoencoderConfig) -> dict[str, Any]:
     }
 
 
-def _activations(config: AutoencoderConfig, pixels: int, itemsize: int) -> int:
+def decoding(config: AutoencoderSizes, pixels: int, itemsize: int) -> int:
     """Bytes at the worst moment of decoding. A convolution of n channels to m takes n + m beside its input and result
     while it works, because oneDNN has both in another order; a level's input stays until it is done."""
     widths, worst = [config.ch * mult for mult in config.ch_mult], 0.0
@@ -113,9 +113,8 @@ AUTOENCODER = Network(
     phrase="an autoencoder (VAE)",
     kind=Autoencoder,
     config=AutoencoderConfig,
-    of=lambda variant: variant.autoencoder,
     signs=("decoder.conv_in.weight",),
-    layouts={DIFFUSERS: Layout(_autoencoder_rows(), ("encoder.down_blocks.", "decoder.up_blocks."))},
+    layouts={DIFFUSERS: Layout(autoencoder_rows(), ("encoder.down_blocks.", "decoder.up_blocks."))},
     levels=lambda config: len(config.ch_mult),
     prefix="vae.",
     folder="vae",
@@ -124,10 +123,10 @@ AUTOENCODER = Network(
     names=("ae.safetensors", "vae"),
     comfyui=("vae",),
     header="autoencoder_config",
-    sizes=_sizes,
+    sizes=autoencoder_sizes,
     of_json=_of_json,
     as_json=_as_json,
     named_there="an AutoencoderKL",
     guessed="the scale of its latents",
-    activations=_activations,
+    activations=decoding,
 )

@@ -49,7 +49,6 @@ CLIP = Network(
     phrase="a text encoder (CLIP)",
     kind=ClipTextEncoder,
     config=ClipTextConfig,
-    of=lambda variant: variant.clip,
     signs=("text_model.final_layer_norm.weight", "embeddings.token_embedding.weight", "ln_final.weight"),
     layouts={
         # As newer transformers name it in memory.

@@ -37,7 +37,6 @@ CONTROLNET = Network(
     word="ControlNet",
     phrase="a ControlNet",
     kind=ControlNet,
-    of=lambda variant: None,
     config=ControlNetConfig,
     signs=("controlnet_blocks.0.weight",),
     layouts={DIFFUSERS: Layout(ROWS, ("controlnet_x_embedder.",))},

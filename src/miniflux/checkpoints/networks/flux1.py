@@ -122,7 +122,6 @@ FLUX1 = Network(
     phrase="the transformer of a FLUX.1",
     kind=Flux1,
     config=Flux1Config,
-    of=lambda variant: variant.transformer,
     signs=("img_in.weight", "x_embedder.weight"),
     layouts={DIFFUSERS: Layout(FLUX1_DIFFUSERS, ("x_embedder.",))},
     stacked=lambda config: config.hidden_size,

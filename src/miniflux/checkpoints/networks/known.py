@@ -17,14 +17,7 @@ from miniflux.models.controlnet import ControlNet
 from miniflux.models.ip_adapter import InstantxIPAdapter, XlabsIPAdapter
 from miniflux.models.redux import Redux
 from miniflux.models.vision import SiglipVision
-from miniflux.variants import (
-    FLUX2_SIZES,
-    FLUX3_SIZES,
-    LANGUAGE_MODELS,
-    REDUX_SIZES,
-    SIGLIP_SIZES,
-    VISION_LANGUAGE_MODELS,
-)
+from miniflux.variants import REDUX_SIZES, SIGLIP_SIZES
 
 Released = Mapping[Any, Any]
 NOT_YET, STEERS = "not loadable yet", "for conditions.load"
@@ -65,42 +58,12 @@ class Known:
     kind: type[nn.Module] | None = None
 
 
-def _flux2(shapes: Shapes, released: Released) -> str:
-    """dev, klein 4B, klein 9B; or its sizes."""
-    (hidden, channels), (_, context) = _matrix(shapes, "img_in.weight"), _matrix(shapes, "txt_in.weight")
-    double, single = count(shapes, r"double_blocks\.([^.]*)"), count(shapes, r"single_blocks\.([^.]*)")
-    for name, sizes in released.items():
-        known = (sizes.hidden_size, sizes.depth, sizes.depth_single_blocks, sizes.context_in_dim, sizes.in_channels)
-        if (hidden, double, single, context, channels) == known:
-            return f"{name} transformer"
-    return f"a FLUX.2 transformer of another size (hidden size {hidden}, {double} + {single} blocks)"
-
-
-def _flux3(shapes: Shapes, released: Released) -> str:
-    """klein or klein base, which has no embedding of the time aimed at; or its sizes."""
-    hidden, context = _matrix(shapes, "txt_in.weight")
-    double, single = count(shapes, r"txt_mode_blocks\.([^.]*)"), count(shapes, r"single_blocks\.([^.]*)")
-    if name := released.get((hidden, double, single, context)):
-        return f"{name} transformer" if "ref_time_in.in_layer.weight" in shapes else f"{name} base transformer"
-    return f"a FLUX.3 transformer of another size (hidden size {hidden}, {double} + {single} blocks)"
-
-
-def _flux2_autoencoder(shapes: Shapes, released: Released) -> str:
-    return f"FLUX.2 autoencoder, {shapes['decoder.conv_in.weight'][1]} latent channels"
-
-
 def _controlnet(shapes: Shapes, released: Released) -> str:
     double, single = (count(shapes, rf"{kind}_blocks\.([^.]*)") for kind in ("double", "single"))
     if "input_hint_block.0.weight" in shapes:
         return f"FLUX.1 ControlNet of XLabs, {double} blocks"
     modes = shapes.get("controlnet_mode_embedder.weight", (0,))[0]
     return f"FLUX.1 ControlNet, {double} + {single} blocks" + (f", union of {modes} modes" if modes else "")
-
-
-def _language_model(shapes: Shapes, released: Released) -> str:
-    """Which text encoder of FLUX.2 or FLUX.3, by width and number of layers."""
-    width, layers = _matrix(shapes, "embed_tokens.weight")[1], count(shapes, r"layers\.([^.]*)")
-    return released.get((width, layers), f"a language model of {layers} layers of width {width}")
 
 
 def _siglip(shapes: Shapes, released: Released) -> str:
@@ -128,71 +91,10 @@ def _matrix(shapes: Shapes, name: str) -> tuple[int, int]:
     return rows, columns
 
 
-def _language(network: str, sign: str, *places: str, released: Released = LANGUAGE_MODELS) -> Known:
-    """A language model whose tensors lie in one of these places."""
-    return Known(
-        network,
-        _language_model,
-        tuple(
-            Spelling(
-                TRANSFORMERS,
-                (f"{at}layers.0.self_attn.{sign}.weight", f"{at}embed_tokens.weight"),
-                (row("**", f"{at}**"),) if at else (),
-            )
-            for at in places
-        ),
-        released,
-    )
-
-
 TEXT = row("txt_in.*", "context_embedder.*")
 SINGLE = row("single_blocks.{i}.**", "single_transformer_blocks.{i}.**")
 
 KNOWN = (
-    Known(
-        "FLUX.2 transformer",
-        _flux2,
-        (
-            Spelling(ORIGINAL, ("double_stream_modulation_img.lin.weight", "img_in.weight")),
-            Spelling(
-                DIFFUSERS,
-                ("double_stream_modulation_img.linear.weight",),
-                (
-                    row("img_in.*", "x_embedder.*"),
-                    TEXT,
-                    row("double_blocks.{i}.**", "transformer_blocks.{i}.**"),
-                    SINGLE,
-                ),
-            ),
-        ),
-        FLUX2_SIZES,
-    ),
-    Known(
-        "FLUX.3 transformer",
-        _flux3,
-        (
-            Spelling(ORIGINAL, ("early_stream_modulations.txt.lin.weight",)),
-            Spelling(
-                DIFFUSERS,
-                ("early_stream_modulations.txt.linear.weight",),
-                (
-                    TEXT,
-                    row("txt_mode_blocks.{i}.**", "txt_mode_blocks.{i}.**"),
-                    SINGLE,
-                    row("ref_time_in.in_layer.*", "target_timestep_embedder.linear_1.*"),
-                ),
-            ),
-        ),
-        FLUX3_SIZES,
-    ),
-    Known(
-        "FLUX.2 autoencoder",
-        _flux2_autoencoder,
-        (
-            Spelling(ORIGINAL, ("bn.running_mean", "encoder.quant_conv.weight")),
-            Spelling(DIFFUSERS, ("bn.running_mean", "quant_conv.weight")),
-        ),
-    ),
     Known(
         "ControlNet",
         _controlnet,
@@ -231,7 +133,4 @@ KNOWN = (
     ),
     Known("Redux", _redux, (Spelling(ORIGINAL, ("redux_up.weight", "redux_down.weight")),), REDUX_SIZES, kind=Redux),
     Known("SigLIP", _siglip, (Spelling(TRANSFORMERS, ("vision_model.head.probe",)),), SIGLIP_SIZES, kind=SiglipVision),
-    _language("Qwen3-VL", "q_norm", "model.language_model.", released=VISION_LANGUAGE_MODELS),
-    _language("Qwen3", "q_norm", "model.", ""),
-    _language("Mistral", "q_proj", "model.", ""),
 )

@@ -58,11 +58,10 @@ class Network:
     """One kind of network.
 
     Attributes:
-        part: its role in a pipeline: transformer, autoencoder, clip, t5, tiny.
+        part: its role in a pipeline, a field of `Variant`: transformer, autoencoder, clip, t5, lm, tiny.
         word: what people call it.
         phrase: the same in a sentence, of a file that holds nothing else.
         kind: its module.
-        of: its config in a variant; None where a variant has none.
         config: the class of that.
         signs: keys that tell it from other networks, in any of its layouts. The first that is there counts.
         behind_prefix: whether the signs tell it behind a prefix, too.
@@ -71,6 +70,7 @@ class Network:
         levels: how many levels other layouts count from the other end, from its config; 0 if they do not.
         redundant: tensors that published files carry beside its own, and why nothing is lost without them.
         other_half: what the other half of files of a whole model begins with, and what it is.
+        beyond: which tensors a network of a config does without, though files have them, and why; None of the others.
         prefix: of its tensors in all-in-one files; empty if it is in none.
         folder, stem: its folder in diffusers' pipelines, and what the files in there are called.
         single: what people call its single file; empty if that depends on the variant.
@@ -102,7 +102,6 @@ class Network:
     word: str
     phrase: str
     kind: type[nn.Module]
-    of: Callable[[Variant], Any]
     config: type[Any]
     signs: tuple[str, ...]
     behind_prefix: bool = True
@@ -111,6 +110,7 @@ class Network:
     levels: Callable[[Any], int] = lambda config: 0
     redundant: Mapping[str, str] = field(default_factory=dict[str, str])
     other_half: tuple[tuple[str, ...], str] = ((), "")
+    beyond: Callable[[Any, str], str | None] = lambda config, key: None
     prefix: str = ""
     folder: str = ""
     stem: str = ""
@@ -133,6 +133,11 @@ class Network:
     stays: re.Pattern[str] | None = None
     modulation: Callable[[Any], int] = lambda config: 0
     activations: Callable[[Any, int, int], int] = lambda config, size, itemsize: 0
+
+    def of(self, variant: Variant) -> Any:
+        """Its config in a variant; None where the variant has another network in this part, or none."""
+        config = getattr(variant, self.part, None)
+        return config if type(config) is self.config else None
 
     @property
     def rows(self) -> dict[str, Sequence[Row]]:

@@ -18,7 +18,6 @@ REDUX = Network(
     word="Redux",
     phrase="Redux",
     kind=Redux,
-    of=lambda variant: None,
     config=ReduxConfig,
     signs=("redux_up.weight",),
     layouts={},

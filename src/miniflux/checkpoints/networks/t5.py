@@ -74,7 +74,6 @@ T5 = Network(
     phrase="a text encoder (T5)",
     kind=T5Encoder,
     config=T5Config,
-    of=lambda variant: variant.t5,
     signs=("encoder.final_layer_norm.weight", "enc.output_norm.weight"),
     layouts={
         "encoder embedding": Layout(

@@ -24,7 +24,6 @@ TINY_DECODER = Network(
     phrase="a tiny decoder for previews",
     kind=TinyDecoder,
     config=TinyDecoderConfig,
-    of=lambda variant: variant.tiny,
     signs=("3.conv.0.weight", "decoder.layers.2.conv.0.weight"),
     behind_prefix=False,  # signs that are too short to tell there
     # AutoencoderTiny: no place for the clamp, which has no tensors. `{i-1}` is one less.

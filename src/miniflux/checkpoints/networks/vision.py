@@ -47,7 +47,6 @@ def _record(part: str, kind: type[Any], sign: str, *beside: Row) -> Network:
         word="vision tower",
         phrase="a vision tower",
         kind=kind,
-        of=lambda variant: None,
         config=VisionConfig,
         signs=(sign, sign.removeprefix("vision_model.")),
         # As newer transformers writes a tower that stands alone.

@@ -29,14 +29,14 @@ from miniflux.nano.recipe import autoencoder as stage1
 from miniflux.nano.recipe import polish
 from miniflux.nano.recipe.adherence import judge
 from miniflux.nano.recipe.distil import SCHNELL_GUIDANCE, dev_from, guidance_loss, schnell_from, steps_loss
-from miniflux.nano.recipe.export import export_encoders, export_network
+from miniflux.nano.recipe.export import Nano, export_encoders, export_network
 from miniflux.nano.recipe.flow import OTHERS, SMALL, Phase, Teacher, run, teacher_loss
 from miniflux.nano.recipe.pairs import Pairs
 from miniflux.nano.recipe.text import T5_LENGTH, TextEncoders, train_tokenizers
 from miniflux.pipeline import Pipeline
 from miniflux.text import Text, load_clip_tokenizer, load_t5_tokenizer
 from miniflux.training.state import TrainingState
-from miniflux.variants import VARIANTS
+from miniflux.variants import NANO_AUTOENCODER, VARIANTS
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -115,10 +115,10 @@ def make(folder: Path, start: Path | None = None, begin: int = 0, again: bool = 
     clip_tokenizer = load_clip_tokenizer(folder / "text" / "tokenizer")
     t5_tokenizer = load_t5_tokenizer(folder / "text" / "tokenizer_2")
 
-    finished = None if before is None else before.autoencoder.float()
+    finished = None if before is None else Nano.of(before).autoencoder.float()
     autoencoder = stage1.train(folder, before=finished) if finished is None or again else finished
     autoencoder = autoencoder.requires_grad_(False).to(memory_format=torch.channels_last)  # pyright: ignore
-    stated = VARIANTS["nano-dev"].autoencoder
+    stated = NANO_AUTOENCODER
     if autoencoder.config != stated:
         log.warning("write these into variants.py: scale_factor %s, shift_factor %s",
                     autoencoder.config.scale_factor, autoencoder.config.shift_factor)  # fmt: skip

@@ -24,12 +24,12 @@ from miniflux.models.autoencoder import Autoencoder
 from miniflux.nano import scenes
 from miniflux.training.flow import mixed_precision
 from miniflux.training.state import TrainingState, cosine_rate
-from miniflux.variants import VARIANTS
+from miniflux.variants import NANO_AUTOENCODER
 
 log = logging.getLogger(__name__)
 
 # Scale and shift of the latents are measured at the end.
-CONFIG = replace(VARIANTS["nano-dev"].autoencoder, scale_factor=1.0, shift_factor=0.0)
+CONFIG = replace(NANO_AUTOENCODER, scale_factor=1.0, shift_factor=0.0)
 POSTERIOR_STD = 0.1
 
 

@@ -32,6 +32,7 @@ from miniflux.models.flux1 import Flux1, run_block
 from miniflux.nano import scenes
 from miniflux.nano.recipe.adherence import judge
 from miniflux.nano.recipe.editing import Pool, trained
+from miniflux.nano.recipe.export import Nano
 from miniflux.nano.recipe.flow import SHORT, noise_levels
 from miniflux.nano.recipe.pairs import latents_of
 from miniflux.nano.recipe.realism import encoders_of
@@ -119,10 +120,8 @@ def make(folder: Path, steps: int = STEPS) -> Path:
     """Train, or go on training; returns the finished file."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(22)
-    pipe = miniflux.load("nano-dev", dtype="float32")
-    for network in (pipe.transformer, pipe.autoencoder, pipe.text.clip, pipe.text.t5):
-        network.requires_grad_(False)
-    encoders, net = encoders_of(pipe), beginning(pipe.transformer).requires_grad_(True)
+    pipe = Nano.load()
+    encoders, net = encoders_of(pipe.text), beginning(pipe.transformer).requires_grad_(True)
     state = TrainingState(net, folder / "controlnet", RATE, {}, decay=0.998, matrices=lambda name: "blocks" in name)
     state.resume()
     pool = Pool(outlined, pipe.autoencoder.to(memory_format=torch.channels_last), SIZE, 1024, 41 + state.step)  # pyright: ignore

@@ -26,6 +26,7 @@ from miniflux.models.flux1 import Flux1
 from miniflux.nano import scenes
 from miniflux.nano.recipe import edits
 from miniflux.nano.recipe.adherence import judge
+from miniflux.nano.recipe.export import Nano
 from miniflux.pipeline import Pipeline
 
 log = logging.getLogger(__name__)
@@ -118,11 +119,11 @@ def fill(pipe: Pipeline, count: int, seed: int) -> list[tuple[edits.Hole, Outcom
 
 def opened(file: Path) -> Pipeline:
     """nano-dev with the transformer of a file, of either kind."""
-    pipe = miniflux.load("nano-dev", dtype="float32")
+    pipe = Nano.load()
     channels = open_tensors(file).entries["img_in.weight"].shape[1]
     network = Flux1(replace(pipe.transformer.config, in_channels=channels)).eval().requires_grad_(False)
     load_into(network, file, dtype=torch.float32)
-    return Pipeline(pipe.variant, network, pipe.autoencoder, pipe.text)
+    return Pipeline(pipe.pipe.variant, network, pipe.autoencoder, pipe.text)
 
 
 def main() -> None:

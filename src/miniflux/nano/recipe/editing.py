@@ -25,13 +25,12 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import miniflux
 from miniflux.checkpoints import load_into
 from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.flux1 import Flux1
 from miniflux.nano import scenes
 from miniflux.nano.recipe import edits
-from miniflux.nano.recipe.export import export_network
+from miniflux.nano.recipe.export import Nano, export_network
 from miniflux.nano.recipe.flow import MAIN_TOKENS, OTHERS, SHORT, noise_levels
 from miniflux.nano.recipe.pairs import latents_of
 from miniflux.nano.recipe.polish import share_of
@@ -104,8 +103,8 @@ def instructions(
 GOALS = {
     goal.name: goal
     for goal in (
-        Goal("fill", "flux1-nano-fill.safetensors", 7_000, 24, 0, 0, 6e-4, (1.0, 40.0), holes),
-        Goal("kontext", "flux1-nano-kontext.safetensors", 13_000, 16, 8_500, 40, 8e-4, (1.0, 6.0), instructions),
+        Goal("fill", "flux1-nano-fill.safetensors", 6_500, 24, 4_000, 48, 6e-4, (1.0, 40.0), holes),
+        Goal("kontext", "flux1-nano-kontext.safetensors", 11_500, 16, 7_500, 40, 8e-4, (1.0, 6.0), instructions),
     )
 }
 
@@ -210,11 +209,9 @@ def make(name: str, folder: Path, steps: int | None = None, start: Path | None =
     folder.mkdir(parents=True, exist_ok=True)
     goal = GOALS[name] if steps is None else replace(GOALS[name], steps=steps)
     torch.manual_seed(21)
-    pipe = miniflux.load("nano-dev", dtype="float32")
-    for network in (pipe.autoencoder, pipe.text.clip, pipe.text.t5):
-        network.requires_grad_(False)
+    pipe = Nano.load()
     autoencoder = pipe.autoencoder.to(memory_format=torch.channels_last)  # pyright: ignore
-    encoders = encoders_of(pipe)
+    encoders = encoders_of(pipe.text)
     channels = holes(1, MAIN, autoencoder, random.Random(0))[2].shape[-1] if name == "fill" else 0
     student = beginning(pipe.transformer, channels)
     if start is not None:

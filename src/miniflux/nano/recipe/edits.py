@@ -183,7 +183,7 @@ KINDS: dict[str, Callable[[scenes.Scene, random.Random], tuple[scenes.Scene, str
     "resize": resized,
     "background": repainted,
 }
-EASY = ("remove", "background")  # learned long before the others
+EASY = ("remove", "background", "resize")  # learned long before the others
 ALONE = ("move", "resize")  # of a single shape
 MAKING = ("recolour", "replace")  # where another pair comes of it
 

@@ -21,18 +21,19 @@ from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.flux1 import TIME_FEATURES, Flux1
 from miniflux.models.layers import timestep_embedding
 from miniflux.nano import scenes
+from miniflux.nano.recipe.export import Nano
 from miniflux.nano.recipe.text import T5_LENGTH, TextEncoders, varied
 from miniflux.pipeline import Pipeline
 from miniflux.sampling import image_ids, pack, text_ids
 from miniflux.text import TextEmbedding
 from miniflux.training.flow import logit_normal_sigmas, mix, mixed_precision
 from miniflux.training.state import TrainingState, cosine_rate
-from miniflux.variants import VARIANTS
+from miniflux.variants import NANO_DEV, NANO_SCHNELL
 
 log = logging.getLogger(__name__)
 
-DEV = VARIANTS["nano-dev"].transformer
-SCHNELL = VARIANTS["nano-schnell"].transformer
+DEV = NANO_DEV
+SCHNELL = NANO_SCHNELL
 
 
 @dataclass(frozen=True)
@@ -177,12 +178,13 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def start_from(self, pipe: Pipeline) -> None:
         """Take over the weights of a finished nano-dev at guidance 1, where it is the teacher."""
-        dev = pipe.transformer.float()
+        nano = Nano.of(pipe)
+        dev = nano.transformer.float()
         guidance = dev.guidance_in(timestep_embedding(torch.ones(1), TIME_FEATURES))[0]
         self.flux.load_state_dict({k: v for k, v in dev.state_dict().items() if not k.startswith("guidance_in.")})
         self.flux.vector_in.out_layer.bias += guidance
-        self.text.clip.load_state_dict(pipe.text.clip.float().state_dict())
-        self.text.t5.load_state_dict(pipe.text.t5.float().state_dict())
+        self.text.clip.load_state_dict(nano.text.clip.float().state_dict())
+        self.text.t5.load_state_dict(nano.text.t5.float().state_dict())
 
 
 def teacher_loss(

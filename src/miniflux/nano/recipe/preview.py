@@ -7,8 +7,8 @@ import sys
 
 import torch
 
-import miniflux
 from miniflux.nano import scenes
+from miniflux.nano.recipe.export import Nano
 from miniflux.pictures import from_image
 from miniflux.sampling import previews
 
@@ -22,7 +22,7 @@ def main() -> None:
         scenes.render(s, 128, 128) if i % 4 else scenes.render_lit(s, 128, 128, rng) for i, s in enumerate(drawn)
     ]
     pixels = torch.stack([from_image(picture) for picture in pictures])
-    table = previews.fit(miniflux.load("nano", dtype="float32").autoencoder, pixels)
+    table = previews.fit(Nano.load().autoencoder, pixels)
     rows = [f"    ({', '.join(f'{value:.4f}' for value in row)})," for row in table]
     sys.stdout.write("\n".join(["NANO_PREVIEW = (", *rows, ")", ""]))
 

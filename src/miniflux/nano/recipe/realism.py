@@ -18,16 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import miniflux
 from miniflux.checkpoints.writing import write_tensors
 from miniflux.disk import write_beside
 from miniflux.lora.layer import LowRank
 from miniflux.models.flux1 import Flux1
+from miniflux.nano.recipe.export import Nano
 from miniflux.nano.recipe.flow import OTHERS, embed, noise_levels, velocity
 from miniflux.nano.recipe.pairs import Pair, Pairs
 from miniflux.nano.recipe.polish import Phase, run
 from miniflux.nano.recipe.text import TextEncoders
-from miniflux.pipeline import Pipeline
+from miniflux.text import Text
 from miniflux.training.flow import mix
 from miniflux.training.lora import TrainableLora
 from miniflux.training.state import TrainingState
@@ -54,10 +54,10 @@ def attention_layers(network: Flux1) -> list[str]:
     ]
 
 
-def encoders_of(pipe: Pipeline) -> TextEncoders:
-    """The text encoders of a pipeline, as the recipe calls them."""
-    encoders = TextEncoders(pipe.text.clip_tokenizer, pipe.text.t5_tokenizer)
-    encoders.clip, encoders.t5 = pipe.text.clip, pipe.text.t5
+def encoders_of(text: Text) -> TextEncoders:
+    """The text encoders of a model, as the recipe calls them."""
+    encoders = TextEncoders(text.clip_tokenizer, text.t5_tokenizer)
+    encoders.clip, encoders.t5 = text.clip, text.t5
     return encoders
 
 
@@ -83,18 +83,16 @@ def make(folder: Path) -> Path:
     """Train, or go on training; returns the finished file."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(11)
-    pipe, plain = miniflux.load("nano-dev", dtype="float32"), miniflux.load("nano-dev", dtype="float32").transformer
-    for network in (pipe.transformer, plain, pipe.autoencoder, pipe.text.clip, pipe.text.t5):
-        network.requires_grad_(False)
+    pipe, plain = Nano.load(), Nano.load().transformer
     lora = TrainableLora(pipe.transformer, attention_layers(pipe.transformer), RANK, "realism")
     state = TrainingState(lora, folder / "realism", PHASE.rate, {"rank": RANK}, decay=0.995)
     state.resume()
 
     def report(step: int) -> None:
         lora.set_scale(1.0)
-        pipe.generate(PROMPTS, images=3).save(folder / f"realism-{step:05d}.png")
+        pipe.pipe.generate(PROMPTS, images=3).save(folder / f"realism-{step:05d}.png")
 
-    encoders = encoders_of(pipe)
+    encoders = encoders_of(pipe.text)
 
     def pairs_of(size: tuple[int, int], seed: int) -> Pairs:
         return Pairs(pipe.autoencoder, plain, encoders, size, seed, lit=True)

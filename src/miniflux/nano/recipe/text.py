@@ -22,10 +22,9 @@ from miniflux.nano import scenes
 from miniflux.text import TextEmbedding
 from miniflux.text.special import CLIP_END, CLIP_START
 from miniflux.text.tokenizers import TextTokenizer, clip_pipeline
-from miniflux.variants import VARIANTS
+from miniflux.variants import NANO_CLIP, NANO_LENGTH, NANO_T5
 
-NANO = VARIANTS["nano-dev"]
-CLIP_LENGTH, T5_LENGTH = NANO.clip.max_position_embeddings, NANO.t5_length
+CLIP_LENGTH, T5_LENGTH = NANO_CLIP.max_position_embeddings, NANO_LENGTH
 
 OPENINGS = ("a picture of", "an image of", "a drawing of", "a photo of", "please draw", "show me", "a painting of")
 CLOSINGS = (
@@ -133,7 +132,7 @@ def train_tokenizers(folder: Path) -> None:
         sentence_iterator=iter(lines),
         model_writer=pieces,
         model_type="unigram",
-        vocab_size=NANO.t5.vocab_size,
+        vocab_size=NANO_T5.vocab_size,
         hard_vocab_limit=False,
         character_coverage=1.0,
         normalization_rule_name="nmt_nfkc_cf",  # lower case, as the captions are
@@ -153,9 +152,9 @@ class TextEncoders(nn.Module):
     def __init__(self, clip_tokenizer: TextTokenizer, t5_tokenizer: TextTokenizer) -> None:
         super().__init__()
         self.clip_tokenizer, self.t5_tokenizer = clip_tokenizer, t5_tokenizer
-        assert clip_tokenizer.end == NANO.clip.eos_token_id, "the registry states another vocabulary"
-        self.clip = ClipTextEncoder(NANO.clip)
-        self.t5 = T5Encoder(NANO.t5)
+        assert clip_tokenizer.end == NANO_CLIP.eos_token_id, "the registry states another vocabulary"
+        self.clip = ClipTextEncoder(NANO_CLIP)
+        self.t5 = T5Encoder(NANO_T5)
         for module in self.modules():  # small embeddings: the first steps of the transformer should not be noise
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.5 if module is self.t5.shared else 0.05)

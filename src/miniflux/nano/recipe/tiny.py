@@ -17,11 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import miniflux
 from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.tiny_autoencoder import TinyDecoder
 from miniflux.nano.recipe.autoencoder import picture
-from miniflux.nano.recipe.export import export_network
+from miniflux.nano.recipe.export import Nano, export_network
 from miniflux.training.state import TrainingState, cosine_rate
 from miniflux.variants import VARIANTS
 
@@ -82,7 +81,7 @@ def main() -> None:
     arguments.add_argument("folder", type=Path, nargs="?", default=Path("nano-tiny"))
     folder: Path = arguments.parse_args().folder
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    autoencoder = miniflux.load("nano", dtype="float32").autoencoder
+    autoencoder = Nano.load().autoencoder
     export_network(train(folder, autoencoder), folder / NANO.tiny_file)
 
 
