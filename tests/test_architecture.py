@@ -26,7 +26,7 @@ FILES_AND_MEMORY = {"checkpoints", "weights", "lora", "memory"}
 LIBRARY = BELOW | CORE | FILES_AND_MEMORY | {
     "conditions",
     *("arguments", "plan", "settings", "result", "cache", "loaded", "inspection", "conversion", "assembly", "drawing"),
-    *("pipeline", "steering", "root"),
+    *("pipeline", "steering", "upsampling", "root"),
 }  # fmt: skip
 MAY_IMPORT = {
     **{name: set[str]() for name in ("errors", *BELOW)},
@@ -46,6 +46,7 @@ MAY_IMPORT = {
     "conversion": {"checkpoints", "weights", "lora", "models", "text", "variants", "strictjson"},
     "steering": {"checkpoints", "weights", "conditions", "inspection", "models", "variants"},
     "assembly": {*CORE, "conditions", "checkpoints", "weights", "memory", "inspection", "conversion"},
+    "upsampling": {"checkpoints", "memory", "models", "text", "variants"},
     # A call, and what is said and kept of it
     "arguments": CORE | {"conditions", "lora", "pictures"},
     "plan": CORE | {"arguments", "conditions", "memory", "pictures"},

@@ -16,6 +16,7 @@ from miniflux.cache import Drawn
 from miniflux.conditions import Added, Scene, joined
 from miniflux.conditions.once import look, remembering
 from miniflux.errors import MinifluxError
+from miniflux.memory.bands import through
 from miniflux.memory.modes import Memory
 from miniflux.models.autoencoder import Autoencoder, Flux2Autoencoder
 from miniflux.models.flux1 import run_block
@@ -212,8 +213,8 @@ class Drawing:
 
     def _decode(self, tokens: Tensor, added: Added) -> Tensor:
         autoencoder = self.parts.autoencoder
-        decode = cast(Callable[[Any], Tensor], autoencoder.decode)
-        pixels = decode(self._unpacked(tokens).to(autoencoder.decoder.conv_in.weight.dtype))
+        decode = cast(Callable[..., Tensor], autoencoder.decode)
+        pixels = decode(self._unpacked(tokens).to(autoencoder.decoder.conv_in.weight.dtype), through)
         if not bool(torch.isfinite(pixels).all()):
             dtype = str(self.parts.dtype).removeprefix("torch.")
             raise MinifluxError(f"the picture is not finite: the numbers overflowed in {dtype}; try dtype float32")
@@ -226,4 +227,4 @@ class Drawing:
         autoencoder = self.parts.autoencoder
         weight = autoencoder.encoder.conv_in.weight
         pixels = image if isinstance(image, Tensor) else from_image(image)
-        return autoencoder.encode(pixels[None].to(weight.device, weight.dtype)).float().cpu()
+        return autoencoder.encode(pixels[None].to(weight.device, weight.dtype), through).float().cpu()

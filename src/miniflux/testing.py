@@ -72,6 +72,8 @@ def tiny(
 
     def made(kind: type[Any], config: Any, i: int) -> Any:
         network = bare(kind, config).to_empty(device="cpu")  # whose making draws no random numbers of torch's own
+        for name, buffer in network.named_buffers():  # statistics of latents
+            buffer.fill_(name.endswith("var"))
         randomise(network, seed + i).requires_grad_(False).to(place, compute)
         for name, parameter in network.named_parameters():
             if name.endswith("bias"):  # about 0, or all pictures would be white and black

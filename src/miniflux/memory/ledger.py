@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from miniflux.checkpoints.networks import BY_CONFIG
+from miniflux.memory import bands
 from miniflux.memory.streaming import Partition
 
 WITHIN = 0.05  # how far the peak of a run may be from what was predicted ...
@@ -199,6 +200,9 @@ def activations(configs: Mapping[str, Any], run: Run, itemsize: int, floats: int
         elif part == "autoencoder":
             size, of_each = image_tokens * unit**2, floats
         found[part] = BY_CONFIG[type(config)].activations(config, size, of_each)
+        if part == "autoencoder" and size > bands.WHOLE:
+            decoder = replace(config, ch=getattr(config, "decoder_ch", None) or config.ch)
+            found[part] = bands.activations(decoder, size, of_each)
     found["transformer"] *= run.batch
     return found
 

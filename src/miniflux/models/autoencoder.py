@@ -9,7 +9,7 @@ Letters in shapes: B batch, C channels, h w rows and columns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NewType
@@ -202,7 +202,11 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        return self.ending(self.conv_out(F.silu(self.norm_out(self.mid(x)))))
+
+    def ending(self, x: Tensor) -> Tensor:
+        """What follows the last convolution: nothing."""
+        return x
 
 
 class Decoder(nn.Module):
@@ -220,11 +224,23 @@ class Decoder(nn.Module):
         self.norm_out = _norm(widths[0], groups)
         self.conv_out = nn.Conv2d(widths[0], config.out_ch, 3, padding=1)
 
+    def beginning(self, z: Tensor) -> Tensor:
+        """What the middle gets."""
+        return self.conv_in(z)
+
     def forward(self, z: Tensor) -> Tensor:
-        x = self.mid(self.conv_in(z))
+        x = self.mid(self.beginning(z))
         for level in reversed(self.up):
             x = level(x)
         return self.conv_out(F.silu(self.norm_out(x)))
+
+
+Through = Callable[["Encoder | Decoder", Tensor], Tensor]
+
+
+def run_network(network: Encoder | Decoder, x: Tensor) -> Tensor:
+    """Just run it."""
+    return network(x)
 
 
 def check_sides(pixels: Tensor, unit: int) -> None:
@@ -243,21 +259,24 @@ class Autoencoder(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
 
-    def encode(self, pixels: Tensor) -> Tensor:
+    def encode(self, pixels: Tensor, through: Through = run_network) -> Tensor:
         """Pixels (B, 3, H, W) in [-1, 1], sides multiples of `downscale` -> latent (B, z_channels, h, w).
 
         Takes the mean of the posterior, so the same picture always gives the same latent.
+
+        Args:
+            through: runs the encoder, for those who want to do it in parts (`memory.bands`).
 
         Raises:
             InputError: a side is not a multiple of `downscale`; the convolutions would cut rows off without a word.
         """
         check_sides(pixels, self.config.downscale)
-        mean, _log_variance = self.encoder(pixels).chunk(2, dim=1)
+        mean, _log_variance = through(self.encoder, pixels).chunk(2, dim=1)
         return self.config.scale_factor * (mean - self.config.shift_factor)
 
-    def decode(self, latent: Tensor) -> Tensor:
-        """Latent (B, z_channels, h, w) -> pixels (B, 3, H, W), about [-1, 1]; not clamped."""
-        return self.decoder(latent / self.config.scale_factor + self.config.shift_factor)
+    def decode(self, latent: Tensor, through: Through = run_network) -> Tensor:
+        """Latent (B, z_channels, h, w) -> pixels (B, 3, H, W), about [-1, 1]; not clamped. `through` as of `encode`."""
+        return through(self.decoder, latent / self.config.scale_factor + self.config.shift_factor)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """There and back."""
@@ -308,8 +327,8 @@ class QuantEncoder(Encoder):
         super().__init__(config)
         self.quant_conv = nn.Conv2d(2 * config.z_channels, 2 * config.z_channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.quant_conv(super().forward(x))
+    def ending(self, x: Tensor) -> Tensor:
+        return self.quant_conv(x)
 
 
 class QuantDecoder(Decoder):
@@ -319,8 +338,8 @@ class QuantDecoder(Decoder):
         super().__init__(config)
         self.post_quant_conv = nn.Conv2d(config.z_channels, config.z_channels, 1)
 
-    def forward(self, z: Tensor) -> Tensor:
-        return super().forward(self.post_quant_conv(z))
+    def beginning(self, z: Tensor) -> Tensor:
+        return self.conv_in(self.post_quant_conv(z))
 
 
 class Flux2Autoencoder(nn.Module):
@@ -348,21 +367,24 @@ class Flux2Autoencoder(nn.Module):
         mean, deviation = self.moments()
         return Patchified(latent * deviation.to(latent) + mean.to(latent))
 
-    def encode(self, pixels: Tensor) -> Normalised:
+    def encode(self, pixels: Tensor, through: Through = run_network) -> Normalised:
         """Pixels (B, 3, H, W) in [-1, 1], sides multiples of `downscale` -> (B, 4 * z_channels, H / 16, W / 16).
 
         Takes the mean of the posterior, so the same picture always gives the same latent.
+
+        Args:
+            through: runs the encoder, for those who want to do it in parts (`memory.bands`).
 
         Raises:
             InputError: a side is not a multiple of `downscale`; the convolutions would cut rows off without a word.
         """
         check_sides(pixels, self.config.downscale)
-        mean, _log_variance = self.encoder(pixels).chunk(2, dim=1)
+        mean, _log_variance = through(self.encoder, pixels).chunk(2, dim=1)
         return self.normalise(patchified(Raw(mean)))
 
-    def decode(self, latent: Normalised) -> Tensor:
-        """(B, 4 * z_channels, h, w) -> pixels (B, 3, H, W), about [-1, 1]; not clamped."""
-        return self.decoder(unpatchified(self.denormalise(latent)))
+    def decode(self, latent: Normalised, through: Through = run_network) -> Tensor:
+        """(B, 4 * z_channels, h, w) -> pixels (B, 3, H, W), about [-1, 1]; not clamped. `through`: as of `encode`."""
+        return through(self.decoder, unpatchified(self.denormalise(latent)))
 
     def forward(self, pixels: Tensor) -> Tensor:
         """There and back."""

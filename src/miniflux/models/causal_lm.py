@@ -238,5 +238,6 @@ class CausalLm(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Of the next token, (..., vocab_size), from hidden states after the last layer."""
-        weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
-        return F.linear(hidden, weight)
+        if self.config.tie_word_embeddings:
+            return F.linear(hidden, self.model.embed_tokens.weight)
+        return self.lm_head(hidden)  # called, not read: its weight may be packed

@@ -128,7 +128,7 @@ CAUSAL_LM = Network(
         "language model": Layout(
             [row("model.**", "model.language_model.**"), row("lm_head.**", "lm_head.**")], ("model.language_model.",)
         ),
-        "bare": Layout([row("model.**", "**")], ("layers.", "embed_tokens.")),
+        "bare": Layout([row("lm_head.**", "lm_head.**"), row("model.**", "**")], ("layers.", "embed_tokens.")),
         "llama.cpp": Layout(QWEN3_LLAMA_CPP, ("blk.", "token_embd.")),
     },
     other_half=(
