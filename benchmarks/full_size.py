@@ -1,9 +1,9 @@
-"""A full-size FLUX.1 dev with random weights draws a picture in `stream` mode: memory, time, bytes read. Linux only.
+"""A full-size model with random weights draws a picture in `stream` mode: memory, time, bytes read. Linux only.
 
-    python -m benchmarks.full_size FOLDER --tokenizers FOLDER
+    python -m benchmarks.full_size FOLDER --tokenizers FOLDER [--model flux2-klein-4b]
 
-Writes 34 GB into the folder, once: the transformer (12 billion parameters) and the text encoders in bfloat16, the
-autoencoder in float32, tensor by tensor. The tokenizers' folder holds `clip_l` and `t5_v1_1_xxl`.
+Writes its files into the folder, once: transformer and text encoders in bfloat16, the autoencoder in float32, tensor by
+tensor; 34 GB of FLUX.1 dev, 16 GB of FLUX.2 klein 4B. The tokenizers' folder holds `clip_l`, `t5_v1_1_xxl` and `qwen3`.
 """
 
 from __future__ import annotations
@@ -14,33 +14,31 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from miniflux.checkpoints.networks import networks_of
 from miniflux.checkpoints.writing import safetensors_frame, write_frame
-from miniflux.models.autoencoder import Autoencoder
-from miniflux.models.clip import ClipTextEncoder
-from miniflux.models.flux1 import Flux1
-from miniflux.models.t5 import T5Encoder
+from miniflux.models.causal_lm import CausalLm
 from miniflux.variants import variant
 
-MODEL = "flux1-dev"
 POOL = 2**26  # random numbers, of which every tensor is a piece
 LIMIT = 4 * 2**30  # bytes of peak resident memory
 WITHIN = 0.05  # of the ledger's prediction
 
 
-def write(folder: Path) -> dict[str, Path]:
-    """The files of the four networks, written where they are missing."""
-    sizes = variant(MODEL)
+def write(folder: Path, model: str) -> dict[str, Path]:
+    """The files of a model's networks, written where they are missing."""
+    sizes = variant(model)
     networks = {
-        "transformer": (Flux1, sizes.transformer, torch.bfloat16),
-        "t5": (T5Encoder, sizes.t5, torch.bfloat16),
-        "clip": (ClipTextEncoder, sizes.clip, torch.bfloat16),
-        "autoencoder": (Autoencoder, sizes.autoencoder, torch.float32),
+        part: (record.kind, record.of(sizes), torch.bfloat16 if record.packed else torch.float32)
+        for part, record in networks_of(sizes).items()
     }
+    if sizes.lm is not None:  # all of its layers, though not all are read
+        networks["lm"] = (CausalLm, replace(sizes.lm, layers_read=None), torch.bfloat16)
     folder.mkdir(parents=True, exist_ok=True)
     pool = torch.empty(0)
     files: dict[str, Path] = {}
@@ -52,7 +50,10 @@ def write(folder: Path) -> dict[str, Path]:
             pool = torch.randn(POOL, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
         with torch.device("meta"):
             network: nn.Module = kind(config)  # pyright: ignore
-        kinds = {key: (dtype, tuple(tensor.shape)) for key, tensor in network.state_dict().items()}
+        kinds = {
+            key: (dtype if tensor.is_floating_point() else tensor.dtype, tuple(tensor.shape))
+            for key, tensor in network.state_dict().items()
+        }
         begin, beside = time.perf_counter(), path.with_suffix(".partial")
         frame = safetensors_frame(beside.name, kinds, {})
         write_frame(beside, frame, ((key, made(key, *kinds[key], pool)) for key in frame.places))
@@ -63,8 +64,8 @@ def write(folder: Path) -> dict[str, Path]:
 
 def made(key: str, dtype: torch.dtype, shape: tuple[int, ...], pool: Tensor) -> Tensor:
     """Random numbers under which nothing grows: matrices keep the variance, norms are 1, biases are 0."""
-    if len(shape) == 1:
-        is_norm = re.search(r"norm.*\.(weight|scale)$", key) is not None
+    if len(shape) <= 1:
+        is_norm = re.search(r"norm.*\.(weight|scale)$|running_var$", key) is not None
         return torch.full(shape, 1.0 if is_norm else 0.0, dtype=dtype)
     count, inputs = torch.Size(shape).numel(), torch.Size(shape[1:]).numel()
     start = sum(key.encode()) * 7919 % len(pool)
@@ -77,15 +78,17 @@ def made(key: str, dtype: torch.dtype, shape: tuple[int, ...], pool: Tensor) -> 
     return flat.view(shape)
 
 
-def draw(files: dict[str, str], memory: str, dtype: str | None, size: int, steps: int) -> dict[str, object]:
+def draw(model: str, files: dict[str, str], memory: str, dtype: str | None, size: int, steps: int) -> dict[str, object]:
     """Draw a picture in this process and say what it took."""
     import miniflux
     from miniflux.memory.ledger import Run, peak_size
 
     begin = time.perf_counter()
-    pipe = miniflux.load(MODEL, weights=files, device="cpu", dtype=dtype, memory=memory)
+    pipe = miniflux.load(model, weights=files, device="cpu", dtype=dtype, memory=memory)
     assert pipe.memory is not None and pipe.memory.transformer is not None
-    ledger = pipe.memory.ledger(Run(width=size, height=size, text_tokens=pipe.variant.t5_length, calls=steps, batch=1))
+    ledger = pipe.memory.ledger(
+        Run(width=size, height=size, text_tokens=pipe.variant.t5_length or 0, calls=steps, batch=1)
+    )
     loaded = time.perf_counter()
     prompt = "a lighthouse in fog"
     pipe.text.encode([prompt])
@@ -96,14 +99,14 @@ def draw(files: dict[str, str], memory: str, dtype: str | None, size: int, steps
         prompt, width=size, height=size, steps=steps, progress=lambda *_: ends.append(time.perf_counter())
     )
     done = time.perf_counter()
-    blocks, modulation = (chain.bytes_read for chain in pipe.memory.transformer.chains)
+    blocks, *modulation = (chain.bytes_read for chain in pipe.memory.transformer.chains)
     assert bool(torch.isfinite(result.latents).all())
     return {
         "dtype": result.settings[0]["dtype"],
         "load": loaded - begin,
         "text": encoded - loaded,
         "text_bytes": sum(network.bytes_read for network in pipe.memory.text),
-        "modulation_bytes": modulation,
+        "modulation_bytes": sum(modulation),
         "step": (ends[-1] - encoded) / steps,
         "step_bytes": blocks / steps,
         "decode": done - ends[-1],
@@ -118,6 +121,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("folder", type=Path, nargs="?")
     options.add_argument("--tokenizers", type=Path)
+    options.add_argument("--model", default="flux1-dev", choices=("flux1-dev", "flux2-klein-4b"))
     options.add_argument("--memory", default="stream", choices=("stream", "offload"))
     options.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: what suits this CPU")
     options.add_argument("--size", type=int, default=256)
@@ -125,12 +129,13 @@ def main() -> None:
     options.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # the fresh process
     given = options.parse_args()
     if given.folder is None or given.tokenizers is None:
-        print("left out: it wants a folder with room for 34 GB and one with tokenizers, see --help")
+        print("left out: it wants a folder with room for its files and one with tokenizers, see --help")
         return
-    files = {part: str(path) for part, path in write(given.folder).items()}
-    files |= {"clip_tokenizer": str(given.tokenizers / "clip_l"), "t5_tokenizer": str(given.tokenizers / "t5_v1_1_xxl")}
+    files = {part: str(path) for part, path in write(given.folder, given.model).items()}
+    tokenizers = {"clip": "clip_l", "t5": "t5_v1_1_xxl", "lm": "qwen3"}
+    files |= {f"{part}_tokenizer": str(given.tokenizers / name) for part, name in tokenizers.items() if part in files}
     if given.here:
-        print(json.dumps(draw(files, given.memory, given.dtype, given.size, given.steps)))
+        print(json.dumps(draw(given.model, files, given.memory, given.dtype, given.size, given.steps)))
         return
     run = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--here"], stdout=subprocess.PIPE)
     if run.returncode:

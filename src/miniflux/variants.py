@@ -263,7 +263,7 @@ class Download:
 
     Attributes:
         part: a field of `checkpoints.finding.Files`.
-        files: their paths in the repository.
+        files: their paths in the repository; `folder/*` for all files in a folder.
         bytes: together; of tensors without the headers of their files, which add 0.1 MB at most.
     """
 
@@ -285,6 +285,19 @@ def _flux1_downloads(file: str, bytes: int) -> tuple[Download, ...]:
         Download("clip_tokenizer", ("tokenizer/vocab.json", "tokenizer/merges.txt"), 1_584_581),
         Download("t5_tokenizer", ("tokenizer_2/tokenizer.json",), 2_424_256),
     )
+
+
+def _flux2_downloads(transformer: str, parameters: int, lm: int) -> tuple[Download, ...]:
+    """The parts in a repository of FLUX.2 or FLUX.3. Bytes: parameters times bytes per number."""
+    return (
+        Download("transformer", (transformer,), 2 * parameters),
+        Download("autoencoder", ("vae/*",), 336_185_496),
+        Download("lm", ("text_encoder/*",), 2 * lm),
+        Download("lm_tokenizer", ("tokenizer/*",), 16_000_000),
+    )
+
+
+QWEN3_4B_PARAMETERS, QWEN3_8B_PARAMETERS, MISTRAL_PARAMETERS = 4_022_468_096, 8_190_735_360, 23_572_403_200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -377,6 +390,7 @@ _FLUX2_DEV = Variant(
     steps=50,
     guidance=4.0,
     learned=Sizes(area=(64 * 64, 4 * 2**20)),  # "64x64 to 4 megapixels" (the release's documentation)
+    downloads=_flux2_downloads("flux2-dev.safetensors", 32_223_281_152, MISTRAL_PARAMETERS),
     family="flux2",
 )
 # "distilled" with 4 steps and without guidance, or "base" with 50 and classifier-free guidance (`FLUX2_MODEL_INFO` of
@@ -386,6 +400,7 @@ _KLEIN_4B = replace(
     name="flux2-klein-4b",
     repository="black-forest-labs/FLUX.2-klein-4B",
     file="flux-2-klein-4b.safetensors",
+    downloads=_flux2_downloads("flux-2-klein-4b.safetensors", 3_875_544_576, QWEN3_4B_PARAMETERS),
     licence="Apache-2.0",
     gated=False,
     transformer=FLUX2_KLEIN_4B,
@@ -400,6 +415,7 @@ _KLEIN_9B = replace(
     name="flux2-klein-9b",
     repository="black-forest-labs/FLUX.2-klein-9B",
     file="flux-2-klein-9b.safetensors",
+    downloads=_flux2_downloads("flux-2-klein-9b.safetensors", 9_078_581_248, QWEN3_8B_PARAMETERS),
     licence="FLUX Non-Commercial License",
     gated=True,
     transformer=FLUX2_KLEIN_9B,
@@ -411,6 +427,7 @@ _FLUX3_KLEIN = replace(
     name="flux3-klein",
     repository="black-forest-labs/flux-3-image-klein",
     file="flux-3-image-klein.safetensors",
+    downloads=_flux2_downloads("transformer/*", 5_548_681_984, QWEN3_4B_PARAMETERS),
     licence="FLUX Kommunity License",
     gated=True,
     transformer=FLUX3_KLEIN,
@@ -509,6 +526,7 @@ VARIANTS: dict[str, Variant] = {
             name="flux2-klein-base-4b",
             repository="black-forest-labs/FLUX.2-klein-base-4B",
             file="flux-2-klein-base-4b.safetensors",
+            downloads=_flux2_downloads("flux-2-klein-base-4b.safetensors", 3_875_544_576, QWEN3_4B_PARAMETERS),
             steps=50,
             cfg=4.0,
         ),
@@ -518,6 +536,7 @@ VARIANTS: dict[str, Variant] = {
             name="flux2-klein-base-9b",
             repository="black-forest-labs/FLUX.2-klein-base-9B",
             file="flux-2-klein-base-9b.safetensors",
+            downloads=_flux2_downloads("flux-2-klein-base-9b.safetensors", 9_078_581_248, QWEN3_8B_PARAMETERS),
             steps=50,
             cfg=4.0,
         ),
@@ -526,6 +545,7 @@ VARIANTS: dict[str, Variant] = {
             name="flux2-klein-9b-kv",
             repository="black-forest-labs/FLUX.2-klein-9b-kv",
             file="flux-2-klein-9b-kv.safetensors",
+            downloads=_flux2_downloads("flux-2-klein-9b-kv.safetensors", 9_078_581_248, QWEN3_8B_PARAMETERS),
             once=True,
         ),
         _FLUX3_KLEIN,
@@ -534,6 +554,7 @@ VARIANTS: dict[str, Variant] = {
             name="flux3-klein-base",
             repository="black-forest-labs/flux-3-image-klein-base",
             file="flux-3-image-klein-base.safetensors",
+            downloads=_flux2_downloads("transformer/*", 5_538_458_368, QWEN3_4B_PARAMETERS),
             transformer=replace(FLUX3_KLEIN, flow_map=False),
             steps=50,
             cfg=4.0,

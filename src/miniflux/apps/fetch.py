@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from miniflux.apps import console
@@ -86,7 +86,7 @@ def _ask(variant: Variant) -> None:
 
 
 def _variants(options: argparse.Namespace) -> None:
-    from miniflux.variants import VARIANTS
+    from miniflux.variants import UNPUBLISHED, VARIANTS
     from miniflux.weights.finding import needed
     from miniflux.weights.hub import complete_parts
 
@@ -106,11 +106,11 @@ def _variants(options: argparse.Namespace) -> None:
                 "missing": {part: size.get(part, 0) for part in needed(variant) if part not in found},
             }
         )
-    console.say(json.dumps(rows, indent=1) if options.json else _table(rows))
+    console.say(json.dumps(rows, indent=1) if options.json else _table(rows, UNPUBLISHED))
 
 
-def _table(rows: Sequence[dict[str, Any]]) -> str:
-    width = max(len(row["name"]) for row in rows)
+def _table(rows: Sequence[dict[str, Any]], closed: Mapping[str, str]) -> str:
+    width = max(len(name) for name in (*(row["name"] for row in rows), *closed))
     lines = [f"{'model':<{width}}      GB  here      licence"]
     for row in rows:
         missing = row["missing"]
@@ -122,5 +122,6 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
             lines.append(
                 f"{'':<{width}}          missing   {', '.join(missing)} ({sum(missing.values()) / 1e9:.2f} GB)"
             )
+    lines += [f"{name:<{width}}       -  never     weights not published: {called}" for name, called in closed.items()]
     get = [row["name"] for row in rows if row["missing"]]
     return "\n".join([*lines, *([f"to get one: miniflux fetch {get[0]}"] if get else [])])

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
@@ -123,14 +123,22 @@ def plan(variant: Variant) -> Fetch:
         raise FetchError(f"{variant.repository}: the Hub names no commit, but {about.sha!r}")
     here = {part: path for part, path in complete_parts(variant).items() if not path.is_relative_to(folder)}
     siblings = {sibling.rfilename: sibling for sibling in about.siblings or []}
-    paths = [path for download in variant.downloads if download.part not in here for path in download.files]
-    absent = [path for path in paths if path not in siblings]
+    wanted = [path for download in variant.downloads if download.part not in here for path in download.files]
+    found = {path: _matching(path, siblings) for path in wanted}
+    paths = [path for several in found.values() for path in several]
+    absent = [path for path, several in found.items() if not several]
     if absent:
         raise FetchError(
             f"{variant.repository} has no {', '.join(absent)} any more: this version of miniflux is too old"
         )
     files = [_announced(siblings[path]) for path in paths]
     return Fetch(variant, str(about.sha), folder, sorted(files, key=lambda file: file.size), here)
+
+
+def _matching(wanted: str, there: Iterable[str]) -> list[str]:
+    """The files of a repository that are meant: one, or with `folder/*` all in a folder."""
+    folder, star, _ = wanted.rpartition("*")
+    return [path for path in there if path == wanted or (star and path.rpartition("/")[0] + "/" == folder)]
 
 
 def complete_parts(variant: Variant) -> dict[str, Path]:
