@@ -291,7 +291,7 @@ def _flux2_downloads(transformer: str, parameters: int, lm: int) -> tuple[Downlo
     """The parts in a repository of FLUX.2 or FLUX.3. Bytes: parameters times bytes per number."""
     return (
         Download("transformer", (transformer,), 2 * parameters),
-        Download("autoencoder", ("vae/*",), 336_185_496),
+        Download("autoencoder", ("vae/*",), 336_185_492),
         Download("lm", ("text_encoder/*",), 2 * lm),
         Download("lm_tokenizer", ("tokenizer/*",), 16_000_000),
     )
