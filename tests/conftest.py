@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from miniflux.checkpoints.files import TensorFile
 from tests import reference
 
 torch.set_num_threads(1)  # the tensors are tiny: more threads only cost
@@ -59,3 +60,14 @@ def log_level() -> Iterator[None]:
     before = root.level
     yield
     root.setLevel(before)
+
+
+@pytest.fixture
+def headers_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tensor may be read."""
+
+    def refuse(*_: object) -> Any:
+        raise AssertionError("a tensor was read")
+
+    monkeypatch.setattr(TensorFile, "view", refuse)
+    monkeypatch.setattr(TensorFile, "read", refuse)

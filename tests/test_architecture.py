@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "conversion": {"checkpoints", "weights", "lora", "models", "text", "variants", "strictjson"},
     "steering": {"checkpoints", "weights", "conditions", "inspection", "models", "variants"},
     "assembly": {*CORE, "conditions", "checkpoints", "weights", "memory", "inspection", "conversion"},
-    "upsampling": {"checkpoints", "memory", "models", "text", "variants"},
+    "upsampling": {"checkpoints", "memory", "models", "text", "variants", "checks", "strictjson"},
     # A call, and what is said and kept of it
     "arguments": CORE | {"conditions", "lora", "pictures"},
     "plan": CORE | {"arguments", "conditions", "memory", "pictures"},

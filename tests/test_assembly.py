@@ -276,8 +276,8 @@ def test_a_config_that_does_not_fit_its_weights(folder: Path) -> None:
         (lambda t: {**t, "more": torch.ones(1)}, "1 unused, such as more"),
         (lambda t: {k: x for k, x in t.items() if k != "x_embedder.bias"}, "1 missing, such as img_in.bias"),
         (lambda t: {**t, "proj_out.bias": torch.ones(3)}, "1 misshapen, such as final_layer.linear.bias"),
-        (lambda t: {"x": torch.ones(1)}, "expected a FLUX.1 transformer, found no network known here"),
-        (lambda t: PARTS["vae"][0].state_dict(), "expected a FLUX.1 transformer, found Autoencoder"),
+        (lambda t: {"x": torch.ones(1)}, "expected a transformer of FLUX, found no network known here"),
+        (lambda t: PARTS["vae"][0].state_dict(), "expected a transformer of FLUX, found Autoencoder"),
     ],
 )
 def test_a_spoiled_transformer_is_refused_with_its_name(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,19 +16,23 @@ from torch import nn
 
 import miniflux
 from miniflux.checkpoints import convert, inspect, layouts_of, open_tensors, save, to_layout
-from miniflux.checkpoints.configs import flux1_config
-from miniflux.checkpoints.networks import NETWORKS
+from miniflux.checkpoints.configs import config_of_transformer, in_header
+from miniflux.checkpoints.loading import bare
+from miniflux.checkpoints.networks import BY_CONFIG, NETWORKS
 from miniflux.errors import CheckpointError
 from miniflux.inspection import describe, fits
 from miniflux.lora import attach, merge_files, read
-from miniflux.models.autoencoder import Autoencoder
+from miniflux.models.autoencoder import Autoencoder, Flux2Autoencoder
+from miniflux.models.causal_lm import CausalLm
 from miniflux.models.clip import ClipTextEncoder
 from miniflux.models.flux1 import Flux1, Flux1Config
+from miniflux.models.flux2 import Flux2
+from miniflux.models.flux3 import Flux3
 from miniflux.models.t5 import T5Encoder
 from miniflux.variants import VARIANTS
 from miniflux.weights.finding import BUNDLED
 from tests.checkpoints.raw import sparse
-from tests.tiny import AUTOENCODER, CLIP, FLUX1, T5
+from tests.tiny import AUTOENCODER, CLIP, FLUX1, FLUX2, FLUX2_AUTOENCODER, FLUX3, LM, T5
 
 Manifest = Callable[[str], dict[str, list[int]]]
 DEV = "flux1-dev or flux1-krea-dev or flux1-kontext-dev"
@@ -35,6 +40,10 @@ OFFICIAL = " or ".join(
     name for name in VARIANTS if name.startswith("flux1")
 )  # they share text encoders and autoencoder
 CANNY = "flux1-canny-dev or flux1-depth-dev"
+KLEIN_4B = "flux2-klein-4b or flux2-klein-base-4b"
+KLEIN_9B = "flux2-klein-9b or flux2-klein-base-9b or flux2-klein-9b-kv"
+FLUX3_KLEIN = "flux3-klein or flux3-klein-base"
+FLUX2_AND_3 = f"flux2-dev or {KLEIN_4B} or {KLEIN_9B} or {FLUX3_KLEIN}"  # one autoencoder for all
 
 # manifest: network, variant, layout, parameters where they were published or can be counted by hand
 PUBLISHED = {
@@ -50,20 +59,44 @@ PUBLISHED = {
     "diffusers-flux1-vae": ("Autoencoder", OFFICIAL, "diffusers", 83_819_683),
     "te-clip-l": ("ClipTextEncoder", OFFICIAL, "original", 123_060_480),
     "te-t5-xxl": ("T5Encoder", OFFICIAL, "original", 4_762_310_656),
+    **{
+        f"{whose}-{name}": (network, variant, layout, parameters)
+        for whose, layout in (("bfl", "original"), ("diffusers", "diffusers"))
+        for name, network, variant, parameters in (
+            ("flux2-dev", "Flux2", "flux2-dev", 32_223_281_152),
+            ("flux2-klein-4b", "Flux2", KLEIN_4B, 3_875_544_576),
+            ("flux2-klein-9b", "Flux2", KLEIN_9B, 9_078_581_248),
+            ("flux3", "Flux3", "flux3-klein-base", 5_538_458_368),
+            ("flux3-distilled", "Flux3", "flux3-klein", 5_548_681_984),
+        )
+    },
+    "bfl-flux2-ae": ("Flux2Autoencoder", FLUX2_AND_3, "original", 84_046_372),
+    "diffusers-flux2-vae": ("Flux2Autoencoder", FLUX2_AND_3, "diffusers", 84_046_372),
+    "te-qwen3-4b": ("CausalLm", KLEIN_4B, "original", 4_022_468_096),
+    "te-qwen3-8b": ("CausalLm", KLEIN_9B, "original", 8_190_735_360),
+    "te-qwen3-vl-4b-language-model": ("CausalLm", FLUX3_KLEIN, "language model", 4_022_468_096),
+    "te-mistral-small-24b-language-model": ("CausalLm", "flux2-dev", "original", 23_572_403_200),
 }
 
 
+@pytest.mark.usefixtures("headers_only")
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_files_are_named(name: str, manifest: Manifest, tmp_path: Path) -> None:
-    path = sparse(tmp_path / "a.safetensors", manifest(name))
-    found = inspect(path)
-    (part,) = found.parts
+    """By keys and shapes, also behind a prefix; a klein is never taken for a dev."""
+    shapes = manifest(name)
     network, variant, layout, parameters = PUBLISHED[name]
-    assert (part.network, part.variant, part.layout, part.problems) == (network, variant, layout, [])
-    assert (part.parameters, part.bytes) == (parameters, 2 * parameters)
-    assert part.formats == {"bfloat16": len(manifest(name))} and part.tensors == len(manifest(name))
-    for word in (str(path), network, variant, layout, "bfloat16", f"{parameters:,}"):
-        assert word in str(found)
+    counts = sum(key.endswith("num_batches_tracked") for key in shapes)  # whole numbers of 8 bytes
+    whole = {"int64": counts} if counts else {}
+    for prefix in ("", "some.where."):
+        path = sparse(tmp_path / "a.safetensors", {prefix + key: shape for key, shape in shapes.items()})
+        found = inspect(path)
+        (part,) = found.parts
+        assert (part.network, part.variant, part.layout, part.problems) == (network, variant, layout, [])
+        assert (part.parameters, part.bytes) == (parameters, 2 * parameters + 6 * counts)
+        assert part.formats == {"bfloat16": len(shapes) - counts, **whole} and part.tensors == len(shapes)
+        for word in (str(path), network, variant, layout, "bfloat16", f"{parameters:,}"):
+            assert word in str(found)
+        assert part.path == (f"{path} ({prefix}*)" if prefix else str(path))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -72,15 +105,29 @@ def test_the_config_of_a_transformer_is_read_from_its_shapes(name: str, layout: 
     """`miniflux.load(FILE)` builds the network from it."""
     config = VARIANTS[name].transformer
     with torch.device("meta"):
-        module = Flux1(config)
+        module = BY_CONFIG[type(config)].kind(config)
     tensors = to_layout(module, module.state_dict(), layout)
     path = sparse(tmp_path / "a.safetensors", {key: list(tensor.shape) for key, tensor in tensors.items()})
     source = open_tensors(path)
-    assert flux1_config(source.entries, source.metadata) == config
+    assert config_of_transformer(source.entries, source.metadata) == config
     assert fits(source, config) and not fits(source, replace(config, in_channels=8))
 
 
-TINY: list[nn.Module] = [Flux1(FLUX1), Autoencoder(AUTOENCODER), ClipTextEncoder(CLIP), T5Encoder(T5)]
+TINY: list[nn.Module] = [
+    Flux1(FLUX1),
+    Autoencoder(AUTOENCODER),
+    ClipTextEncoder(CLIP),
+    T5Encoder(T5),
+    Flux2(FLUX2),
+    Flux3(FLUX3),
+    Flux2Autoencoder(FLUX2_AUTOENCODER),
+    CausalLm(LM),
+]
+OTHER_SIZES = {
+    Flux1: "a FLUX.1 of another size (in_channels 16, hidden size 32, 2 + 2 blocks, with guidance input)",
+    Flux2: "a FLUX.2 of another size (in_channels 16, hidden size 32, 2 + 2 blocks, with guidance input)",
+    Flux3: "a FLUX.3 of another size (in_channels 16, hidden size 32, 2 + 3 blocks, without guidance input)",
+}
 CASES = [(module, layout) for module in TINY for layout in layouts_of(module)]
 
 
@@ -91,10 +138,9 @@ def test_networks_of_other_sizes(module: nn.Module, layout: str, tmp_path: Path)
     save(module, path, layout=layout)
     (part,) = inspect(path).parts
     assert (part.network, part.layout) == (type(module).__name__, layout)
-    assert part.parameters == sum(p.numel() for p in module.parameters())
-    if isinstance(module, Flux1):
-        assert part.variant.startswith("a FLUX.1 of another size (in_channels 16, hidden size 32, 2 + 2 blocks, with")
-        assert part.problems == []
+    assert part.parameters == sum(tensor.numel() for tensor in module.state_dict().values())
+    if type(module) in OTHER_SIZES:
+        assert (part.variant, part.problems) == (OTHER_SIZES[type(module)], [])
     else:
         assert part.variant.startswith("none known; closest is ") and part.problems
 
@@ -193,7 +239,7 @@ def test_a_transformer_that_is_none(change: dict[str, list[int] | None], message
     shapes = {key: shape for key, shape in {**shapes_of(FLUX1), **change}.items() if shape is not None}
     source = open_tensors(sparse(tmp_path / "a.safetensors", shapes))
     with pytest.raises(CheckpointError, match=message):
-        flux1_config(source.entries, source.metadata)
+        config_of_transformer(source.entries, source.metadata)
     assert not fits(source, FLUX1)
     assert isinstance(describe(source), str) and inspect(tmp_path / "a.safetensors").parts
 
@@ -204,14 +250,44 @@ def test_rotary_axes_in_the_header_that_are_none(axes: str, tmp_path: Path) -> N
     save(Flux1(FLUX1), path, metadata={"axes_dim": axes})
     source = open_tensors(path)
     with pytest.raises(CheckpointError, match="axes_dim in the header (must be a JSON list|is no JSON)") as caught:
-        flux1_config(source.entries, source.metadata)
+        config_of_transformer(source.entries, source.metadata)
     assert len(str(caught.value)) < 200
 
 
 def test_other_networks_are_not_taken_for_known_ones(manifest: Manifest) -> None:
     """A control LoRA or Redux file has names of its own."""
-    for name in ("bfl-flux1-redux-dev", "bfl-flux1-canny-dev-lora", "xlabs-flux-ip-adapter", "te-qwen3-4b"):
+    for name in ("bfl-flux1-redux-dev", "bfl-flux1-canny-dev-lora", "xlabs-flux-ip-adapter"):
         assert not any(sign in manifest(name) for network in NETWORKS for sign in network.signs)
+
+
+@pytest.mark.parametrize("name", [name for name, (network, *_) in PUBLISHED.items() if network == "CausalLm"])
+def test_a_language_model_is_read_up_to_a_layer(name: str, manifest: Manifest, tmp_path: Path) -> None:
+    """What comes behind is not needed: all of it is in the part, and a line of the table says how much it is."""
+    (part,) = inspect(sparse(tmp_path / "a.safetensors", manifest(name))).parts
+    chosen = VARIANTS[PUBLISHED[name][1].partition(" or ")[0]].lm
+    assert chosen is not None and chosen.layers_read is not None
+    layers = {int(found[1]) for key in part.redundant if (found := re.search(r"layers\.(\d+)\.", key))}
+    assert layers == set(range(chosen.layers_read, chosen.num_hidden_layers))
+    ends = {key.replace("language_model.", "") for key in part.redundant if "layers." not in key}
+    assert ends == {"model.norm.weight"} | ({"lm_head.weight"} if "lm_head.weight" in manifest(name) else set())
+    assert set(part.redundant.values()) == {"comes behind the last layer that is read"}
+    (line,) = (line for line in str(part).splitlines() if "not needed" in line)
+    assert line.endswith(f" and {len(part.redundant) - 1} more: comes behind the last layer that is read")
+
+
+def test_models_that_have_the_same_shapes(manifest: Manifest, tmp_path: Path) -> None:
+    """Qwen3 and Qwen3-VL: the header of a file tells, else whether it sees."""
+    path = tmp_path / "a.safetensors"
+    for name in ("flux2-klein-4b", "flux3-klein"):
+        network = bare(CausalLm, VARIANTS[name].lm)
+        shapes = {key: list(tensor.shape) for key, tensor in network.state_dict().items()}
+        sparse(path, shapes, metadata=in_header(network))
+        (part,) = inspect(path).parts
+        assert (part.variant.partition(" or ")[0], part.problems, part.redundant) == (name, [], {})
+    sparse(path, manifest("te-qwen3-4b") | {"visual.patch_embed.proj.bias": [1024]})
+    (part,) = inspect(path).parts
+    assert (part.variant, part.problems) == (FLUX3_KLEIN, [])
+    assert part.redundant["visual.patch_embed.proj.bias"] == "sees pictures, and prompts are text"
 
 
 def test_what_is_not_needed_is_listed(tmp_path: Path) -> None:

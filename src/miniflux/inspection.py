@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from miniflux.checkpoints.by_name import Found
-from miniflux.checkpoints.configs import config_of_transformer, transformer_config
+from miniflux.checkpoints.configs import config_of_transformer, in_header, transformer_config
 from miniflux.checkpoints.files import Entry, Selection, TensorSource, open_tensors
 from miniflux.checkpoints.folders import path_of, unread
 from miniflux.checkpoints.formats.encodings import accepted
@@ -21,7 +21,7 @@ from miniflux.checkpoints.formats.reading import contents_of, format_of, formats
 from miniflux.checkpoints.loading import bare, compare, is_finite
 from miniflux.checkpoints.networks import BY_KIND, NETWORKS, TRANSFORMERS, networks_of
 from miniflux.checkpoints.opened import FOLDERS, known_in, models_in, network_of, parts_of
-from miniflux.checkpoints.report import LoadReport
+from miniflux.checkpoints.report import LoadReport, not_needed
 from miniflux.errors import CheckpointError, LoraError
 from miniflux.lora.files import is_lora, read, what_is
 from miniflux.lora.models import fitting_models
@@ -38,8 +38,9 @@ class Part:
     """One network found in a file.
 
     Attributes:
-        network: `Flux1`, `Autoencoder`, `ClipTextEncoder`, `T5Encoder`, `TinyDecoder`; `LoRA`; a network that is known
-            but cannot be loaded, such as `FLUX.2 transformer`; or `unknown`.
+        network: the class of a network that pipelines are made of (`Flux1`, `Flux2`, `Flux3`, `Autoencoder`,
+            `Flux2Autoencoder`, `ClipTextEncoder`, `T5Encoder`, `CausalLm`) or of `TinyDecoder`; `LoRA`; what steers:
+            `ControlNet`, `IP-Adapter`, `Redux`, `SigLIP`; or `unknown`.
         variant: the released model it belongs to, a description of its sizes, or the model it is closest to.
         layout: naming of its tensors; of LoRA files, the dialect.
         format: what the file is called after: the format that most of its bytes are in.
@@ -72,7 +73,7 @@ class Part:
             f"  format      {_written(self.format)} ({formats})",
             f"  size        {self.tensors} tensors, {self.parameters:,} parameters, {self.bytes:,} bytes",
         ]
-        lines += [f"  not needed  {key}: {why}" for key, why in self.redundant.items()]
+        lines += [f"  not needed  {key}: {why}" for key, why in not_needed(self.redundant)]
         return "\n".join(lines + [f"  problem     {problem}" for problem in self.problems])
 
 
@@ -214,17 +215,17 @@ def _recognise(source: TensorSource) -> tuple[str, str, str, list[str], dict[str
     if kind is None:
         network, variant, layout, problems = _lora(source) or ("unknown", what_is(source) or "unknown", "unknown", [])
         return network, variant, layout, problems, {}
-    config, names, report = _closest(kind, source)
+    names, report = _closest(kind, source)
     problems = [f"{what}: {key}" for what, keys in report.problems.items() for key in keys]
-    if config not in names:
+    if not names:
         return kind.__name__, describe(source), report.layout, problems, report.redundant
-    known = " or ".join(names[config])
+    known = " or ".join(names)
     variant = f"none known; closest is {known}" if problems else known
     return kind.__name__, variant, report.layout, problems, report.redundant
 
 
-def _closest(kind: type[nn.Module], source: TensorSource) -> tuple[Any, dict[Any, list[str]], LoadReport]:
-    """The config that a file fits best, the names of the variants by config, and what does not fit."""
+def _closest(kind: type[nn.Module], source: TensorSource) -> tuple[list[str], LoadReport]:
+    """The variants that a file fits best, none if it has sizes of its own, and what does not fit."""
     names: dict[Any, list[str]] = {}  # of the variants that share a config
     record = BY_KIND[kind]
     for variant in VARIANTS.values():
@@ -237,13 +238,15 @@ def _closest(kind: type[nn.Module], source: TensorSource) -> tuple[Any, dict[Any
         except CheckpointError:
             if not candidates:  # a network of no variant yet
                 raise
-    best: tuple[Any, LoadReport] | None = None
-    for config in candidates:
-        report = compare(bare(kind, config), source)
-        if best is None or _wrong(report) < _wrong(best[1]):
-            best = (config, report)
-    assert best is not None
-    return best[0], names, best[1]
+    reports = {config: compare(bare(kind, config), source) for config in candidates}
+    least = min(map(_wrong, reports.values()))
+    best = [config for config, report in reports.items() if _wrong(report) == least]
+    # Shapes do not tell all of a config: of several that fit, the header or the spelling of the names may.
+    told = source.metadata.get(record.header)
+    stated = [config for config in best if told and in_header(bare(kind, config)).get(record.header) == told]
+    usual = [config for config in best if record.usual(config, source.entries)]
+    best = stated or usual or best
+    return [name for config in best for name in names.get(config, ())], reports[best[0]]
 
 
 def _wrong(report: LoadReport) -> int:

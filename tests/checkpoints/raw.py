@@ -24,12 +24,17 @@ def entry(start: int, end: int, dtype: object = "F32", shape: object = (2,)) -> 
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
 
 
-def sparse(path: Path, shapes: Mapping[str, list[int]], dtype: str = "BF16") -> Path:
-    """A file of full size whose tensors are all zero: a hole on the disk behind a true header."""
-    header, end = {}, 0
+def sparse(
+    path: Path, shapes: Mapping[str, list[int]], dtype: str = "BF16", metadata: Mapping[str, str] | None = None
+) -> Path:
+    """A file of full size whose tensors are all zero: a hole on the disk behind a true header. Counts of batches, which
+    FLUX.2's autoencoder has, are whole numbers in any file."""
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
     for key, shape in shapes.items():
-        start, end = end, end + math.prod(shape) * DTYPES[dtype].itemsize
-        header[key] = entry(start, end, dtype, shape)
+        kind = "I64" if key.endswith("num_batches_tracked") else dtype
+        start, end = end, end + math.prod(shape) * DTYPES[kind].itemsize
+        header[key] = entry(start, end, kind, shape)
     with path.open("wb") as file:
         file.write(raw(header))
         file.truncate(file.tell() + end)

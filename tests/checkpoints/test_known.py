@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,40 +16,29 @@ from miniflux.apps.cli import main
 from miniflux.checkpoints import inspect, open_tensors, save
 from miniflux.checkpoints.by_name import found_by_name
 from miniflux.checkpoints.files import TensorFile
-from miniflux.checkpoints.loading import bare
+from miniflux.checkpoints.loading import bare, compare
+from miniflux.checkpoints.networks import BY_CONFIG
 from miniflux.checkpoints.networks.known import KNOWN
 from miniflux.checkpoints.writing import write_tensors
-from miniflux.errors import CheckpointError
-from miniflux.inspection import Part
+from miniflux.errors import WeightsNotFoundError
+from miniflux.inspection import Part, fits
 from miniflux.lora import read
 from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.clip import ClipTextEncoder
 from miniflux.models.flux1 import Flux1
 from miniflux.models.t5 import T5Encoder
+from miniflux.variants import VARIANTS
 from miniflux.weights.finding import BUNDLED
 from tests import reference
 from tests.checkpoints.raw import sparse
 from tests.hanging import no_hang
 from tests.lora.made import FLUX1_DIALECTS, FLUX2_DIALECTS
-from tests.test_inspection import PUBLISHED
-from tests.tiny import AUTOENCODER, CLIP, FLUX1, T5, randomise
+from tests.test_inspection import KLEIN_4B, PUBLISHED
+from tests.tiny import AUTOENCODER, CLIP, FLUX1, FLUX2, FLUX2_AUTOENCODER, FLUX3, LM, T5, randomise
 
 Manifest = Callable[[str], dict[str, list[int]]]
-KLEIN = "FLUX.2 klein 4B transformer, not loadable yet"
 
 NAMED = {
-    "bfl-flux2-dev": ("FLUX.2 transformer", "FLUX.2 dev transformer", "original"),
-    "bfl-flux2-klein-4b": ("FLUX.2 transformer", "FLUX.2 klein 4B transformer", "original"),
-    "bfl-flux2-klein-9b": ("FLUX.2 transformer", "FLUX.2 klein 9B transformer", "original"),
-    "diffusers-flux2-dev": ("FLUX.2 transformer", "FLUX.2 dev transformer", "diffusers"),
-    "diffusers-flux2-klein-4b": ("FLUX.2 transformer", "FLUX.2 klein 4B transformer", "diffusers"),
-    "diffusers-flux2-klein-9b": ("FLUX.2 transformer", "FLUX.2 klein 9B transformer", "diffusers"),
-    "bfl-flux3": ("FLUX.3 transformer", "FLUX.3 klein base transformer", "original"),
-    "bfl-flux3-distilled": ("FLUX.3 transformer", "FLUX.3 klein transformer", "original"),
-    "diffusers-flux3": ("FLUX.3 transformer", "FLUX.3 klein base transformer", "diffusers"),
-    "diffusers-flux3-distilled": ("FLUX.3 transformer", "FLUX.3 klein transformer", "diffusers"),
-    "bfl-flux2-ae": ("FLUX.2 autoencoder", "FLUX.2 autoencoder, 32 latent channels", "original"),
-    "diffusers-flux2-vae": ("FLUX.2 autoencoder", "FLUX.2 autoencoder, 32 latent channels", "diffusers"),
     "diffusers-controlnet-5-0-single-mode": ("ControlNet", "FLUX.1 ControlNet, 5 + 0 blocks", "diffusers"),
     "diffusers-controlnet-instantx-union": (
         "ControlNet",
@@ -68,28 +56,8 @@ NAMED = {
         "SigLIP so400m patch14 384, image encoder of Redux",
         "transformers",
     ),
-    "te-qwen3-4b": ("Qwen3", "Qwen3 4B, text encoder of FLUX.2 klein 4B", "transformers"),
-    "te-qwen3-8b": ("Qwen3", "Qwen3 8B, text encoder of FLUX.2 klein 9B", "transformers"),
-    "te-qwen3-vl-4b-language-model": ("Qwen3-VL", "Qwen3-VL 4B, text encoder of FLUX.3 klein", "transformers"),
-    "te-mistral-small-24b-language-model": (
-        "Mistral",
-        "Mistral Small 3 24B, text encoder of FLUX.2 dev",
-        "transformers",
-    ),
 }
-STEERING = {"ControlNet", "IP-Adapter", "Redux", "SigLIP"}
 IP_ADAPTER = {f"ip_adapter.{i}.to_k_ip.weight": [8, 4] for i in range(3)} | {"image_proj.proj.weight": [16, 4]}
-
-
-@pytest.fixture
-def headers_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No tensor may be read."""
-
-    def refuse(*_: object) -> Any:
-        raise AssertionError("a tensor was read")
-
-    monkeypatch.setattr(TensorFile, "view", refuse)
-    monkeypatch.setattr(TensorFile, "read", refuse)
 
 
 @pytest.mark.usefixtures("headers_only")
@@ -101,8 +69,7 @@ def test_published_files_are_named(name: str, manifest: Manifest, tmp_path: Path
         shapes = {prefix + key: shape for key, shape in manifest(name).items()}
         path = sparse(tmp_path / "a.safetensors", shapes)
         (part,) = inspect(path).parts
-        use = "for conditions.load" if network in STEERING else "not loadable yet"
-        assert (part.network, part.variant, part.layout) == (network, f"{variant}, {use}", layout)
+        assert (part.network, part.variant, part.layout) == (network, f"{variant}, for conditions.load", layout)
         assert part.tensors == len(shapes) and part.problems == []
         assert part.path == (f"{path} ({prefix}*)" if prefix else str(path))
 
@@ -128,7 +95,8 @@ def test_a_file_of_24_gb_is_told_from_its_header(name: str, manifest: Manifest, 
 
 def test_networks_without_first_weights() -> None:
     """`bare` gives what the class gives on the meta device."""
-    for kind, config in ((Flux1, FLUX1), (Autoencoder, AUTOENCODER), (ClipTextEncoder, CLIP), (T5Encoder, T5)):
+    for config in (FLUX1, FLUX2, FLUX3, AUTOENCODER, FLUX2_AUTOENCODER, CLIP, T5, LM):
+        kind = BY_CONFIG[type(config)].kind
         network = bare(kind, config)
         with torch.device("meta"):
             expected = kind(config)
@@ -138,31 +106,41 @@ def test_networks_without_first_weights() -> None:
 
 
 def test_other_sizes_and_damaged_files(manifest: Manifest, tmp_path: Path) -> None:
-    def variant(shapes: dict[str, list[int]]) -> str:
-        return inspect(sparse(tmp_path / "a.safetensors", shapes)).parts[0].variant
+    def told(shapes: dict[str, list[int]]) -> tuple[list[str], str]:
+        (part,) = inspect(sparse(tmp_path / "a.safetensors", shapes)).parts
+        return part.problems, part.variant
 
-    shapes = manifest("bfl-flux2-klein-4b")
-    assert variant({key: shape for key, shape in shapes.items() if not key.startswith("double_blocks.4.")}) == (
-        "a FLUX.2 transformer of another size (hidden size 3072, 4 + 20 blocks), not loadable yet"
-    )
-    assert variant({k: s for k, s in shapes.items() if k != "txt_in.weight"}) == (
-        "an incomplete FLUX.2 transformer, not loadable yet"
-    )
+    def variant(shapes: dict[str, list[int]]) -> str:
+        return told(shapes)[1]
+
+    for whose, block in (("bfl", "double_blocks.4."), ("diffusers", "transformer_blocks.4.")):
+        name = f"{whose}-flux2-klein-4b"
+        end = "txt_in.weight" if whose == "bfl" else "context_embedder.weight"
+        shapes = {key: shape for key, shape in manifest(name).items() if not key.startswith(block)}
+        assert variant(shapes) == (
+            "a FLUX.2 of another size (in_channels 128, hidden size 3072, 4 + 20 blocks, without guidance input)"
+        )
+        incomplete, closest = told({k: s for k, s in manifest(name).items() if k != end})
+        assert incomplete == [f"missing: txt_in.weight{'' if end == 'txt_in.weight' else f' (here: {end})'}"]
+        assert closest == f"none known; closest is {KLEIN_4B}"
     for name, end in (("bfl-flux3", "txt_in.weight"), ("diffusers-flux3", "context_embedder.weight")):
-        shapes = {k: s for k, s in manifest(name).items() if "txt_mode_blocks.4." not in k}
-        assert (
-            variant(shapes)
-            == "a FLUX.3 transformer of another size (hidden size 3072, 4 + 28 blocks), not loadable yet"
+        blocks = {k: s for k, s in manifest(name).items() if "mode_blocks.4." not in k and ".image_cond.4." not in k}
+        shapes = {k: s for k, s in blocks.items() if ".image.4." not in k}
+        assert variant(shapes) == (
+            "a FLUX.3 of another size (in_channels 128, hidden size 3072, 4 + 28 blocks, without guidance input)"
         )
-        assert (
-            variant({k: s for k, s in shapes.items() if k != end})
-            == "an incomplete FLUX.3 transformer, not loadable yet"
-        )
+        incomplete, closest = told({k: s for k, s in manifest(name).items() if k != end})
+        assert incomplete == [f"missing: txt_in.weight{'' if end == 'txt_in.weight' else f' (here: {end})'}"]
+        assert closest == "none known; closest is flux3-klein-base"
     assert variant(IP_ADAPTER) == "FLUX.1 IP-Adapter for 3 double blocks, for conditions.load"
     assert variant({"redux_up.weight": [8, 4], "redux_down.weight": [4, 8]}).startswith("a Redux image encoder of")
-    layer = {"layers.0.self_attn.q_proj.weight": [4, 4], "embed_tokens.weight": [9, 4]}
-    assert variant(layer) == "a language model of 1 layers of width 4, not loadable yet"
-    assert variant({"bn.running_mean": [4], "quant_conv.weight": [4]}).startswith("an incomplete FLUX.2 autoencoder")
+    layer = {"layers.0.mlp.gate_proj.weight": [4, 4], "embed_tokens.weight": [9, 4]}
+    (part,) = inspect(sparse(tmp_path / "a.safetensors", layer)).parts
+    assert (part.network, part.layout) == ("CausalLm", "bare") and part.variant.startswith("none known; closest is")
+    assert any(problem.startswith("missing: model.layers.0.self_attn.q_proj.weight") for problem in part.problems)
+    (part,) = inspect(sparse(tmp_path / "a.safetensors", {"bn.running_mean": [4], "quant_conv.weight": [4]})).parts
+    assert part.network == "Flux2Autoencoder" and part.variant.startswith("none known; closest is flux2-dev or ")
+    assert "missing: decoder.conv_in.weight" in "".join(part.problems)
 
 
 def test_files_of_several_networks(manifest: Manifest, tmp_path: Path) -> None:
@@ -173,12 +151,12 @@ def test_files_of_several_networks(manifest: Manifest, tmp_path: Path) -> None:
         "vae.": "bfl-flux2-ae",
     }
     shapes = {prefix + key: shape for prefix, name in prefixes.items() for key, shape in manifest(name).items()}
-    parts = {part.network: part for part in inspect(sparse(tmp_path / "a.safetensors", shapes)).parts}
-    assert set(parts) == {"FLUX.2 transformer", "FLUX.2 autoencoder", "Qwen3"}
-    for (prefix, name), network in zip(
-        prefixes.items(), ("FLUX.2 transformer", "Qwen3", "FLUX.2 autoencoder"), strict=True
-    ):
+    found = inspect(sparse(tmp_path / "a.safetensors", shapes)).parts
+    parts = {part.network: part for part in found}
+    assert len(found) == len(parts) == 3 and not any(part.problems for part in found)  # it is a whole model
+    for (prefix, name), network in zip(prefixes.items(), ("Flux2", "CausalLm", "Flux2Autoencoder"), strict=True):
         assert parts[network].tensors == len(manifest(name)) and f"({prefix}*)" in parts[network].path
+        assert KLEIN_4B in parts[network].variant
 
     shapes = {f"model.diffusion_model.{key}": shape for key, shape in manifest("bfl-flux1-schnell").items()}
     shapes |= {f"vae.{key}": shape for key, shape in manifest("bfl-flux1-ae").items()} | {"extra": [3]}
@@ -193,11 +171,27 @@ def test_keys_of_two_networks_without_prefixes(tmp_path: Path) -> None:
     assert sum(part.tensors for part in parts) == 2 and all(part.problems for part in parts)
 
 
-def test_they_are_refused_by_name(manifest: Manifest, tmp_path: Path) -> None:
-    """klein files are taken for dev elsewhere."""
-    path = sparse(tmp_path / "flux1-dev.safetensors", manifest("bfl-flux2-klein-4b"))
-    with pytest.raises(CheckpointError, match=f"no FLUX.1 transformer, but {KLEIN}"):
-        miniflux.load(path)
+@pytest.mark.parametrize("layout", ["bfl", "diffusers"])
+def test_a_file_is_what_its_tensors_are(
+    layout: str, manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """klein files are taken for dev elsewhere; here neither by a name nor by a wish."""
+    monkeypatch.delenv("MINIFLUX_WEIGHTS", raising=False)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "no cache"))
+    for name, file, other in (
+        ("flux2-klein-4b", "flux1-dev", "flux1-dev"),
+        ("flux2-klein-4b", "flux2-dev", "flux2-dev"),
+        ("flux3", "flux1-dev", "flux1-dev"),
+    ):
+        path = sparse(tmp_path / f"{file}.safetensors", manifest(f"{layout}-{name}"))
+        meant = "flux3-klein-base" if name == "flux3" else name
+        with pytest.raises(WeightsNotFoundError, match=f"^{meant}: not on this machine: autoencoder"):
+            miniflux.load(path)
+        source = open_tensors(path)
+        assert not fits(source, VARIANTS[other].transformer) and fits(source, VARIANTS[meant].transformer)
+        refused = compare(bare(BY_CONFIG[type(VARIANTS[other].transformer)].kind, VARIANTS[other].transformer), source)
+        assert refused.missing and (refused.unused or refused.misshapen)
+        path.unlink()
 
 
 @pytest.mark.usefixtures("headers_only")
@@ -209,8 +203,11 @@ def test_lora_files_are_told_by_their_dialect(name: str, tmp_path: Path) -> None
     (part,) = inspect(sparse(tmp_path / "a.safetensors", shapes)).parts
     assert (part.network, part.layout, part.problems) == ("LoRA", read(meta).dialect, [])
     if "full" in about:
-        family = "for FLUX.2 " if about["family"] == "flux2" else "for flux1-"
-        assert part.variant.startswith(family) and ("FLUX.2" in part.variant) == (about["family"] == "flux2")
+        fits = "flux2-dev" if name == "flux2-dev-diffusers-peft" else KLEIN_4B
+        if about["family"] == "flux2":
+            assert part.variant == f"for {fits}"
+        else:
+            assert part.variant.startswith("for flux1-") and "flux2" not in part.variant
         assert ("CLIP" in part.variant, "T5" in part.variant) == (
             any("te1" in key or "text_encoder." in key for key in shapes),
             any("te3" in key or "te2" in key or "text_encoder_2" in key for key in shapes),
@@ -256,7 +253,7 @@ def test_any_shapes_are_told_as_something(
     assert len(found_by_name(open_tensors(path).entries)) <= len(parts)
 
 
-def told(path: Path, data: bool) -> list[Part]:
+def parts(path: Path, data: bool) -> list[Part]:
     return inspect(path, data=data).parts
 
 
@@ -275,9 +272,9 @@ def test_data_are_read_if_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     count: list[str] = []
     original = TensorFile.read
     monkeypatch.setattr(TensorFile, "read", lambda file, key, *rest: (count.append(key), original(file, key, *rest))[1])
-    before = told(path, data=False)[0].problems
+    before = parts(path, data=False)[0].problems
     assert not count
-    problems = [problem for problem in told(path, data=True)[0].problems if problem not in before]
+    problems = [problem for problem in parts(path, data=True)[0].problems if problem not in before]
     assert sorted(problems) == sorted(
         [f"all zero: {zero}", *(f"not finite (NaN or infinite): {key}" for key in (nan, infinite))]
     )

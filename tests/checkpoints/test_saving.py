@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from miniflux.checkpoints import layouts_of, load_into, saving, to_layout
-from miniflux.checkpoints.configs import flux1_config
+from miniflux.checkpoints.configs import config_of_transformer
 from miniflux.checkpoints.saving import save
 from miniflux.errors import CheckpointError, InputError, OutputError
 from miniflux.models.autoencoder import Autoencoder
@@ -103,7 +103,7 @@ def test_a_transformer_of_any_size_can_be_told_from_its_file(layout: str, tmp_pa
     save(Flux1(config), path, layout=layout)
     entries: Any = load_file(path)
     assert header(path)["axes_dim"] == "[2, 10, 4]"
-    assert flux1_config(entries, header(path)) == config
+    assert config_of_transformer(entries, header(path)) == config
 
 
 @pytest.mark.parametrize("name", ["a.pt", "a", "a.safetensors.bak", "a.SAFETENSORS", ".safetensors"])

@@ -295,7 +295,7 @@ def everything(tmp_path: Path) -> Path:
     pipe: Any = SimpleNamespace(
         transformer=NETWORKS["transformer"],
         autoencoder=NETWORKS["vae"],
-        text=SimpleNamespace(clip=NETWORKS["text_encoder"], t5=NETWORKS["text_encoder_2"]),
+        text=SimpleNamespace(networks={"clip": NETWORKS["text_encoder"], "t5": NETWORKS["text_encoder_2"]}),
     )
     save_all_in_one(pipe, tmp_path / "everything.safetensors")
     return tmp_path / "everything.safetensors"

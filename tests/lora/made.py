@@ -39,6 +39,10 @@ class Encoders:
     t5: nn.Module
     cleared: int = 0
 
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        return {"clip": self.clip, "t5": self.t5}
+
     def clear(self) -> None:
         self.cleared += 1
 

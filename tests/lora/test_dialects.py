@@ -32,7 +32,7 @@ from tests.lora.made import (
 )
 from tests.tiny import FLUX1, randn, randomise
 
-MODELS = {"flux2-klein-4b": "FLUX.2 klein 4B", "flux2-dev": "FLUX.2 dev"}
+MODELS = {"flux2-klein-4b": "flux2-klein-4b or flux2-klein-base-4b", "flux2-dev": "flux2-dev"}
 FIRST = (".lora_A.weight", ".lora_down.weight", ".down.weight", ".hada_w1_a", ".lokr_w1", ".scale")  # one per module
 
 

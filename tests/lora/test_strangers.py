@@ -157,7 +157,7 @@ def test_tensors_of_other_kinds_given_as_a_model(name: str, tmp_path: Path) -> N
     for call in (miniflux.load, lambda path: merge_files(path, [], new), lambda path: extract(path, path, new, 4)):
         with pytest.raises(CheckpointError) as caught:
             call(path)
-        assert str(caught.value).startswith(f"{path}: expected a FLUX.1 transformer, found {kind}")
+        assert str(caught.value).startswith(f"{path}: expected a transformer of FLUX, found {kind}")
     with pytest.raises(CheckpointError, match=re.escape(f"{path}: {kind}" if "LoRA" not in name else "a LoRA is conv")):
         convert_file(path, new)
     assert "LoRA" in name or inspect_file(path).parts[0].variant.startswith(kind)

@@ -30,7 +30,7 @@ from miniflux.checkpoints.layouts import (
 from miniflux.checkpoints.networks import BY_KIND
 from miniflux.checkpoints.opened import PartSource, layout_in, part_of
 from miniflux.checkpoints.quantized import QuantizedLinear, packed_layers
-from miniflux.checkpoints.report import LoadReport
+from miniflux.checkpoints.report import LoadReport, not_needed
 from miniflux.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -258,8 +258,8 @@ def load_into(
     for name, layer in plan.layers.items():
         _put(module, name, layer)
     module.load_state_dict(loaded, assign=True)
-    for why in report.redundant.items():
-        log.info("%s: %s is not needed: %s", report.source, *why)
+    for key, why in not_needed(report.redundant):
+        log.info("%s: not needed: %s (%s)", report.source, key, why)
     return report
 
 

@@ -219,7 +219,7 @@ def open_part(path: str | Path, kind: type[nn.Module]) -> TensorSource:
     return Opened().part(path_of(path), kind)
 
 
-FOLDERS = tuple(network.folder for network in PIPELINE)  # of a diffusers pipeline
+FOLDERS = tuple(dict.fromkeys(network.folder for network in PIPELINE))  # of diffusers' pipelines
 
 
 def models_in(path: Path) -> list[Model]:

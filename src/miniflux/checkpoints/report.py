@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+FEW = 4  # tensors that are not needed for one and the same reason: so many are named each
+
+
+def not_needed(redundant: Mapping[str, str]) -> list[tuple[str, str]]:
+    """What is not needed, and why, to be read: each key, or of many with one reason the first and how many follow.
+    Language models have a hundred tensors behind the last layer that is read."""
+    by_reason: dict[str, list[str]] = {}
+    for key, why in redundant.items():
+        by_reason.setdefault(why, []).append(key)
+    few = {
+        why: keys if len(keys) <= FEW else [f"{keys[0]} and {len(keys) - 1} more"] for why, keys in by_reason.items()
+    }
+    return [(key, why) for why, keys in few.items() for key in keys]
 
 
 @dataclass
@@ -56,5 +71,5 @@ class LoadReport:
         summary = "; ".join(counts) or f"{len(self.used)} tensors, all used"
         lines = [f"{self.source}: {summary} (layout: {self.layout}{packed})"]
         lines += [f"  {name}: {key}" for name, keys in self.problems.items() for key in keys]
-        lines += [f"  not needed: {key} ({why})" for key, why in self.redundant.items()]
+        lines += [f"  not needed: {key} ({why})" for key, why in not_needed(self.redundant)]
         return "\n".join(lines)

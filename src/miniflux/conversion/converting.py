@@ -24,6 +24,7 @@ from miniflux.checkpoints.layouts import ALL_IN_ONE, DIFFUSERS, OPENAI, ORIGINAL
 from miniflux.checkpoints.loading import compare, fetch, is_finite
 from miniflux.checkpoints.networks import BY_KIND
 from miniflux.checkpoints.opened import PartSource, part_of
+from miniflux.checkpoints.report import not_needed
 from miniflux.checkpoints.writing import Frame, gguf_frame, safetensors_frame
 from miniflux.conversion.inputs import Input, inputs
 from miniflux.conversion.outputs import Output, extras, names_file, outputs
@@ -99,7 +100,7 @@ class Conversion:
             lines.append(f"{self.resumed} tensors were there from an interrupted run")
         counts = Counter(self.kept.values())
         lines += [f"{count} weights {reason}" for reason, count in counts.items()]
-        lines += [f"left out: {key} ({why})" for key, why in self.left_out.items()]
+        lines += [f"left out: {key} ({why})" for key, why in not_needed(self.left_out)]
         lines += [f"missing for a whole pipeline: {what} ({why})" for what, why in self.missing.items()]
         if not self.layers:
             return "\n".join([*lines, "every number is the same"])

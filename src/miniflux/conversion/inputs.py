@@ -192,7 +192,7 @@ def _input(kind: type[nn.Module], source: TensorSource, path: Path, model: Model
 def _config(kind: type[nn.Module], source: TensorSource, folder: Path | None) -> tuple[Any, str]:
     """The config of an autoencoder or text encoder, and what of it is guessed."""
     record = BY_KIND[kind]
-    known: list[Any] = [record.of(variant) for variant in VARIANTS.values()]
+    known = [config for variant in VARIANTS.values() if (config := record.of(variant)) is not None]
     entries = contents_of(source).entries
     if record.header in source.metadata:
         return config_in(entries, source.metadata, known[0]), ""

@@ -95,7 +95,7 @@ def attach(
     if any(name in adapters_of(network) for network in found.values()):
         raise LoraError(f"a LoRA named {name!r} is attached already; detach it first, or give this one another name")
     files = tuple(stamps(where)) if isinstance(where, Path) else ()
-    plan = fitted(found, read(where), strict)
+    plan = fitted(found, read(where, type(found["transformer"]) if "transformer" in found else None), strict)
     scale = checked_scale(scale, [layer for changes in plan.changes.values() for layer, _ in changes], name)
     for kind, network in found.items():
         adapter = Adapter(name, plan.file.source, changes=plan.changes.get(kind, []), files=files)

@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
+from torch import nn
+
 from miniflux.checkpoints.networks import NETWORKS
-from miniflux.checkpoints.networks.flux1 import FLUX1_DIFFUSERS
+from miniflux.checkpoints.networks.flux1 import FLUX1, FLUX1_DIFFUSERS
+from miniflux.checkpoints.networks.flux3 import FLUX3_DIFFUSERS
 from miniflux.checkpoints.networks.record import LoraSpelling, Row
 from miniflux.errors import LoraError
 
@@ -103,6 +106,7 @@ class Dialect:
         spelling: how modules are named after that.
         flat: whether underscores stand for the dots of the module name.
         tail: what comes after the module name.
+        kind: the class of the network in whose record it is; FLUX.1's are those of FLUX.2, too.
     """
 
     name: str
@@ -110,6 +114,7 @@ class Dialect:
     spelling: LoraSpelling
     flat: bool = False
     tail: str = ""
+    kind: type[nn.Module] | None = None
 
     @property
     def network(self) -> PartName:
@@ -214,6 +219,8 @@ RULES: dict[LoraSpelling, list[_Rule]] = {
     "original": _original(),
     "diffusers": _from_rows(FLUX1_DIFFUSERS)
     + [_Rule(theirs, Place("transformer", ours), flux2=True) for ours, theirs in FLUX2_DIFFUSERS],
+    "flux3": [_Rule(_stem(row.ours), Place("transformer", _stem(row.ours))) for row in FLUX3_DIFFUSERS],
+    "flux3 diffusers": _from_rows(FLUX3_DIFFUSERS),
     "xlabs": [_Rule(theirs, place) for place, theirs in XLABS],
     "clip": [
         _Rule(name, Place("clip", name))
@@ -228,7 +235,9 @@ RULES: dict[LoraSpelling, list[_Rule]] = {
     ],
 }
 
-DIALECTS = [Dialect(*names) for network in NETWORKS for names in network.lora]
+ORDER = [FLUX1, *(network for network in NETWORKS if network is not FLUX1)]
+# Of two that explain a file equally well the first is taken, unless the network is known that it is for (`recognise`).
+DIALECTS = [Dialect(*names, network.kind) for network in sorted(NETWORKS, key=ORDER.index) for names in network.lora]
 MISPRINTS = {"diffusion_model.sformer_blocks.": "diffusion_model.transformer_blocks."}  # some FLUX.2 exports
 
 
@@ -284,8 +293,11 @@ class Recognised:
     unmatched: list[str]
 
 
-def recognise(keys: Collection[str]) -> Recognised:
+def recognise(keys: Collection[str], kind: type[nn.Module] | None = None) -> Recognised:
     """Parse every key of a file.
+
+    Args:
+        kind: the class of the transformer that it is for, if that is known: FLUX.3 and FLUX.1 share names of modules.
 
     Raises:
         LoraError: no key is of any known dialect, or the file mixes several; the message lists the groups.
@@ -300,7 +312,7 @@ def recognise(keys: Collection[str]) -> Recognised:
     chosen: dict[Dialect, dict[str, Place]] = {}
     for network in ("transformer", "clip", "t5"):
         candidates = {dialect: places for dialect, places in understood.items() if dialect.network == network}
-        chosen.update(_cover(candidates))
+        chosen.update(_cover(candidates, kind))
     if not chosen:
         shown = ", ".join(sorted(keys)[:3])
         raise LoraError(f"none of the {len(keys)} keys is of a known LoRA dialect; they begin with {shown}")
@@ -320,7 +332,9 @@ def recognise(keys: Collection[str]) -> Recognised:
     return Recognised(names[0], groups, sorted(unmatched))
 
 
-def _cover(candidates: Mapping[Dialect, Mapping[str, Place]]) -> dict[Dialect, dict[str, Place]]:
+def _cover(
+    candidates: Mapping[Dialect, Mapping[str, Place]], kind: type[nn.Module] | None
+) -> dict[Dialect, dict[str, Place]]:
     """The dialect that explains all modules that any of them explains.
 
     Raises:
@@ -328,7 +342,7 @@ def _cover(candidates: Mapping[Dialect, Mapping[str, Place]]) -> dict[Dialect, d
     """
     if not candidates:
         return {}
-    best = max(candidates, key=lambda dialect: len(candidates[dialect]))
+    best = max(candidates, key=lambda dialect: (len(candidates[dialect]), dialect.kind is kind))
     rest: dict[Dialect, set[str]] = {
         dialect: left for dialect, places in candidates.items() if (left := set(places) - set(candidates[best]))
     }

@@ -160,18 +160,20 @@ class _Inexact(Exception):
     """A change that a dialect cannot say; the text is the reason."""
 
 
-def _dialect(name: str, kind: PartName) -> Dialect | None:
-    return next((d for d in DIALECTS if d.name == WRITABLE[name] and d.network == kind), None)
+def _dialect(name: str, kind: PartName, network: nn.Module) -> Dialect | None:
+    """Of those of this name, that of the network's own family, if it has one."""
+    same = [d for d in DIALECTS if d.name == WRITABLE[name] and d.network == kind]
+    return next((d for d in same if d.kind is type(network)), same[0] if same else None)
 
 
 def _name(name: str, place: Place, network: nn.Module) -> str | None:
-    dialect = _dialect(name, place.network)
+    dialect = _dialect(name, place.network, network)
     return None if dialect is None else dialect.module(place, flux2=not isinstance(network, Flux1))
 
 
 def _slots(name: str, kind: PartName, layer: str, network: nn.Module) -> list[tuple[str, Rows, bool]]:
     """The modules that a dialect divides a layer into: (name, output rows, whether its halves are swapped)."""
-    dialect = _dialect(name, kind)
+    dialect = _dialect(name, kind, network)
     if dialect is None:
         raise _Inexact(f"{name} files hold no {kind} part")
     out = cast(int, network.get_submodule(layer).out_features)

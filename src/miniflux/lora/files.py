@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from miniflux.checkpoints.files import TensorSource, open_tensors
 from miniflux.checkpoints.folders import path_of
@@ -73,8 +73,11 @@ class LoraFile:
     unmatched: list[str]
 
 
-def read(path_or_tensors: str | Path | Mapping[str, Tensor]) -> LoraFile:
+def read(path_or_tensors: str | Path | Mapping[str, Tensor], kind: type[nn.Module] | None = None) -> LoraFile:
     """Read a LoRA. Tensors stay views of the mapped file, in its dtype.
+
+    Args:
+        kind: the class of the transformer that it is for, if that is known.
 
     Raises:
         CheckpointError: the file cannot be read.
@@ -96,7 +99,7 @@ def read(path_or_tensors: str | Path | Mapping[str, Tensor]) -> LoraFile:
     if isinstance(source, TensorSource):
         refuse_other_tensors(source, any((part := split(key)) and part[1] in SIGNS for key in source))
     try:
-        found = recognise(list(source))
+        found = recognise(list(source), kind)
     except LoraError as error:
         raise LoraError(f"{name}: {error}") from error
     stated = Stated(name, metadata, config)

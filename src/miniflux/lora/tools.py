@@ -98,7 +98,7 @@ def merge_files(
     network, layout = network_of_file(source)
     weights = Weights(network, source, layout)
     take_packed_layers(network, source)  # on the meta device, until they are filled
-    files = [read(resolved(lora)) for lora, _ in loras]
+    files = [read(resolved(lora), type(network)) for lora, _ in loras]
     for group in (group for file in files for group in file.groups):
         if "magnitude" in group.tensors:  # DoRA looks at the weight that it changes
             weights.fill(f"{group.place.target}.weight")

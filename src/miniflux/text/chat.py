@@ -186,7 +186,7 @@ def load_chat_tokenizer(path: str | Path, form: ChatForm) -> ChatTokenizer:
         tokenizer = from_json(single, MAX_BYTES)
     elif all((path / name).is_file() for name in ("vocab.json", "merges.txt", "tokenizer_config.json")):
         try:
-            tokenizer = _qwen(path)
+            tokenizer = qwen_tokenizer(path)
         except TokenizerError:
             raise
         except Exception as error:  # the library raises bare Exception for merges that do not fit the vocabulary
@@ -198,7 +198,7 @@ def load_chat_tokenizer(path: str | Path, form: ChatForm) -> ChatTokenizer:
     return ChatTokenizer(lambda text: tokenizer.encode(text, add_special_tokens=False).ids, form)
 
 
-def _qwen(folder: Path) -> Tokenizer:
+def qwen_tokenizer(folder: Path) -> Tokenizer:
     """Qwen's byte pairs, with the special tokens that its config adds."""
     lines = bounded(folder / "merges.txt").read_text("utf-8").splitlines()
     pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version:")]

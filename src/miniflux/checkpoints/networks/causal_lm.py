@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from miniflux.checkpoints.networks.record import Layout, Network, Shapes, count, known_fields, row
@@ -30,6 +30,9 @@ KINDS = {
     "mistral": False,
 }
 FIRST = "layers.0.mlp.gate_proj.weight"
+QWEN3_VL_THETA = 5e6  # Qwen3-VL 4B differs from Qwen3 4B in the base of its rotary frequencies, and in no shape
+SEES = tuple(f"{at}{name}." for at in ("model.", "") for name in ("visual", "vision_tower", "multi_modal_projector"))
+BESIDE_EYES = "model.language_model."  # what transformers calls a language model that is half of one that sees
 
 
 def _beyond(config: CausalLmConfig, key: str) -> str | None:
@@ -42,6 +45,11 @@ def _beyond(config: CausalLmConfig, key: str) -> str | None:
     if layer is not None:
         behind = int(layer[1] or layer[2]) >= config.depth
     return "comes behind the last layer that is read" if behind and config.layers_read else None
+
+
+def _usual(config: CausalLmConfig, keys: Collection[str]) -> bool:
+    """Whether the model sees, as the file does."""
+    return (config.rope_theta == QWEN3_VL_THETA) == any(key.startswith((*SEES, BESIDE_EYES)) for key in keys)
 
 
 def _sizes(shapes: Shapes, default: CausalLmConfig) -> dict[str, Any]:
@@ -123,19 +131,17 @@ CAUSAL_LM = Network(
     phrase="a language model (text encoder of FLUX.2 or FLUX.3)",
     kind=CausalLm,
     config=CausalLmConfig,
-    signs=(f"model.{FIRST}", f"model.language_model.{FIRST}", FIRST, "blk.0.attn_q_norm.weight"),
+    signs=(f"model.{FIRST}", f"{BESIDE_EYES}{FIRST}", FIRST, "blk.0.attn_q_norm.weight"),
     layouts={
         "language model": Layout(
-            [row("model.**", "model.language_model.**"), row("lm_head.**", "lm_head.**")], ("model.language_model.",)
+            [row("model.**", f"{BESIDE_EYES}**"), row("lm_head.**", "lm_head.**")], (BESIDE_EYES,)
         ),
         "bare": Layout([row("lm_head.**", "lm_head.**"), row("model.**", "**")], ("layers.", "embed_tokens.")),
         "llama.cpp": Layout(QWEN3_LLAMA_CPP, ("blk.", "token_embd.")),
     },
-    other_half=(
-        tuple(f"{at}{name}." for at in ("model.", "") for name in ("visual", "vision_tower", "multi_modal_projector")),
-        "sees pictures, and prompts are text",
-    ),
+    other_half=(SEES, "sees pictures, and prompts are text"),
     beyond=_beyond,
+    usual=_usual,
     folder="text_encoder",
     stem="model",
     single="language_model",

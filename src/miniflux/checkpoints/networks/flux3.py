@@ -44,6 +44,7 @@ def _diffusers() -> Iterator[Row]:
     yield row("final_layer.image.linear.*", "proj_out.*")
 
 
+FLUX3_DIFFUSERS = list(_diffusers())
 HEAD = "single_blocks.0.norm.query_norm.scale"
 
 
@@ -95,7 +96,7 @@ FLUX3 = Network(
     kind=Flux3,
     config=Flux3Config,
     signs=("early_stream_modulations.txt.lin.weight", "early_stream_modulations.txt.linear.weight"),
-    layouts={DIFFUSERS: Layout(list(_diffusers()), ("x_embedders.",))},
+    layouts={DIFFUSERS: Layout(FLUX3_DIFFUSERS, ("x_embedders.",))},
     other_half=(("repa_projectors.",), "was of use in training alone"),
     prefix="model.diffusion_model.",
     folder="transformer",
@@ -116,6 +117,16 @@ FLUX3 = Network(
     head=HEAD,
     sizes=_sizes,
     as_json=_as_json,
+    lora=(
+        ("diffusers", "transformer.", "flux3 diffusers", False, ""),
+        ("diffusers without prefix", "", "flux3 diffusers", False, ""),
+        ("PEFT", "base_model.model.", "flux3", False, ""),
+        ("BFL", "", "flux3", False, ""),
+        ("ComfyUI", "diffusion_model.", "flux3", False, ""),
+        ("ComfyUI with diffusers names", "diffusion_model.", "flux3 diffusers", False, ""),
+        ("kohya", "lora_unet_", "flux3", True, ""),
+        ("LyCORIS", "lycoris_", "flux3 diffusers", True, ""),
+    ),
     packed=("content_mode_blocks.", "txt_mode_blocks.", "single_blocks."),
     chains=(r"(txt_mode_blocks|content_mode_blocks\.image|content_mode_blocks\.image_cond|single_blocks)\.\d+",),
     activations=_activations,

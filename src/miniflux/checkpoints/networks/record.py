@@ -6,7 +6,7 @@ A record is data. Whoever reads, writes, packs or streams networks asks it, and 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar, cast
 
@@ -23,7 +23,7 @@ convolution (and the biases are equal). packed: a part of a packed weight, equal
 THIRDS: dict[How, int] = {"first third": 0, "second third": 1, "last third": 2}
 
 Shapes = Mapping[str, tuple[int, ...]]
-LoraSpelling = Literal["original", "diffusers", "xlabs", "clip", "t5"]
+LoraSpelling = Literal["original", "diffusers", "flux3", "flux3 diffusers", "xlabs", "clip", "t5"]
 Config = TypeVar("Config")
 
 
@@ -71,6 +71,7 @@ class Network:
         redundant: tensors that published files carry beside its own, and why nothing is lost without them.
         other_half: what the other half of files of a whole model begins with, and what it is.
         beyond: which tensors a network of a config does without, though files have them, and why; None of the others.
+        usual: of configs that make the same tensors, whether files with these keys are usually of this one.
         prefix: of its tensors in all-in-one files; empty if it is in none.
         folder, stem: its folder in diffusers' pipelines, and what the files in there are called.
         single: what people call its single file; empty if that depends on the variant.
@@ -111,6 +112,7 @@ class Network:
     redundant: Mapping[str, str] = field(default_factory=dict[str, str])
     other_half: tuple[tuple[str, ...], str] = ((), "")
     beyond: Callable[[Any, str], str | None] = lambda config, key: None
+    usual: Callable[[Any, Collection[str]], bool] = lambda config, keys: True
     prefix: str = ""
     folder: str = ""
     stem: str = ""

@@ -21,7 +21,7 @@ from miniflux.checkpoints.opened import Opened, layout_in
 from miniflux.errors import CheckpointError, WeightsNotFoundError
 from miniflux.memory.compute import choose_device, choose_dtype
 from miniflux.models.causal_lm import CausalLm, CausalLmConfig
-from miniflux.text.upsampling import QWEN_FILES, QWEN_VL, Upsampler, load_tokenizer
+from miniflux.upsampling.rewriting import QWEN_FILES, QWEN_VL, Upsampler, load_tokenizer
 from miniflux.variants import VARIANTS
 
 log = logging.getLogger(__name__)

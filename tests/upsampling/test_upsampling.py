@@ -22,8 +22,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from miniflux.errors import CheckpointError, InputError, TokenizerError, WeightsNotFoundError
 from miniflux.models.causal_lm import CausalLm, CausalLmConfig
-from miniflux.text.upsampling import MISTRAL, QWEN, QWEN_VL, Upsampler, generate, load_tokenizer, next_token
 from miniflux.upsampling import load_upsampler
+from miniflux.upsampling.rewriting import MISTRAL, QWEN, QWEN_VL, Upsampler, generate, load_tokenizer, next_token
 from tests.tiny import randomise
 
 SIZES = {
@@ -304,9 +304,9 @@ def test_an_end_ends_and_no_answer_is_said(writers: Writers, monkeypatch: pytest
         assert upsampler.ends == {words.token_to_id(end) for end in ends}
         for end in sorted(upsampler.ends):
             queue = iter([*words.encode(" a dog ").ids, end])
-            monkeypatch.setattr("miniflux.text.upsampling.next_token", lambda *_, queue=queue: next(queue))
+            monkeypatch.setattr("miniflux.upsampling.rewriting.next_token", lambda *_, queue=queue: next(queue))
             assert upsampler.rewrite("a cat") == "a dog"
-            monkeypatch.setattr("miniflux.text.upsampling.next_token", lambda *_, end=end: end)
+            monkeypatch.setattr("miniflux.upsampling.rewriting.next_token", lambda *_, end=end: end)
             with pytest.raises(InputError, match="answered nothing to 'a cat'"):
                 upsampler.rewrite("a cat")
 

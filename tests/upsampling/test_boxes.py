@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from miniflux.errors import InputError
-from miniflux.text.boxes import Layout, Row, iou, parsed, request, rows_of
+from miniflux.upsampling.boxes import Layout, Row, iou, parsed, request, rows_of
 
 CAT = {"id": "cat_1", "desc": "a grey cat", "bbox": [0.1, 0.2, 0.55, 0.6004]}
 MOVED = {"id": "cup_1", "desc": "", "from": "ref_image_0", "src_bbox": [0, 0, 0.5, 0.5], "tgt_bbox": [0.5, 0.5, 1, 1]}

@@ -22,7 +22,7 @@ from miniflux.checks import check_number, shown, whole
 from miniflux.errors import CheckpointError, InputError, TokenizerError
 from miniflux.models.causal_lm import CausalLm, KeyValues
 from miniflux.strictjson import open_regular
-from miniflux.text.chat import MAX_BYTES, QWEN_USER, _qwen  # pyright: ignore[reportPrivateUsage]  # of this room
+from miniflux.text.chat import MAX_BYTES, QWEN_USER, qwen_tokenizer
 from miniflux.text.decoding import decoded, repaired
 from miniflux.text.tokenizers import from_json
 
@@ -254,7 +254,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         tokenizer = from_json(path / "tokenizer.json", MAX_BYTES)
     elif all((path / name).is_file() for name in QWEN_FILES):
         try:
-            tokenizer = _qwen(path)
+            tokenizer = qwen_tokenizer(path)
         except TokenizerError:
             raise
         except Exception as error:  # the library raises bare Exception for merges that do not fit the vocabulary
