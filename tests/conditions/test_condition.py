@@ -156,4 +156,4 @@ def test_the_first_family() -> None:
     family = FAMILIES["flux1"]
     x = randn(1, 16, 6, 8)
     assert torch.equal(family.unpack(family.pack(x), 48, 64), x)
-    assert family.image_ids(1, 3, 4).shape == (1, 12, 3) and not family.text_ids(1, 5).any() and family.pooled
+    assert family.image_ids(1, 3, 4).shape == (1, 12, 3) and not family.text_ids(1, 5).any()

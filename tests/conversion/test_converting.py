@@ -7,31 +7,45 @@ import json
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from miniflux.checkpoints import FORMATS, convert, inspect, load_into, open_tensors, save, save_all_in_one, to_layout
+from miniflux.checkpoints import (
+    FORMATS,
+    convert,
+    inspect,
+    layouts_of,
+    load_into,
+    open_tensors,
+    save,
+    save_all_in_one,
+    to_layout,
+)
 from miniflux.checkpoints.formats.encodings import FLOATS, find_format, writable
 from miniflux.checkpoints.formats.ggml import BLOCKS
 from miniflux.checkpoints.layouts import ALL_IN_ONE
+from miniflux.checkpoints.networks import BY_KIND
 from miniflux.checkpoints.quantized import QuantizedLinear
 from miniflux.conversion.resumable import Unfinished
 from miniflux.conversion.tensors import FALLBACK
 from miniflux.conversion.verifying import rows, unpacked
 from miniflux.errors import CheckpointError, InputError, OutputError
-from miniflux.models.autoencoder import Autoencoder
+from miniflux.models.autoencoder import Autoencoder, Flux2Autoencoder
+from miniflux.models.causal_lm import CausalLm
 from miniflux.models.clip import ClipTextEncoder
 from miniflux.models.flux1 import Flux1
+from miniflux.models.flux2 import Flux2
+from miniflux.models.flux3 import Flux3
 from miniflux.models.t5 import T5Encoder
 from tests.checkpoints.formats.made import WRITERS
-from tests.tiny import AUTOENCODER, CLIP, FLUX1, T5, randomise
+from tests.tiny import AUTOENCODER, CLIP, FLUX1, FLUX2, FLUX2_AUTOENCODER, FLUX3, LM, T5, randomise
 
 CONFIG = replace(FLUX1, hidden_size=64, num_heads=4, depth=1, depth_single_blocks=1)
 MODEL = randomise(Flux1(CONFIG)).to(torch.bfloat16)
@@ -202,8 +216,6 @@ def test_packed_weights_that_cannot_stay(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("others", ["int8", "float8_e4m3fn", None])
 def test_rows_that_are_stored_in_several_ways(others: str | None, tmp_path: Path) -> None:
     """q in nf4, k and v in another format or as numbers: they stay so where they stay apart, and only there."""
-    from safetensors.torch import save_file
-
     state = {key: tensor.clone() for key, tensor in to_layout(WIDE, WIDE.state_dict(), "diffusers").items()}
     for name, form in (("to_q", "nf4"), ("to_k", others), ("to_v", others)):
         layer = f"transformer_blocks.0.attn.{name}"
@@ -230,8 +242,6 @@ def test_rows_that_are_stored_in_several_ways(others: str | None, tmp_path: Path
 
 def test_kept_as_other_programs_store_it(tmp_path: Path) -> None:
     """nf4 with nested statistics; scales in half precision; the last modulation, whose halves change places."""
-    from safetensors.torch import save_file
-
     names = ("double_blocks.0.img_attn.qkv", "final_layer.adaLN_modulation.1")
     for kind in ("nested", "int8"):
         state = {key: tensor.clone() for key, tensor in WIDE.state_dict().items()}
@@ -268,8 +278,6 @@ def test_without_a_format_every_dtype_stays(tmp_path: Path) -> None:
     state["img_in.weight"] = state["img_in.weight"].float()
     state["img_in.bias"] = state["img_in.bias"].to(torch.float8_e4m3fn)
     state["single_blocks.0.linear1.weight"] = state["single_blocks.0.linear1.weight"].to(torch.float8_e4m3fn)
-    from safetensors.torch import save_file
-
     save_file(state, tmp_path / "a.safetensors")
     made = convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", layout="diffusers")
     assert not made.layers
@@ -278,6 +286,91 @@ def test_without_a_format_every_dtype_stays(tmp_path: Path) -> None:
     assert back.keys() == state.keys()
     for key, tensor in state.items():
         assert back[key].dtype == tensor.dtype and torch.equal(back[key].float(), tensor.float())
+
+
+# -- FLUX.2 and FLUX.3 --
+
+NEWER: dict[str, nn.Module] = {
+    "flux2": randomise(Flux2(replace(FLUX2, hidden_size=64, num_heads=4))).to(torch.bfloat16),
+    "flux3": randomise(Flux3(replace(FLUX3, hidden_size=64, num_heads=4))).to(torch.bfloat16),
+    "autoencoder": randomise(Flux2Autoencoder(FLUX2_AUTOENCODER)),
+    "language model": randomise(CausalLm(replace(LM, hidden_size=64, intermediate_size=96))).to(torch.bfloat16),
+    "half of one": randomise(CausalLm(replace(LM, hidden_size=64, intermediate_size=96, layers_read=2))),
+}
+NEWER["autoencoder"].get_buffer("bn.num_batches_tracked").fill_(123_457)  # which float16 does not hold
+BLOCKS_OF = {"flux2": (2, 2), "flux3": (2 * 3, 3)}
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_newer_networks_there_and_back(name: str, tmp_path: Path) -> None:
+    """From its own layout into each other one and back, bit for bit and under the same header."""
+    network = NEWER[name]
+    save(network, tmp_path / "a.safetensors", metadata={"author": "nobody"})
+    expected, about = load_file(tmp_path / "a.safetensors"), open_tensors(tmp_path / "a.safetensors").metadata
+    for i, layout in enumerate(layouts_of(network)[1:]):
+        there, back = tmp_path / f"there{i}.safetensors", tmp_path / f"back{i}.safetensors"
+        made = convert(tmp_path / "a.safetensors", there, layout=layout)
+        assert not made.layers and not made.kept and not made.left_out
+        (part,) = inspect(there).parts
+        assert (part.network, part.layout) == (type(network).__name__, layout)
+        assert load_file(there).keys() != expected.keys()
+        assert not convert(there, back, layout="original").layers
+        found = load_file(back)
+        assert found.keys() == expected.keys() and open_tensors(back).metadata == about
+        assert all(found[key].dtype == t.dtype and torch.equal(found[key], t) for key, t in expected.items())
+
+
+@pytest.mark.parametrize("name", NEWER)
+@pytest.mark.parametrize("form", ["Q8_0", "fp8", "nf4", "int8", "float16"])
+def test_newer_networks_packed(name: str, form: str, tmp_path: Path) -> None:
+    """The linears of the blocks, and nothing else, in each layout; inspection knows them again, and they load."""
+    if form in BLOCKS:
+        pytest.importorskip("gguf")
+    network = NEWER[name]
+    save(network, tmp_path / "a.safetensors")
+    plain = inspect(tmp_path / "a.safetensors").parts[0]
+    for i, layout in enumerate(layouts_of(network)):
+        path = tmp_path / f"b{i}{ending(form)}"
+        convert(tmp_path / "a.safetensors", path, layout=layout, format=form)
+        (part,) = inspect(path).parts
+        assert (part.network, part.variant, part.layout) == (plain.network, plain.variant, layout)
+        assert (part.parameters, part.redundant) == (plain.parameters, {})
+        if name in BLOCKS_OF:
+            assert part.problems == []
+        found = loaded(path, network)
+        inside = BY_KIND[type(network)].packed
+        meant = {key for key, m in network.named_modules() if isinstance(m, nn.Linear) and key.startswith(inside)}
+        packed = {key: m for key, m in found.named_modules() if isinstance(m, QuantizedLinear)}
+        assert set(packed) == (meant if form != "float16" and inside else set())
+        for key, layer in packed.items():
+            weight = network.get_parameter(f"{key}.weight").float()
+            assert float((layer.dense() - weight).norm() / weight.norm()) < (0.12 if form == "nf4" else 0.04)
+        state = network.state_dict()
+        for key, tensor in found.state_dict().items():
+            if key in state and key.rpartition(".")[0] not in packed:
+                held = state[key].to(torch.float16) if form == "float16" and tensor.is_floating_point() else state[key]
+                assert torch.equal(tensor.double(), held.double()), key
+        if form in BLOCKS:
+            architecture = open_tensors(path).metadata["general.architecture"]
+            assert architecture == {"autoencoder": "flux", "flux2": "flux2", "flux3": "flux3"}.get(name, "qwen3")
+
+
+def test_what_a_prompt_does_not_need_is_left_out(tmp_path: Path) -> None:
+    """Of a language model of which a variant reads a part: the report counts it, and the result is read as before."""
+    whole = randomise(CausalLm(replace(LM, layers_read=None)))
+    config = replace(LM, layers_read=2)
+    with_header = tmp_path / "a.safetensors"
+    save(whole, tmp_path / "whole.safetensors")
+    save_file(load_file(tmp_path / "whole.safetensors"), with_header, {"lm_config": json.dumps(asdict(config))})
+    made = convert(with_header, tmp_path / "b.safetensors", layout="bare")
+    assert set(made.left_out.values()) == {"comes behind the last layer that is read"}
+    assert set(made.left_out) == {key for key in whole.state_dict() if key not in CausalLm(config).state_dict()}
+    assert f"left out: model.layers.2.self_attn.q_proj.weight and {len(made.left_out) - 1} more (comes" in str(made)
+    assert (
+        loaded(tmp_path / "b.safetensors", CausalLm(config)).state_dict().keys() == CausalLm(config).state_dict().keys()
+    )
+    everything = convert(tmp_path / "whole.safetensors", tmp_path / "c.safetensors", layout="bare")
+    assert not everything.left_out
 
 
 # -- several networks, folders, shards --
@@ -350,8 +443,6 @@ def test_shards(source: Path, tmp_path: Path) -> None:
 
 
 def test_what_no_network_needs_is_left_out_and_said(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     network = NETWORKS["text_encoder"]
     save_file({**network.state_dict(), "logit_scale": torch.ones(1)}, tmp_path / "a.safetensors")
     made = convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", layout="without prefix")
@@ -516,8 +607,6 @@ def test_places_that_cannot_be_written(source: Path, tmp_path: Path) -> None:
 
 def test_sources_that_cannot_be_converted(source: Path, everything: Path, tmp_path: Path) -> None:
     """Strict as loading is: nothing is left behind."""
-    from safetensors.torch import save_file
-
     out, broken = tmp_path / "out.safetensors", tmp_path / "broken.safetensors"
     state: dict[str, Tensor] = {key: tensor.clone() for key, tensor in MODEL.state_dict().items()}
     cases: list[tuple[dict[str, Tensor], str, str]] = [

@@ -259,6 +259,9 @@ class Adds(nn.Module):
         self.text, self.amount = text, amount
         self.img_norm1 = nn.Identity()
 
+    def modulated(self, img: Tensor, vec: Tensor) -> Tensor:
+        return self.img_mod(vec)[0](self.img_norm1(img))
+
     def img_mod(self, _vec: Tensor) -> tuple[Callable[[Tensor], Tensor], None]:
         return (lambda x: x), None
 
@@ -277,7 +280,7 @@ def drive(
     now, text = [0], 3
     blocks = [Adds(text, lambda: amount(now[0]) / 4) for _ in range(4)]
     names = [f"{kind}_blocks.{i}" for kind in ("double", "single") for i in range(2)]
-    network: Any = SimpleNamespace(config=SimpleNamespace(blocks=names, depth=2))
+    network: Any = SimpleNamespace(config=SimpleNamespace(blocks=names, depth=2, joined=True))
     bill = Bill()
     branch = settings.start(network, calls, bill)
     branch.inner = counting(bill)(run_block)

@@ -19,7 +19,13 @@ from miniflux.checkpoints.formats.base import Kind
 from miniflux.errors import MissingExtraError
 
 ALIGNMENT = 32  # bytes, of tensors in GGUF files (its default)
-GGUF_FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+GGUF_NUMBERS = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+}
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ def gguf_frame(
     for key, value in metadata.items():
         writer.add_string(key, value)
     for key, (dtype, shape) in kinds.items():
-        raw = gguf.GGMLQuantizationType[blocks.get(key) or GGUF_FLOATS[dtype]]
+        raw = gguf.GGMLQuantizationType[blocks.get(key) or GGUF_NUMBERS[dtype]]
         layout = np.dtype(np.uint8 if key in blocks else np.float32)  # of bytes, or as they are
         writer.add_tensor_info(key, shape, layout, size_of([(dtype, shape)]), raw_dtype=raw)
     head = _gguf_head(writer)

@@ -102,7 +102,10 @@ class Targets:
 
 
 def holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
-    """Whether every number of one floating dtype is one of the other."""
+    """Whether every number of one floating dtype is one of the other. Whole numbers, which are counts, stay as they
+    are."""
+    if not narrow.is_floating_point:
+        return wide == narrow
     a, b = torch.finfo(wide), torch.finfo(narrow)
     return a.eps <= b.eps and a.max >= b.max and a.smallest_normal <= b.smallest_normal
 
@@ -183,6 +186,8 @@ def _chosen(
         fitting = next((form for form in candidates if form.holds(shape)), None)
         if fitting is not None:
             return fitting
+    if was is not None and not was.is_floating_point:
+        return was  # a count, as in the batch norm of FLUX.2's autoencoder
     dtype = encoding if isinstance(encoding, torch.dtype) else was or torch.float32
     if gguf and len(shape) == 1:
         return torch.float32  # ggml computes with vectors of float32 alone

@@ -234,14 +234,14 @@ def _check(
     for name in sorted({"negative" if name == "attended" else name for name in wanted} - {"skipped"}):
         _needed(name, words)
     if "attended" in wanted:
-        if not model.config.joined:
-            raise InputError(f"NAG guides attention of text and picture together, {OTHERWISE}")
         positive, negative = (_needed(name, words).txt.shape[1] for name in ("positive", "negative"))
         if positive != negative:
             raise InputError(
                 f"NAG needs texts of one length, got {positive} and {negative} tokens: pad them; pictures that stand "
                 "behind the words (Redux) stand behind those of the prompt alone, and cannot be used with it"
             )
+        if not model.config.joined:
+            raise InputError(f"NAG guides attention of text and picture together, {OTHERWISE}")
     if isinstance(guide, SkipLayer):
         check_skipped(model.config, guide, schedule)
     if rng is None and (method.noisy or schedule.restarts):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -76,16 +76,14 @@ Velocity = Callable[..., Tensor]
 
 
 def flux1_velocity(model: Flux1, told: Told, **hooks: Any) -> Tensor:
-    words = told.words
-    assert words.vec is not None
-    inputs = (told.img, told.img_ids, words.txt, words.txt_ids, told.timesteps, words.vec, told.guidance, words.mask)
+    words, vec = told.words, cast(Tensor, told.words.vec)  # FLUX.1's words have it
+    inputs = (told.img, told.img_ids, words.txt, words.txt_ids, told.timesteps, vec, told.guidance, words.mask)
     return model(*inputs, **hooks)
 
 
 def flux1_conditioning(model: Flux1, told: Told) -> Tensor:
     """The vector that all modulations see (B, hidden)."""
-    assert told.words.vec is not None
-    return model.conditioning(told.timesteps, told.words.vec, told.guidance, told.img.dtype)
+    return model.conditioning(told.timesteps, cast(Tensor, told.words.vec), told.guidance, told.img.dtype)
 
 
 def flux2_velocity(model: Flux2, told: Told, **hooks: Any) -> Tensor:
