@@ -314,7 +314,7 @@ def test_single_files(nano: Path) -> None:
     assert miniflux.load(nano).variant.name == "nano-schnell"
     (nano / "flux1-nano-schnell.safetensors").unlink()
     with pytest.raises(
-        CheckpointError, match="expected a folder `transformer` or one FLUX.1 transformer file; found none"
+        CheckpointError, match="expected a folder `transformer` or one file of a transformer; found none"
     ):
         miniflux.load(nano)
 

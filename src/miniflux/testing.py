@@ -121,6 +121,7 @@ def bytes_tokenizer(form: ChatForm) -> ChatTokenizer:
 def _small(variant: Variant) -> Variant:
     """The variant with everything small that does not tell it from others; text encoders fit the bundled tokenizers."""
     sizes = _small_text(variant)
+    form = len(bytes_tokenizer(variant.chat).tokens("")) if variant.chat else 0
     width = sizes["lm"].hidden_size * len(variant.chat.layers) if variant.chat else sizes["t5"].d_model
     common = {"context_in_dim": width, "hidden_size": 64, "num_heads": 4, "depth": 2, "depth_single_blocks": 2}
     axes, summary = ((4, 6, 6), {"vec_in_dim": sizes["clip"].hidden_size}) if "clip" in sizes else ((4, 4, 4, 4), {})
@@ -132,7 +133,7 @@ def _small(variant: Variant) -> Variant:
         transformer=replace(variant.transformer, axes_dim=axes, **common, **summary),
         autoencoder=replace(variant.autoencoder, ch=8, num_res_blocks=1, num_groups=4),
         **sizes,
-        t5_length=None if variant.t5_length is None else TEXT,
+        t5_length=None if variant.t5_length is None else TEXT + form,
         size=SIZE,
         learned=Sizes(),  # none better than others
         tiny=preview,

@@ -201,6 +201,18 @@ def test_published_keys_map_with_nothing_left_over(name: str, manifest: Manifest
     assert {key: list(tensor.shape) for key, tensor in back.items()} == {k: shapes[k] for k in report.used}
 
 
+@pytest.mark.parametrize("layout", layouts_of(CausalLm(LM)))
+def test_a_language_model_takes_as_many_layers_as_are_read(layout: str) -> None:
+    """In every layout the rest of a whole file, last norm and output layer included, is needless and nothing more."""
+    whole, part = CausalLm(LM), meta(CausalLm, replace(LM, layers_read=2))
+    state = to_layout(whole, whole.state_dict(), layout)
+    report = load_into(part, state)
+    assert report.layout == layout
+    assert set(report.used) == set(to_layout(part, part.state_dict(), layout)) < set(state)
+    assert set(report.redundant) == set(state) - set(report.used)
+    assert all(torch.equal(tensor, whole.state_dict()[key]) for key, tensor in part.state_dict().items())
+
+
 def test_diffusers_fused_rows_are_in_order() -> None:
     """Which rows of our joined linears are q, k, v and the MLP; a permutation would pass every shape check."""
     module = Flux1(FLUX1)

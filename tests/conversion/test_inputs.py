@@ -15,13 +15,19 @@ from torch import nn
 
 import miniflux
 from miniflux.checkpoints import convert, inspect, save
+from miniflux.conversion.inputs import inputs
 from miniflux.errors import CheckpointError, InputError
 from miniflux.models.autoencoder import Autoencoder
+from miniflux.models.causal_lm import CausalLm, CausalLmConfig
 from miniflux.models.clip import ClipTextEncoder
 from miniflux.models.flux1 import Flux1
 from miniflux.models.t5 import T5Encoder
 from miniflux.models.tiny_autoencoder import TinyDecoder
+from miniflux.pipeline import Pipeline
+from miniflux.testing import tiny
+from miniflux.variants import VARIANTS
 from miniflux.weights.finding import BUNDLED
+from tests.checkpoints.raw import sparse
 from tests.tiny import AUTOENCODER, CLIP, FLUX1, T5, TINY, randomise
 
 WIDE = replace(FLUX1, in_channels=64, out_channels=64, context_in_dim=T5.d_model, vec_in_dim=CLIP.hidden_size)
@@ -40,6 +46,58 @@ SINGLE = {
     "text_encoder_2": "t5xxl_fp16.safetensors",
 }
 WORDS = ["transformer", "autoencoder", "CLIP text encoder", "T5 encoder"]
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [
+        ("te-qwen3-4b", "flux2-klein-4b"),
+        ("te-qwen3-vl-4b-language-model", "flux3-klein"),
+        ("te-qwen3-8b", "flux2-klein-9b"),
+        ("te-mistral-small-24b-language-model", "flux2-dev"),
+    ],
+)
+def test_the_config_of_a_published_text_encoder(
+    name: str, variant: str, manifest: Callable[[str], dict[str, list[int]]], tmp_path: Path
+) -> None:
+    """Of a file without header and without config.json: two have the same shapes, and other rotary frequencies."""
+    (found,) = inputs(sparse(tmp_path / "a.safetensors", manifest(name))).networks
+    assert found.network.config == VARIANTS[variant].lm and found.untold == ""
+    assert CausalLmConfig(**json.loads(found.metadata["lm_config"])) == VARIANTS[variant].lm
+
+
+@pytest.mark.parametrize("name", ["flux2-klein-4b", "flux3-klein"])
+@pytest.mark.parametrize("layout", ["original", "diffusers", None])
+def test_a_model_with_a_language_model(
+    name: str, layout: str | None, tokenizer: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Every network lies where loading looks, under the name of its family, and draws what it drew; what is not
+    written is said."""
+    small = tiny(name)
+    assert small.variant.lm is not None
+    whole = replace(small.variant.lm, vocab_size=151936)
+    parts = {"transformer": small.transformer, "vae": small.autoencoder, "text_encoder": randomise(CausalLm(whole))}
+    for place, network in parts.items():
+        (tmp_path / "a" / place).mkdir(parents=True)
+        save(network, tmp_path / "a" / place / "model.safetensors")
+    made = convert(tmp_path / "a", tmp_path / "b", layout=layout)
+    assert made.networks == ["transformer", "autoencoder", "language model"] and not made.layers and not made.left_out
+    assert "are written for FLUX.1 alone: copy them" in str(made)
+    files = {str(path.relative_to(tmp_path / "b")) for path in (tmp_path / "b").rglob("*.safetensors")}
+    stem = "diffusion_pytorch_model.safetensors"
+    single = {f"{name[:5]}.safetensors", "flux2-vae.safetensors"}
+    first = single if layout == "original" else {f"transformer/{stem}", f"vae/{stem}"}
+    assert files == first | {"text_encoder/model.safetensors"}
+    pipes: list[Pipeline] = []
+    for folder in ("a", "b"):
+        (tmp_path / folder / "tokenizer").symlink_to(tokenizer("qwen3"))
+        pipes.append(miniflux.load(tmp_path / folder, device="cpu"))
+    networks = [(pipe.transformer, pipe.autoencoder, pipe.text.networks["lm"]) for pipe in pipes]
+    for one, other in zip(*networks, strict=True):
+        before, after = one.state_dict(), other.state_dict()
+        assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    pictures = [pipe.generate("a cat", seed=1, steps=1, width=32, height=32).latents for pipe in pipes]
+    torch.testing.assert_close(*pictures, rtol=0, atol=1e-4)  # sums depend on how the memory is aligned
 
 
 def tokenizers(root: Path) -> None:

@@ -68,8 +68,8 @@ def test_on_another_device_weights_are_its_own(make: Make) -> None:
     memory = miniflux.load(make(), memory="resident", device="cpu").memory
     assert memory is not None
     device, ledgers = torch.device("cuda"), dict[str, Ledger]()
-    for mode, places in modes.MODES.items():
-        parts = {name: replace(part, mode=places[name]) for name, part in memory.parts.items()}
+    for mode in modes.MODES:
+        parts = modes.in_mode(mode, memory.parts)
         ledgers[mode] = ledger.predict(mode, parts, RUN, device, torch.float32, process=0)
     assert ledgers["resident"].vram > ledgers["text-freed"].vram > ledgers["offload"].vram == ledgers["stream"].vram
     assert ledgers["resident"].ram == ledger.LIBRARIES < ledgers["stream"].ram < ledgers["offload"].ram

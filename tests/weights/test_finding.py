@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 from miniflux.errors import InputError, WeightsNotFoundError
-from miniflux.variants import VARIANTS
+from miniflux.variants import VARIANTS, Variant
 from miniflux.weights import hubcache
-from miniflux.weights.finding import BUNDLED, PARTS, find, places
+from miniflux.weights.finding import BUNDLED, PARTS, find, needed, places
 from miniflux.weights.hubcache import hub_cache, snapshot
 
 DEV, SCHNELL, NANO = VARIANTS["flux1-dev"], VARIANTS["flux1-schnell"], VARIANTS["nano-dev"]
+KLEIN, FLUX3 = VARIANTS["flux2-klein-4b"], VARIANTS["flux3-klein"]
 VARIABLES = ("MINIFLUX_WEIGHTS", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME")
 FOLDERS = {"transformer": "transformer", "vae": "autoencoder", "text_encoder": "clip", "text_encoder_2": "t5"}
 
@@ -197,7 +198,9 @@ def test_the_bundled_model_needs_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     """And is not replaced by official files that lie in the user's folder under the same names."""
     monkeypatch.setenv("MINIFLUX_WEIGHTS", str(singles(tmp_path)))
     for variant in (NANO, VARIANTS["nano-schnell"]):
-        assert {path.parent for path in vars(find(variant)).values()} == {BUNDLED}
+        files = vars(find(variant))
+        assert {path.parent for path in files.values() if path is not None} == {BUNDLED}
+        assert {part for part, path in files.items() if path is None} == {"lm", "lm_tokenizer"}
     assert places(DEV) == [tmp_path / "flux1-dev", tmp_path]
 
 
@@ -216,14 +219,50 @@ def test_sharded_folders_count_by_their_index(tmp_path: Path) -> None:
     assert find(DEV, [root]).transformer == root / "transformer"
 
 
+@pytest.mark.parametrize("variant", [DEV, KLEIN, FLUX3], ids=lambda variant: variant.name)
 @pytest.mark.parametrize("part", PARTS)
-def test_an_empty_folder_does_not_count(part: str, tmp_path: Path) -> None:
-    """An earlier place with an empty folder must not hide a later one that has the files."""
+def test_an_empty_folder_does_not_count(part: str, variant: Variant, tmp_path: Path) -> None:
+    """An earlier place with an empty folder must not hide a later one that has the files. Who has not the part, has
+    none of it."""
     early, late = tmp_path / "early", folders(tmp_path / "late")
-    name = PARTS[part][-1] if part.endswith("tokenizer") else next(k for k, v in FOLDERS.items() if v == part)
+    if part not in needed(variant):
+        assert getattr(find(variant, [late]), part) is None
+        return
+    name = next(name for name in needed(variant)[part] if not name.endswith(".safetensors"))
     (early / name).mkdir(parents=True)
     touch(early / name / "config.json")
-    assert getattr(find(DEV, [early, late]), part) == late / name
+    assert find(variant, [early, late]).of(part) == late / name
+
+
+def test_what_each_variant_is_made_of() -> None:
+    """One text encoder or two, each with its tokenizer; single files as their releases and ComfyUI call them."""
+    both = {"transformer", "autoencoder"}
+    old, new = both | {"clip", "t5", "clip_tokenizer", "t5_tokenizer"}, both | {"lm", "lm_tokenizer"}
+    assert set(PARTS) == old | new
+    for variant in VARIANTS.values():
+        parts = needed(variant)
+        assert set(parts) == (old if variant.family == "flux1" else new)
+        assert parts["transformer"] == (variant.file, "transformer")
+    assert needed(KLEIN)["lm"] == ("text_encoder", "qwen_3_4b.safetensors")
+    assert needed(KLEIN)["autoencoder"] == ("flux2-vae.safetensors", "ae.safetensors", "vae")
+    assert needed(KLEIN)["lm_tokenizer"] == ("tokenizer",)
+
+
+def test_single_files_of_flux2(tmp_path: Path) -> None:
+    """As ComfyUI's folders hold them, beside those of FLUX.1."""
+    root = singles(tmp_path)
+    touch(
+        root / "diffusion_models" / KLEIN.file, root / "vae" / "flux2-vae.safetensors", root / "vae" / "ae.safetensors"
+    )
+    touch(root / "text_encoders" / KLEIN.lm_file, root / "text_encoders" / "clip_l.safetensors")
+    files = find(KLEIN, [root])
+    assert files.transformer == root / "diffusion_models" / KLEIN.file
+    assert files.autoencoder == root / "vae" / "flux2-vae.safetensors"
+    assert (files.lm, files.lm_tokenizer) == (root / "text_encoders" / KLEIN.lm_file, root / "tokenizer")
+    assert (files.clip, files.t5, files.tiny) == (None, None, None)
+    for part in ("t5", "clip_tokenizer"):
+        with pytest.raises(InputError, match=f"flux2-klein-4b has no part '{part}'; its parts are transformer, auto"):
+            find(KLEIN, [root], {part: root / "ae.safetensors"})
 
 
 def test_nothing_there_names_everything(tmp_path: Path, home: Path) -> None:
@@ -231,8 +270,9 @@ def test_nothing_there_names_everything(tmp_path: Path, home: Path) -> None:
     with pytest.raises(WeightsNotFoundError) as caught:
         find(DEV, [tmp_path / "mine"])
     text = str(caught.value)
-    for part, names in PARTS.items():
-        assert f"{part} ({' or '.join(names).format(file=DEV.file)})" in text.splitlines()[0]
+    for part, names in needed(DEV).items():
+        assert f"{part} ({' or '.join(names)})" in text.splitlines()[0]
+    assert "lm" not in needed(DEV) and "; lm" not in text
     assert f"looked in: {tmp_path / 'mine'}\n" in text
     assert "the variable MINIFLUX_WEIGHTS is not set" in text
     assert f"{home / '.cache/huggingface/hub'} has no snapshot of {DEV.repository}" in text

@@ -19,18 +19,14 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
-from torch import nn
 
 import miniflux
 from miniflux.apps.cli import main
+from miniflux.checkpoints.networks import BY_CONFIG
 from miniflux.errors import FetchError, InputError, MissingExtraError, WeightsNotFoundError
-from miniflux.models.autoencoder import Autoencoder
-from miniflux.models.clip import ClipTextEncoder
-from miniflux.models.flux1 import Flux1
-from miniflux.models.t5 import T5Encoder
 from miniflux.variants import VARIANTS, Download, Variant
 from miniflux.weights import hub as hubs
-from miniflux.weights.finding import BUNDLED, PARTS, find
+from miniflux.weights.finding import BUNDLED, find, needed
 from tests.weights.hubserver import COMMIT, Hub, serve
 
 # The bundled model as if it were an official one.
@@ -233,7 +229,7 @@ def test_parts_of_another_variant_serve_both(cache: Path, hub: Hub, monkeypatch:
     hubs.fetch(hubs.plan(TINY))
     sister = replace(TINY, name="sister", repository="lab/sister", file="sister.safetensors")
     monkeypatch.setitem(VARIANTS, "sister", sister)
-    assert set(hubs.complete_parts(sister)) == set(PARTS) - {"transformer"}
+    assert set(hubs.complete_parts(sister)) == set(FILES) - {"transformer"}
     other = replace(sister, autoencoder=replace(TINY.autoencoder, ch=64))
     assert not hubs.complete_parts(other)
 
@@ -360,7 +356,7 @@ def test_variants_are_listed(cache: Path, hub: Hub, capsys: pytest.CaptureFixtur
         assert main(["variants", "--json"]) == 0
         return {about["name"]: about for about in json.loads(capsys.readouterr().out)}["tiny"]
 
-    assert row()["here"] == {} and set(row()["missing"]) == set(PARTS) and row()["bytes"] == 6_000_000
+    assert row()["here"] == {} and set(row()["missing"]) == set(FILES) and row()["bytes"] == 6_000_000
     assert main(["variants"]) == 0
     said = capsys.readouterr().out
     assert re.search("flux1-schnell +33.89  no        Apache-2.0", said) and re.search("nano-dev +-  bundled", said)
@@ -400,23 +396,20 @@ def test_the_environment_is_honoured(tmp_path: Path, hub: Hub) -> None:
     assert {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} == set(hub.files)
 
 
-NETWORKS: dict[str, tuple[type[nn.Module], str, int]] = {
-    "transformer": (Flux1, "transformer", 2),
-    "autoencoder": (Autoencoder, "autoencoder", 4),
-    "clip": (ClipTextEncoder, "clip", 2),
-    "t5": (T5Encoder, "t5", 2),
-}
+BYTES = {"transformer": 2, "autoencoder": 4, "clip": 2, "t5": 2, "lm": 2}  # of a number
 
 
 @pytest.mark.parametrize("variant", [v for v in VARIANTS.values() if v.downloads], ids=lambda v: v.name)
 def test_the_registry_states_true_sizes(variant: Variant) -> None:
-    """Parameters times bytes per number, and the files in which `find` looks for the part."""
-    assert [download.part for download in variant.downloads] == list(PARTS)
+    """Parameters times bytes per number, and the files in which `find` looks for the part. Of a language model all of
+    its layers are fetched, however many are read."""
+    assert [download.part for download in variant.downloads] == list(needed(variant))
     for download in variant.downloads:
-        places = [name.format(file=variant.file) for name in PARTS[download.part]]
-        assert {path.split("/")[0] for path in download.files} <= set(places)
-        if download.part in NETWORKS:
-            kind, field, bytes_each = NETWORKS[download.part]
+        assert {path.split("/")[0] for path in download.files} <= set(needed(variant)[download.part])
+        if download.part in BYTES:
+            config = getattr(variant, download.part)
+            whole = replace(config, layers_read=None) if download.part == "lm" else config
             with torch.device("meta"):
-                network = kind(getattr(variant, field))
-            assert download.bytes == bytes_each * sum(p.numel() for p in network.parameters())
+                state = BY_CONFIG[type(config)].kind(whole).state_dict()
+            wide = {True: BYTES[download.part], False: 8}  # floats, and the count of FLUX.2's autoencoder
+            assert download.bytes == sum(t.numel() * wide[t.is_floating_point()] for t in state.values())

@@ -199,6 +199,6 @@ def _config(kind: type[nn.Module], source: TensorSource, folder: Path | None) ->
     if folder is not None:
         return config_beside(folder, known[0], Opened()), ""
     for config in known:
-        if config_in(entries, {}, config) == config:
+        if config_in(entries, {}, config) == config and record.usual(config, entries):
             return config, ""
     return config_in(entries, {}, known[0]), record.guessed

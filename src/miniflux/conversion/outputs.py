@@ -80,8 +80,13 @@ def outputs(
     if names_file(target) or (several and together):
         made = [Output(target.name if names_file(target) else "model.safetensors", everything)]
     elif several:
-        # A text encoder in GGUF is found by its folder alone.
-        alone = [network.gguf and not BY_KIND[type(network.network)].telling for network in networks]
+        # A text encoder in GGUF is found by its folder alone; so is a language model, whose file each variant calls
+        # by another name.
+        records = [BY_KIND[type(network.network)] for network in networks]
+        alone = [
+            not record.telling and (network.gguf or not record.single)
+            for record, network in zip(records, networks, strict=True)
+        ]
         folders = [
             layout == DIFFUSERS or (layout is None and part.in_folder) or by_folder
             for part, by_folder in zip(found, alone, strict=True)
@@ -133,10 +138,11 @@ def _shards(network: Targets, several: bool, folders: bool, shard: int) -> list[
 
 def _single(network: nn.Module) -> str:
     """What people call the single file of a network."""
-    if single := BY_KIND[type(network)].single:
-        return single
+    record = BY_KIND[type(network)]
+    if record.single:
+        return record.single
     known = variant_of(cast(Transformer, network).config)
-    return Path(known.file).stem if known else "flux1"
+    return Path(known.file).stem if known else record.title.lower().replace(".", "")
 
 
 def extras(

@@ -53,7 +53,7 @@ def network_of_file(source: TensorSource) -> tuple[Transformer, str]:
         found = network_of(source)
         is_one = found is not None and BY_KIND[found].part == "transformer"
         other = None if known_in(source) or is_one else what_is(source)
-        why = f"expected a transformer, found {other}" if other else error
+        why = f"expected a transformer of FLUX, found {other}" if other else error
         raise CheckpointError(f"{source}: {why}") from error
     network = cast(Transformer, bare(BY_CONFIG[type(config)].kind, config))
     report = compare(network, source)

@@ -33,6 +33,10 @@ FIRST = "layers.0.mlp.gate_proj.weight"
 QWEN3_VL_THETA = 5e6  # Qwen3-VL 4B differs from Qwen3 4B in the base of its rotary frequencies, and in no shape
 SEES = tuple(f"{at}{name}." for at in ("model.", "") for name in ("visual", "vision_tower", "multi_modal_projector"))
 BESIDE_EYES = "model.language_model."  # what transformers calls a language model that is half of one that sees
+ENDS = (  # the last norm and the output layer, in each layout
+    *(f"{at}norm.weight" for at in ("model.", BESIDE_EYES, "")),
+    *("lm_head.weight", "output_norm.weight", "output.weight"),
+)
 
 
 def _beyond(config: CausalLmConfig, key: str) -> str | None:
@@ -40,8 +44,7 @@ def _beyond(config: CausalLmConfig, key: str) -> str | None:
     if key == "lm_head.weight" and config.tie_word_embeddings:
         return "a second copy of the embedding"
     layer = re.match(r"(?:model\.(?:language_model\.)?)?layers\.(\d+)\.|blk\.(\d+)\.", key)
-    ends = ("lm_head.weight", "output.weight", "output_norm.weight")
-    behind = key in ends or key.endswith(("model.norm.weight", "language_model.norm.weight"))
+    behind = key in ENDS
     if layer is not None:
         behind = int(layer[1] or layer[2]) >= config.depth
     return "comes behind the last layer that is read" if behind and config.layers_read else None
@@ -144,7 +147,6 @@ CAUSAL_LM = Network(
     usual=_usual,
     folder="text_encoder",
     stem="model",
-    single="language_model",
     names=("text_encoder", "{lm_file}"),
     comfyui=("text_encoders", "clip"),
     architecture="qwen3",
