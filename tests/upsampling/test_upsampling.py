@@ -257,7 +257,7 @@ def test_a_system_text_may_lie_in_a_file(writers: Writers, tmp_path: Path) -> No
         ({"system": 3}, "system must be a text"),
         ({"system": Path("not-there.txt")}, "not-there.txt cannot be read"),
         ({"system": Path(".")}, "cannot be read"),
-        ({"images": [object()]}, "images: 1 given; .*vision.*Pixtral"),
+        ({"images": ["a picture"]}, "images: 1 given; .*vision.*Pixtral"),
         ({"prompt": "\ud800"}, "half a character"),
         ({"prompt": 3}, "must be a string"),
     ],
