@@ -76,6 +76,7 @@ config = AutoencoderConfig(in_channels=3, ch=32, out_ch=3, ch_mult=(1, 2, 2, 2),
     scale_factor=1.0, shift_factor=0.0, num_groups=4)
 network = Autoencoder(config).requires_grad_(False)
 latent = torch.randn(1, 4, 96, 96)
+bands.BAND = 2**14
 bands.WHOLE = 10**9 if sys.argv[1] == "whole" else 0
 with torch.inference_mode():
     network.decode(latent[..., :16, :16])

@@ -40,7 +40,7 @@ def test_it_begins_as_nothing_with_the_weights_of_the_first_block(pipe: Pipeline
     net, dev = beginning(pipe.transformer).requires_grad_(True), pipe.transformer
     assert torch.equal(net.double_blocks[0].img_attn.qkv.weight, dev.double_blocks[0].img_attn.qkv.weight)
     words, x0, seen = ["a red star", "a blue ring"], torch.randn(2, 64, 64), torch.randn(2, 64, 64)
-    encoders = encoders_of(pipe)
+    encoders = encoders_of(pipe.text)
     torch.manual_seed(1)
     loss = control_loss(net, dev, encoders, words, x0, seen)
     loss.backward()

@@ -81,7 +81,7 @@ def pipe() -> Pipeline:
 @pytest.fixture(scope="module")
 def pool(pipe: Pipeline) -> Pairs:
     torch.manual_seed(0)
-    made = Pairs(pipe.autoencoder, pipe.transformer, encoders_of(pipe), SIZE, seed=3, guidance=(3.0, 3.0))
+    made = Pairs(pipe.autoencoder, pipe.transformer, encoders_of(pipe.text), SIZE, seed=3, guidance=(3.0, 3.0))
     made.renew(6, most=4)
     return made
 
@@ -113,7 +113,7 @@ def test_while_nothing_is_decided_the_network_keeps_to_what_it_was(pipe: Pipelin
     rng = random.Random(0)
     rng.random = lambda: 0.99  # pyright: ignore  # no rounded weights, the usual padding
     torch.manual_seed(0)
-    encoders = encoders_of(pipe)
+    encoders = encoders_of(pipe.text)
     loss = dev_loss(pipe.transformer, pipe.transformer, encoders, pool, at_start, rng)
     assert loss.item() < 1e-9
 

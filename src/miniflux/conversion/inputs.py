@@ -21,6 +21,7 @@ from miniflux.checkpoints.networks import BY_KIND, NETWORKS
 from miniflux.checkpoints.opened import Opened, known_in, models_in, network_of, parts_of
 from miniflux.errors import CheckpointError
 from miniflux.lora.files import is_lora, what_is
+from miniflux.models.causal_lm import CausalLmConfig
 from miniflux.models.tiny_autoencoder import TinyDecoder
 from miniflux.variants import VARIANTS
 
@@ -200,5 +201,10 @@ def _config(kind: type[nn.Module], source: TensorSource, folder: Path | None) ->
         return config_beside(folder, known[0], Opened()), ""
     for config in known:
         if config_in(entries, {}, config) == config and record.usual(config, entries):
-            return config, ""
+            return _whole(config), ""
     return config_in(entries, {}, known[0]), record.guessed
+
+
+def _whole(config: Any) -> Any:
+    """Of a language model all that is in its file, though a variant reads a part of it."""
+    return replace(config, layers_read=None) if isinstance(config, CausalLmConfig) else config
