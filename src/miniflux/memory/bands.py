@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from miniflux.models.autoencoder import AutoencoderSizes, Decoder, Encoder, ResnetBlock
 
 WHOLE = 3 * 2**19  # pixels up to which a picture goes through at once: 1.5 times 1024 x 1024
-BAND = 2**17  # pixels of a band, about
+BAND = 2**16  # pixels of a band, about
 
 
 def through(network: Encoder | Decoder, x: Tensor) -> Tensor:
