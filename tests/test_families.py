@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import miniflux
+from miniflux.apps.cli import main
 from miniflux.checkpoints import save
 from miniflux.checkpoints.networks import BY_KIND
 from miniflux.conditions import ControlNet, Reference
@@ -209,3 +210,20 @@ def test_another_language_model_is_said(files: Path, caplog: pytest.LogCaptureFi
     with caplog.at_level(logging.WARNING):
         miniflux.load(files, device="cpu")
     assert "is another language model than the one this model was trained with: " in caplog.text
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_token_is_what_the_autoencoder_makes(name: str) -> None:
+    """Family and autoencoder are of one mind about it, and the network reads as many channels."""
+    one = VARIANTS[name]
+    family, latent = FAMILIES[one.family], one.autoencoder
+    assert family.patch == latent.patch and latent.unit == 16
+    assert one.transformer.out_channels == latent.latent_channels * family.patch**2
+
+
+def test_prompts_of_a_command_line_may_have_lengths_of_their_own(files: Path, tmp_path: Path) -> None:
+    """FLUX.3 gives each prompt a window of its own; texts that are read ahead are read one by one."""
+    prompts = ["a cat", "a dog", "a very long prompt about two dogs and a cat " * 12]
+    options = ["--steps", "1", "--size", "64x64", "-o", str(tmp_path / "a.png")]
+    assert main(["generate", *prompts, "--model", str(files), *options]) == 0
+    assert len(list(tmp_path.glob("a-*.png"))) == 3

@@ -38,7 +38,7 @@ from miniflux.models.flux1 import Flux1Config
 from miniflux.models.tiny_autoencoder import TinyDecoder
 from miniflux.models.transformer import Transformer
 from miniflux.text import ChatText, Text, TextReader, load_chat_tokenizer, load_clip_tokenizer, load_t5_tokenizer
-from miniflux.variants import ALIASES, UNPUBLISHED, VARIANTS, Variant, nearest, variant, variant_of
+from miniflux.variants import ALIASES, UNPUBLISHED, VARIANTS, Variant, like, variant
 from miniflux.weights.finding import TOKENIZERS, Files, find
 from miniflux.weights.origin import Origin, stamped
 
@@ -266,12 +266,24 @@ def _variant_in(transformer: Path, folder: Path, opened: Opened) -> Variant:
         config = config_of_transformer(contents_of(source).entries, source.metadata, axes)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
-    known = variant_of(config, transformer.name)
-    if known is None:
+    index = json_object(folder / "model_index.json")
+    known = next((one for one in like(config) if one.file == transformer.name), _in_index(like(config), index))
+    if known.transformer != config:
         name = folder.resolve().name if transformer.is_dir() else transformer.stem
-        known = replace(nearest(config), name=name, repository="", file=transformer.name, transformer=config)
+        known = replace(known, name=name, repository="", file=transformer.name, transformer=config)
     scheduler = json_object(folder / "scheduler" / "scheduler_config.json")
     return _scheduled(known, scheduler, folder) if scheduler and isinstance(config, Flux1Config) else known
+
+
+def _in_index(variants: list[Variant], index: Mapping[str, Any]) -> Variant:
+    """Of variants with one config the one that a pipeline's index tells, else the first: klein and klein base have the
+    same tensors, and need other steps and guidance."""
+    fitting = variants
+    if "is_distilled" in index:
+        fitting = [one for one in fitting if (one.cfg is None) == bool(index["is_distilled"])]
+    once = index.get("_class_name") == "Flux2KleinKVPipeline"
+    fitting = [one for one in fitting if one.once == once] or fitting
+    return (fitting or variants)[0]
 
 
 def _scheduled(known: Variant, scheduler: Mapping[str, Any], folder: Path) -> Variant:

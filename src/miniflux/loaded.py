@@ -34,6 +34,7 @@ from miniflux.models.autoencoder import Autoencoder, Flux2Autoencoder
 from miniflux.models.transformer import Transformer
 from miniflux.text import Text, TextReader, TextTokenizer
 from miniflux.variants import Variant
+from miniflux.weights.finding import TOKENIZERS
 from miniflux.weights.origin import Edited, Origin, Stamp
 
 SHOWN = 8  # changes that are named
@@ -119,9 +120,9 @@ class Baseline:
 def claimed(files: Sequence[tuple[str, Stamp]], changes: Sequence[str]) -> tuple[tuple[str, Stamp], ...]:
     """Files of a pipeline; those of parts that were changed in memory claim no hash any more."""
     changed = {line.partition(": ")[0] for line in changes}
-    text = {part for part, _ in files} - {"transformer", "autoencoder"} if "text" in changed else set[str]()
-    edited = changed | {part for part in text if not part.startswith("lora ")}
-    return tuple((part, Edited.like(stamp) if part in edited else stamp) for part, stamp in files)
+    if "text" in changed:
+        changed |= {*TOKENIZERS, *(tokenizer for tokenizer, _ in TOKENIZERS.values())}
+    return tuple((part, Edited.like(stamp) if part in changed else stamp) for part, stamp in files)
 
 
 def summary(changes: Sequence[str]) -> list[str]:

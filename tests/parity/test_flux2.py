@@ -91,6 +91,7 @@ def klein(tokenizer: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
         transformer=randomise(
             diffusers.Flux2Transformer2DModel(**TRANSFORMER, joint_attention_dim=48, guidance_embeds=False), 3
         ),
+        is_distilled=True,
     )
     pipe.set_progress_bar_config(disable=True)
     folder = tmp_path_factory.mktemp("klein")
@@ -142,24 +143,30 @@ def test_klein(klein: tuple[Any, Path], references: list[Image.Image]) -> None:
     assert_same(result, draw(theirs, guidance_scale=1.0, **({"image": references} if references else {})))
 
 
-def test_klein_base(klein: tuple[Any, Path]) -> None:
-    """With classifier-free guidance, against the empty text."""
+def test_klein_base(klein: tuple[Any, Path], tmp_path: Path) -> None:
+    """Which one it is, its tensors do not tell: the pipeline's index does. Drawn with two texts, as it was made for."""
     theirs, folder = klein
-    ours = miniflux.load(folder, device="cpu")
-    result = ours.generate(PROMPT, guide=miniflux.sampling.guide("cfg", scale=4.0), **OPTIONS)
-    assert_same(result, draw(theirs, guidance_scale=4.0))
+    peer = diffusers.Flux2KleinPipeline(**theirs.components, is_distilled=False)
+    peer.set_progress_bar_config(disable=True)
+    peer.save_pretrained(tmp_path)
+    ours = miniflux.load(tmp_path, device="cpu")
+    assert (ours.variant.cfg, ours.variant.steps) == (4.0, 50)
+    assert (miniflux.load(folder, device="cpu").variant.cfg, ours.variant.once) == (None, False)
+    assert_same(ours.generate(PROMPT, **OPTIONS), draw(peer, guidance_scale=4.0))
 
 
 @pytest.mark.parametrize("references", [[], [PHOTO], [PHOTO, OTHER]], ids=len)
-def test_klein_kv(klein: tuple[Any, Path], references: list[Image.Image]) -> None:
+def test_klein_kv(klein: tuple[Any, Path], references: list[Image.Image], tmp_path: Path) -> None:
     """References looked at once: theirs keeps what they say at the first step, with text and picture beside them."""
-    theirs, folder = klein
+    theirs, _ = klein
     peer = diffusers.Flux2KleinKVPipeline(
         **{name: theirs.components[name] for name in ("scheduler", "vae", "text_encoder", "tokenizer", "transformer")}
     )
     peer.set_progress_bar_config(disable=True)
-    ours = miniflux.load(folder, device="cpu")
-    conditions = [Reference(one, index=i + 1, once=True) for i, one in enumerate(references)]
+    peer.save_pretrained(tmp_path)
+    ours = miniflux.load(tmp_path, device="cpu")
+    assert ours.variant.once
+    conditions = [Reference(one, index=i + 1) for i, one in enumerate(references)]
     result = ours.generate(PROMPT, conditions=conditions, **OPTIONS)
     assert_same(result, draw(peer, **({"image": references} if references else {})))
     plain = ours.generate(PROMPT, conditions=[replace(one, once=False) for one in conditions], **OPTIONS)

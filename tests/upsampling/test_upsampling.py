@@ -22,8 +22,9 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from miniflux.errors import CheckpointError, InputError, TokenizerError, WeightsNotFoundError
 from miniflux.models.causal_lm import CausalLm, CausalLmConfig
+from miniflux.text.chat import load_tokenizer
 from miniflux.upsampling import load_upsampler
-from miniflux.upsampling.rewriting import MISTRAL, QWEN, QWEN_VL, Upsampler, generate, load_tokenizer, next_token
+from miniflux.upsampling.rewriting import MISTRAL, QWEN, QWEN_VL, Upsampler, generate, next_token
 from tests.tiny import randomise
 
 SIZES = {

@@ -367,8 +367,10 @@ def _draw(options: argparse.Namespace, pipe: Pipeline, call: _Call) -> None:
     with tqdm(unit="step", leave=False, disable=not sys.stderr.isatty()) as bar:
         for i, prompt in enumerate(call.prompts):
             if i % TEXTS_AHEAD == 1:  # not before the first picture, whose call checks everything
-                ahead = list(dict.fromkeys(call.prompts[i : i + TEXTS_AHEAD]))
-                pipe.text.encode(ahead, options.t5_length, options.padding)
+                for text in dict.fromkeys(
+                    call.prompts[i : i + TEXTS_AHEAD]
+                ):  # one by one: each may have its own length
+                    pipe.text.encode([text], options.t5_length, options.padding)
             about = {"index": i + 1, "seed": call.seed + i, "prompt": prompt}
 
             def progress(done: int, steps: int, i: int = i) -> None:

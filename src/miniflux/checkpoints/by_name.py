@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from miniflux.checkpoints.files import Entry
 from miniflux.checkpoints.layouts import renamed
-from miniflux.checkpoints.networks.known import KNOWN, NOT_YET, STEERS, Known, Spelling
+from miniflux.checkpoints.networks.known import KNOWN, STEERS, Known, Spelling
 
 _FIRST = tuple(spelling.signs[0] for known in KNOWN for spelling in known.spellings)
 
@@ -54,4 +54,4 @@ def _named(known: Known, spelling: Spelling, prefix: str, entries: Mapping[str, 
         name = known.named(renamed(spelling.rows, shapes), known.released)
     except (KeyError, ValueError, IndexError):  # a tensor that tells the size is not there, or has other axes
         name = f"an incomplete {known.network}"
-    return f"{name}, {STEERS if known.kind else NOT_YET}"
+    return f"{name}, {STEERS}"

@@ -7,7 +7,7 @@ from typing import Any
 
 from miniflux.conversion.tokenizer_files import Content, tokenizer_files
 from miniflux.models.transformer import TransformerConfig
-from miniflux.variants import VARIANTS, Variant, nearest, variant_of
+from miniflux.variants import VARIANTS, like, variant_of
 from miniflux.weights.finding import found_parts
 
 # Settings of diffusers' scheduler that `flux1_schedule` has built in: where they differ, pictures would.
@@ -63,10 +63,5 @@ def scheduler(root: Path, config: TransformerConfig) -> Content:
     """The scheduler's config of a model: that in its folder, else what is usual for its kind."""
     if (root / SCHEDULER_FILE).is_file():
         return root / SCHEDULER_FILE
-    shifts = like(config).shift
+    shifts = like(config)[0].shift
     return {**SCHEDULER, "num_train_timesteps": 1000, "shift": 3.0 if shifts else 1.0, "use_dynamic_shifting": shifts}
-
-
-def like(config: TransformerConfig) -> Variant:
-    """The variant whose transformer this is, or the one that a model of other sizes is treated as."""
-    return variant_of(config) or nearest(config)

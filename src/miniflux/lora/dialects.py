@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
 from torch import nn
 
 from miniflux.checkpoints.networks import NETWORKS
-from miniflux.checkpoints.networks.flux1 import FLUX1, FLUX1_DIFFUSERS
+from miniflux.checkpoints.networks.flux1 import COMMON_DIFFUSERS, FLUX1, FLUX1_DIFFUSERS
+from miniflux.checkpoints.networks.flux2 import FLUX2_DIFFUSERS
 from miniflux.checkpoints.networks.flux3 import FLUX3_DIFFUSERS
-from miniflux.checkpoints.networks.record import LoraSpelling, Row
+from miniflux.checkpoints.networks.record import LoraSpelling, Row, row
 from miniflux.errors import LoraError
 
 PartName = Literal["transformer", "clip", "t5"]
@@ -152,24 +153,6 @@ class Dialect:
         return None
 
 
-# FLUX.2 in the spelling of the original release and of diffusers; rows that it shares with FLUX.1 are in that table.
-FLUX2_DIFFUSERS: list[tuple[str, str]] = [
-    ("time_in.in_layer", "time_guidance_embed.timestep_embedder.linear_1"),
-    ("time_in.out_layer", "time_guidance_embed.timestep_embedder.linear_2"),
-    ("guidance_in.in_layer", "time_guidance_embed.guidance_embedder.linear_1"),
-    ("guidance_in.out_layer", "time_guidance_embed.guidance_embedder.linear_2"),
-    ("double_stream_modulation_img.lin", "double_stream_modulation_img.linear"),
-    ("double_stream_modulation_txt.lin", "double_stream_modulation_txt.linear"),
-    ("single_stream_modulation.lin", "single_stream_modulation.linear"),
-    ("double_blocks.{i}.img_mlp.0", "transformer_blocks.{i}.ff.linear_in"),
-    ("double_blocks.{i}.img_mlp.2", "transformer_blocks.{i}.ff.linear_out"),
-    ("double_blocks.{i}.txt_mlp.0", "transformer_blocks.{i}.ff_context.linear_in"),
-    ("double_blocks.{i}.txt_mlp.2", "transformer_blocks.{i}.ff_context.linear_out"),
-    ("single_blocks.{i}.linear1", "single_transformer_blocks.{i}.attn.to_qkv_mlp_proj"),
-    ("single_blocks.{i}.linear2", "single_transformer_blocks.{i}.attn.to_out"),
-    ("single_blocks.{i}.linear2", "single_transformer_blocks.{i}.attn.to_out.0"),  # as LyCORIS has it
-]
-
 # XLabs' attention processors: 1 is the picture's half of a double block, 2 the text's. (place, spelling)
 XLABS: list[tuple[Place, str]] = [
     (Place("transformer", "double_blocks.{i}.img_attn.qkv"), "double_blocks.{i}.processor.qkv_lora1"),
@@ -198,27 +181,33 @@ def _from_rows(rows: Iterable[Row]) -> list[_Rule]:
     ]
 
 
+# What of FLUX.2 is not called as in FLUX.1, and LyCORIS' own name of a module.
+FLUX2_ROWS = [
+    *(one for one in FLUX2_DIFFUSERS if one not in COMMON_DIFFUSERS),
+    row("single_blocks.{i}.linear2.*", "single_transformer_blocks.{i}.attn.to_out.0.*"),
+]
+
+
 def _original() -> list[_Rule]:
     """The network's own names; and OneTrainer's, which number the parts of a fused module: `img_attn.qkv.0`."""
     rules = [_Rule(_stem(row.ours), Place("transformer", _stem(row.ours))) for row in FLUX1_DIFFUSERS]
     known = {rule.theirs for rule in rules}
     rules += [
         _Rule(ours, Place("transformer", ours))
-        for ours in dict.fromkeys(ours for ours, _ in FLUX2_DIFFUSERS)
+        for ours in dict.fromkeys(_stem(row.ours) for row in FLUX2_ROWS)
         if ours not in known
     ]
-    for row in FLUX1_DIFFUSERS:
-        for n in range(len(row.theirs) if len(row.theirs) > 1 else 0):
+    for one in FLUX1_DIFFUSERS:
+        for n in range(len(one.theirs) if len(one.theirs) > 1 else 0):
             rules.append(
-                _Rule(f"{_stem(row.ours)}.{n}", Place("transformer", _stem(row.ours), n, n + 1, len(row.theirs)))
+                _Rule(f"{_stem(one.ours)}.{n}", Place("transformer", _stem(one.ours), n, n + 1, len(one.theirs)))
             )
     return rules
 
 
 RULES: dict[LoraSpelling, list[_Rule]] = {
     "original": _original(),
-    "diffusers": _from_rows(FLUX1_DIFFUSERS)
-    + [_Rule(theirs, Place("transformer", ours), flux2=True) for ours, theirs in FLUX2_DIFFUSERS],
+    "diffusers": _from_rows(FLUX1_DIFFUSERS) + [replace(rule, flux2=True) for rule in _from_rows(FLUX2_ROWS)],
     "flux3": [_Rule(_stem(row.ours), Place("transformer", _stem(row.ours))) for row in FLUX3_DIFFUSERS],
     "flux3 diffusers": _from_rows(FLUX3_DIFFUSERS),
     "xlabs": [_Rule(theirs, place) for place, theirs in XLABS],

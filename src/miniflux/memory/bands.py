@@ -8,7 +8,7 @@ before that layer, but made band by band when it is asked for. The result differ
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -78,10 +78,12 @@ class Doubled:
         return 2 * self.source.height
 
     def rows(self, first: int, last: int) -> Tensor:
-        above, below = max(0, first - 1), min(self.height, last + 1)
-        small = self.source.rows(above // 2, -(-below // 2))
-        x = F.interpolate(small, scale_factor=2.0, mode="nearest")[:, :, above % 2 :][:, :, : below - above]
-        return _convolved(self.conv, x, above - (first - 1), last + 1 - below)
+        return _convolved(self.conv, self.height, first, last, self._doubled)
+
+    def _doubled(self, first: int, last: int) -> Tensor:
+        small = self.source.rows(first // 2, -(-last // 2))
+        x = F.interpolate(small, scale_factor=2.0, mode="nearest")
+        return x[:, :, first % 2 : first % 2 + last - first]
 
 
 @dataclass
@@ -156,20 +158,19 @@ def _through(block: ResnetBlock, field: Field) -> Held:
     """A residual block. It writes into what it is given where it can."""
     if block.same_width and not isinstance(field, Held):
         field = Held(_held(field))
-    first, inner, beside = Statistics.of(block.norm1, field), _Filled(field.height), _Filled(field.height)
+    height, first = field.height, Statistics.of(block.norm1, field)
+    inner, beside = _Filled(height), _Filled(height)
     for start, end in _bands(field):
-        above, below = max(0, start - 1), min(field.height, end + 1)
-        x = field.rows(above, below)
+        above, below = max(0, start - 1), min(height, end + 1)
+        x = field.rows(above, below)  # once for both, because it may have to be made
         if not block.same_width:
             beside.put(start, block.nin_shortcut(x[:, :, start - above : end - above]))
-        inner.put(start, _convolved(block.conv1, first.active(x), above - (start - 1), end + 1 - below))
+        inner.put(start, _convolved(block.conv1, height, start, end, lambda *_, x=x: first.active(x)))
     result = field.tensor if isinstance(field, Held) and block.same_width else beside.tensor
     h = Held(inner.tensor)
     second = Statistics.of(block.norm2, h)
     for start, end in _bands(h):
-        above, below = max(0, start - 1), min(h.height, end + 1)
-        x = second.active(h.rows(above, below))
-        result[:, :, start:end] += _convolved(block.conv2, x, above - (start - 1), end + 1 - below)
+        result[:, :, start:end] += _convolved(block.conv2, height, start, end, lambda a, b: second.active(h.rows(a, b)))
     return Held(result)
 
 
@@ -177,9 +178,8 @@ def _ended(network: Decoder | Encoder, field: Field) -> Tensor:
     """The last norm and convolution."""
     statistics, found = Statistics.of(network.norm_out, field), _Filled(field.height)
     for start, end in _bands(field):
-        above, below = max(0, start - 1), min(field.height, end + 1)
-        x = statistics.active(field.rows(above, below))
-        found.put(start, _convolved(network.conv_out, x, above - (start - 1), end + 1 - below))
+        rows = _convolved(network.conv_out, field.height, start, end, lambda a, b: statistics.active(field.rows(a, b)))
+        found.put(start, rows)
     return found.tensor
 
 
@@ -205,9 +205,11 @@ def _held(field: Field) -> Tensor:
     return found.tensor
 
 
-def _convolved(conv: nn.Conv2d, x: Tensor, above: int, below: int) -> Tensor:
-    """A 3x3 convolution of rows that have their neighbours with them, but for so many beyond the edges."""
-    return F.conv2d(F.pad(x, (0, 0, above, below)) if above or below else x, conv.weight, conv.bias, padding=(0, 1))
+def _convolved(conv: nn.Conv2d, height: int, first: int, last: int, rows: Callable[[int, int], Tensor]) -> Tensor:
+    """Rows of a 3x3 convolution, from those before and behind them, too: `rows` gives what it is made of."""
+    above, below = max(0, first - 1), min(height, last + 1)
+    x = F.pad(rows(above, below), (0, 0, above - (first - 1), last + 1 - below))
+    return F.conv2d(x, conv.weight, conv.bias, padding=(0, 1))
 
 
 def _bands(field: Field) -> Iterator[tuple[int, int]]:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.normalizers import NFC
 from tokenizers.pre_tokenizers import ByteLevel, Split
@@ -32,6 +33,7 @@ from miniflux.text.tokenizers import bounded, from_json
 QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+QWEN_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
 MAX_BYTES = 40_000_000  # of tokenizer.json: Qwen's has 11 MB, Mistral's 17
 MAX_WINDOW = 8192  # tokens, of the form without a length of its own
 DEV_SYSTEM = (
@@ -172,33 +174,39 @@ class ChatTokenizer:
 
 
 def load_chat_tokenizer(path: str | Path, form: ChatForm) -> ChatTokenizer:
-    """The tokenizer of a language model from `tokenizer.json`, or Qwen's from `vocab.json` and `merges.txt`.
+    """The tokenizer of a language model, for prompts in a form; arguments and errors as of `load_tokenizer`, and
+
+    Raises:
+        TokenizerError: it is of another model than the form is for.
+    """
+    tokenizer = load_tokenizer(path)
+    return ChatTokenizer(lambda text: tokenizer.encode(text, add_special_tokens=False).ids, form)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a language model, to ids and back, from `tokenizer.json`, or Qwen's from its three files.
 
     Args:
         path: the folder that holds them, or `tokenizer.json`.
 
     Raises:
-        TokenizerError: a file is missing, cannot be read, or is of another model than the form is for.
+        TokenizerError: a file is missing or cannot be read.
     """
     path = Path(path)
     single = path if path.name == "tokenizer.json" else path / "tokenizer.json"
     if single.is_file():
-        tokenizer = from_json(single, MAX_BYTES)
-    elif all((path / name).is_file() for name in ("vocab.json", "merges.txt", "tokenizer_config.json")):
-        try:
-            tokenizer = qwen_tokenizer(path)
-        except TokenizerError:
-            raise
-        except Exception as error:  # the library raises bare Exception for merges that do not fit the vocabulary
-            raise TokenizerError(f"cannot read {path}: {error}") from error
-    else:
-        raise TokenizerError(
-            f"no tokenizer in {path}: expected tokenizer.json, or vocab.json, merges.txt and tokenizer_config.json"
-        )
-    return ChatTokenizer(lambda text: tokenizer.encode(text, add_special_tokens=False).ids, form)
+        return from_json(single, MAX_BYTES)
+    if not all((path / name).is_file() for name in QWEN_FILES):
+        raise TokenizerError(f"no tokenizer in {path}: expected tokenizer.json, or {', '.join(QWEN_FILES)}")
+    try:
+        return _qwen(path)
+    except TokenizerError:
+        raise
+    except Exception as error:  # the library raises bare Exception for merges that do not fit the vocabulary
+        raise TokenizerError(f"cannot read {path}: {error}") from error
 
 
-def qwen_tokenizer(folder: Path) -> Tokenizer:
+def _qwen(folder: Path) -> Tokenizer:
     """Qwen's byte pairs, with the special tokens that its config adds."""
     lines = bounded(folder / "merges.txt").read_text("utf-8").splitlines()
     pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version:")]
@@ -207,6 +215,7 @@ def qwen_tokenizer(folder: Path) -> Tokenizer:
     tokenizer.pre_tokenizer = PreTokenizers(  # pyright: ignore
         [Split(Regex(QWEN_WORDS), behavior="isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
     )
+    tokenizer.decoder = ByteLevelDecoder()  # pyright: ignore
     added = json_file(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
     for number, about in sorted(added.items(), key=lambda item: int(item[0])):
         token = AddedToken(about["content"], normalized=False, special=bool(about.get("special")))

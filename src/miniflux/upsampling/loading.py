@@ -21,7 +21,8 @@ from miniflux.checkpoints.opened import Opened, layout_in
 from miniflux.errors import CheckpointError, WeightsNotFoundError
 from miniflux.memory.compute import choose_device, choose_dtype
 from miniflux.models.causal_lm import CausalLm, CausalLmConfig
-from miniflux.upsampling.rewriting import QWEN_FILES, QWEN_VL, Upsampler, load_tokenizer
+from miniflux.text.chat import QWEN_FILES, load_tokenizer
+from miniflux.upsampling.rewriting import QWEN_VL, Upsampler
 from miniflux.variants import VARIANTS
 
 log = logging.getLogger(__name__)

@@ -15,20 +15,17 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from tokenizers.decoders import ByteLevel
 from torch import Tensor
 
 from miniflux.checks import check_number, shown, whole
 from miniflux.errors import CheckpointError, InputError, TokenizerError
 from miniflux.models.causal_lm import CausalLm, KeyValues
 from miniflux.strictjson import open_regular
-from miniflux.text.chat import MAX_BYTES, QWEN_USER, qwen_tokenizer
+from miniflux.text.chat import QWEN_USER
 from miniflux.text.decoding import decoded, repaired
-from miniflux.text.tokenizers import from_json
 
 log = logging.getLogger(__name__)
 
-QWEN_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
 MAX_SYSTEM = 1_000_000  # bytes of a file; the released texts have 5,000
 
 
@@ -237,29 +234,3 @@ def next_token(logits: Tensor, temperature: float, generator: torch.Generator) -
         return int(logits.argmax())
     likely = ((logits - logits.max()) / temperature).softmax(0)  # from the largest: no temperature is too small
     return int(torch.multinomial(likely, 1, generator=generator))
-
-
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a language model, to ids and back, from `tokenizer.json`, or Qwen's from `vocab.json` and
-    `merges.txt`.
-
-    Args:
-        path: the folder that holds them.
-
-    Raises:
-        TokenizerError: a file is missing or cannot be read.
-    """
-    path = Path(path)
-    if (path / "tokenizer.json").is_file():
-        tokenizer = from_json(path / "tokenizer.json", MAX_BYTES)
-    elif all((path / name).is_file() for name in QWEN_FILES):
-        try:
-            tokenizer = qwen_tokenizer(path)
-        except TokenizerError:
-            raise
-        except Exception as error:  # the library raises bare Exception for merges that do not fit the vocabulary
-            raise TokenizerError(f"cannot read {path}: {error}") from error
-        tokenizer.decoder = ByteLevel()  # pyright: ignore
-    else:
-        raise TokenizerError(f"no tokenizer in {path}: expected tokenizer.json, or {', '.join(QWEN_FILES)}")
-    return tokenizer

@@ -5,23 +5,16 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from miniflux.checkpoints.networks.record import DIFFUSERS, Layout, Network, Shapes, count, row
+from miniflux.checkpoints.networks.record import DIFFUSERS, TRANSFORMER, Layout, Network, Shapes, count, row
 from miniflux.models.flux1 import Flux1, Flux1Config
 
-# diffusers' FluxTransformer2DModel. Its fused tensors are split, and its last modulation has scale before shift.
-FLUX1_DIFFUSERS = [
+# What diffusers' classes of FLUX.1 and FLUX.2 call alike. Fused tensors of double blocks are split, and the last
+# modulation has scale before shift.
+COMMON_DIFFUSERS = [
     row("img_in.*", "x_embedder.*"),
     row("txt_in.*", "context_embedder.*"),
-    row("time_in.in_layer.*", "time_text_embed.timestep_embedder.linear_1.*"),
-    row("time_in.out_layer.*", "time_text_embed.timestep_embedder.linear_2.*"),
-    row("guidance_in.in_layer.*", "time_text_embed.guidance_embedder.linear_1.*"),
-    row("guidance_in.out_layer.*", "time_text_embed.guidance_embedder.linear_2.*"),
-    row("vector_in.in_layer.*", "time_text_embed.text_embedder.linear_1.*"),
-    row("vector_in.out_layer.*", "time_text_embed.text_embedder.linear_2.*"),
     row("final_layer.adaLN_modulation.1.*", "norm_out.linear.*", how="swap halves"),
     row("final_layer.linear.*", "proj_out.*"),
-    row("double_blocks.{i}.img_mod.lin.*", "transformer_blocks.{i}.norm1.linear.*"),
-    row("double_blocks.{i}.txt_mod.lin.*", "transformer_blocks.{i}.norm1_context.linear.*"),
     row(
         "double_blocks.{i}.img_attn.qkv.*",
         "transformer_blocks.{i}.attn.to_q.*",
@@ -40,6 +33,20 @@ FLUX1_DIFFUSERS = [
     row("double_blocks.{i}.txt_attn.norm.key_norm.scale", "transformer_blocks.{i}.attn.norm_added_k.weight"),
     row("double_blocks.{i}.img_attn.proj.*", "transformer_blocks.{i}.attn.to_out.0.*"),
     row("double_blocks.{i}.txt_attn.proj.*", "transformer_blocks.{i}.attn.to_add_out.*"),
+    row("single_blocks.{i}.norm.query_norm.scale", "single_transformer_blocks.{i}.attn.norm_q.weight"),
+    row("single_blocks.{i}.norm.key_norm.scale", "single_transformer_blocks.{i}.attn.norm_k.weight"),
+]
+# diffusers' FluxTransformer2DModel.
+FLUX1_DIFFUSERS = [
+    *COMMON_DIFFUSERS,
+    row("time_in.in_layer.*", "time_text_embed.timestep_embedder.linear_1.*"),
+    row("time_in.out_layer.*", "time_text_embed.timestep_embedder.linear_2.*"),
+    row("guidance_in.in_layer.*", "time_text_embed.guidance_embedder.linear_1.*"),
+    row("guidance_in.out_layer.*", "time_text_embed.guidance_embedder.linear_2.*"),
+    row("vector_in.in_layer.*", "time_text_embed.text_embedder.linear_1.*"),
+    row("vector_in.out_layer.*", "time_text_embed.text_embedder.linear_2.*"),
+    row("double_blocks.{i}.img_mod.lin.*", "transformer_blocks.{i}.norm1.linear.*"),
+    row("double_blocks.{i}.txt_mod.lin.*", "transformer_blocks.{i}.norm1_context.linear.*"),
     row("double_blocks.{i}.img_mlp.0.*", "transformer_blocks.{i}.ff.net.0.proj.*"),
     row("double_blocks.{i}.img_mlp.2.*", "transformer_blocks.{i}.ff.net.2.*"),
     row("double_blocks.{i}.txt_mlp.0.*", "transformer_blocks.{i}.ff_context.net.0.proj.*"),
@@ -53,8 +60,6 @@ FLUX1_DIFFUSERS = [
         "single_transformer_blocks.{i}.proj_mlp.*",
     ),
     row("single_blocks.{i}.linear2.*", "single_transformer_blocks.{i}.proj_out.*"),
-    row("single_blocks.{i}.norm.query_norm.scale", "single_transformer_blocks.{i}.attn.norm_q.weight"),
-    row("single_blocks.{i}.norm.key_norm.scale", "single_transformer_blocks.{i}.attn.norm_k.weight"),
 ]
 
 # What a quarter of the weights make, from noise level, guidance and prompt alone: known before a run (`Ahead`).
@@ -117,21 +122,14 @@ def _activations(config: Flux1Config, tokens: int, itemsize: int) -> int:
 
 
 FLUX1 = Network(
-    part="transformer",
-    word="transformer",
+    **TRANSFORMER,
     phrase="the transformer of a FLUX.1",
     kind=Flux1,
     config=Flux1Config,
     signs=("img_in.weight", "x_embedder.weight"),
     layouts={DIFFUSERS: Layout(FLUX1_DIFFUSERS, ("x_embedder.",))},
     stacked=lambda config: config.hidden_size,
-    prefix="model.diffusion_model.",
-    folder="transformer",
-    stem="diffusion_pytorch_model",
-    names=("{file}", "transformer"),
-    comfyui=("diffusion_models", "unet", "checkpoints"),
     architecture="flux",
-    header="axes_dim",
     title="FLUX.1",
     telling=(
         "img_in.weight",

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from miniflux.checkpoints.networks.record import DIFFUSERS, Layout, Network, Shapes, count, row
+from miniflux.checkpoints.networks.flux1 import COMMON_DIFFUSERS
+from miniflux.checkpoints.networks.record import DIFFUSERS, TRANSFORMER, Layout, Network, Shapes, count, row
 from miniflux.models.flux2 import Flux2, Flux2Config
 
-# diffusers' Flux2Transformer2DModel. Only the tensors of double blocks are split there; the last modulation has scale
-# before shift.
+# diffusers' Flux2Transformer2DModel. Of single blocks nothing is split there.
 FLUX2_DIFFUSERS = [
-    row("img_in.*", "x_embedder.*"),
-    row("txt_in.*", "context_embedder.*"),
+    *COMMON_DIFFUSERS,
     row("time_in.in_layer.*", "time_guidance_embed.timestep_embedder.linear_1.*"),
     row("time_in.out_layer.*", "time_guidance_embed.timestep_embedder.linear_2.*"),
     row("guidance_in.in_layer.*", "time_guidance_embed.guidance_embedder.linear_1.*"),
@@ -19,34 +18,12 @@ FLUX2_DIFFUSERS = [
     row("double_stream_modulation_img.lin.*", "double_stream_modulation_img.linear.*"),
     row("double_stream_modulation_txt.lin.*", "double_stream_modulation_txt.linear.*"),
     row("single_stream_modulation.lin.*", "single_stream_modulation.linear.*"),
-    row("final_layer.adaLN_modulation.1.*", "norm_out.linear.*", how="swap halves"),
-    row("final_layer.linear.*", "proj_out.*"),
-    row(
-        "double_blocks.{i}.img_attn.qkv.*",
-        "transformer_blocks.{i}.attn.to_q.*",
-        "transformer_blocks.{i}.attn.to_k.*",
-        "transformer_blocks.{i}.attn.to_v.*",
-    ),
-    row(
-        "double_blocks.{i}.txt_attn.qkv.*",
-        "transformer_blocks.{i}.attn.add_q_proj.*",
-        "transformer_blocks.{i}.attn.add_k_proj.*",
-        "transformer_blocks.{i}.attn.add_v_proj.*",
-    ),
-    row("double_blocks.{i}.img_attn.norm.query_norm.scale", "transformer_blocks.{i}.attn.norm_q.weight"),
-    row("double_blocks.{i}.img_attn.norm.key_norm.scale", "transformer_blocks.{i}.attn.norm_k.weight"),
-    row("double_blocks.{i}.txt_attn.norm.query_norm.scale", "transformer_blocks.{i}.attn.norm_added_q.weight"),
-    row("double_blocks.{i}.txt_attn.norm.key_norm.scale", "transformer_blocks.{i}.attn.norm_added_k.weight"),
-    row("double_blocks.{i}.img_attn.proj.*", "transformer_blocks.{i}.attn.to_out.0.*"),
-    row("double_blocks.{i}.txt_attn.proj.*", "transformer_blocks.{i}.attn.to_add_out.*"),
     row("double_blocks.{i}.img_mlp.0.*", "transformer_blocks.{i}.ff.linear_in.*"),
     row("double_blocks.{i}.img_mlp.2.*", "transformer_blocks.{i}.ff.linear_out.*"),
     row("double_blocks.{i}.txt_mlp.0.*", "transformer_blocks.{i}.ff_context.linear_in.*"),
     row("double_blocks.{i}.txt_mlp.2.*", "transformer_blocks.{i}.ff_context.linear_out.*"),
     row("single_blocks.{i}.linear1.*", "single_transformer_blocks.{i}.attn.to_qkv_mlp_proj.*"),
     row("single_blocks.{i}.linear2.*", "single_transformer_blocks.{i}.attn.to_out.*"),
-    row("single_blocks.{i}.norm.query_norm.scale", "single_transformer_blocks.{i}.attn.norm_q.weight"),
-    row("single_blocks.{i}.norm.key_norm.scale", "single_transformer_blocks.{i}.attn.norm_k.weight"),
 ]
 HEAD = "single_blocks.0.norm.query_norm.scale"
 
@@ -91,21 +68,14 @@ def _activations(config: Flux2Config, tokens: int, itemsize: int) -> int:
 
 
 FLUX2 = Network(
-    part="transformer",
-    word="transformer",
+    **TRANSFORMER,
     phrase="the transformer of a FLUX.2",
     kind=Flux2,
     config=Flux2Config,
     signs=("double_stream_modulation_img.lin.weight", "double_stream_modulation_img.linear.weight"),
     layouts={DIFFUSERS: Layout(FLUX2_DIFFUSERS, ("x_embedder.",))},
     stacked=lambda config: config.hidden_size,
-    prefix="model.diffusion_model.",
-    folder="transformer",
-    stem="diffusion_pytorch_model",
-    names=("{file}", "transformer"),
-    comfyui=("diffusion_models", "unet", "checkpoints"),
     architecture="flux2",
-    header="axes_dim",
     title="FLUX.2",
     telling=(
         "img_in.weight",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from miniflux.checkpoints.networks.record import DIFFUSERS, Layout, Network, Row, Shapes, count, row
+from miniflux.checkpoints.networks.record import DIFFUSERS, TRANSFORMER, Layout, Network, Row, Shapes, count, row
 from miniflux.models.flux3 import Flux3, Flux3Config
 
 BLOCKS = {
@@ -90,21 +90,14 @@ def _activations(config: Flux3Config, tokens: int, itemsize: int) -> int:
 
 
 FLUX3 = Network(
-    part="transformer",
-    word="transformer",
+    **TRANSFORMER,
     phrase="the transformer of a FLUX.3",
     kind=Flux3,
     config=Flux3Config,
     signs=("early_stream_modulations.txt.lin.weight", "early_stream_modulations.txt.linear.weight"),
     layouts={DIFFUSERS: Layout(FLUX3_DIFFUSERS, ("x_embedders.",))},
     other_half=(("repa_projectors.",), "was of use in training alone"),
-    prefix="model.diffusion_model.",
-    folder="transformer",
-    stem="diffusion_pytorch_model",
-    names=("{file}", "transformer"),
-    comfyui=("diffusion_models", "unet", "checkpoints"),
     architecture="flux3",
-    header="axes_dim",
     title="FLUX.3",
     telling=(
         "emb_in.image.weight",

@@ -20,7 +20,7 @@ from miniflux.models.vision import SiglipVision
 from miniflux.variants import REDUX_SIZES, SIGLIP_SIZES
 
 Released = Mapping[Any, Any]
-NOT_YET, STEERS = "not loadable yet", "for conditions.load"
+STEERS = "for conditions.load"
 XLABS, INSTANTX, TRANSFORMERS = "XLabs", "InstantX", "transformers"
 
 
@@ -48,14 +48,14 @@ class Known:
         named: its exact name, from the shapes of its tensors under its own names and `released`.
         spellings: the ways in which it is written, the first that is there counts.
         released: names by sizes, or sizes by names, of those that were published.
-        kind: what `conditions.load` makes of it; None if it is only known.
+        kind: what `conditions.load` makes of it.
     """
 
     network: str
     named: Callable[[Shapes, Released], str]
     spellings: tuple[Spelling, ...]
     released: Released = field(default_factory=dict[Any, Any])
-    kind: type[nn.Module] | None = None
+    kind: type[nn.Module] = field(kw_only=True)
 
 
 def _controlnet(shapes: Shapes, released: Released) -> str:

@@ -153,6 +153,19 @@ class Network:
         return why if begins and key.startswith(begins) else self.redundant.get(key)
 
 
+TRANSFORMER: dict[str, Any] = {
+    "part": "transformer",
+    "word": "transformer",
+    "prefix": "model.diffusion_model.",
+    "folder": "transformer",
+    "stem": "diffusion_pytorch_model",
+    "names": ("{file}", "transformer"),
+    "comfyui": ("diffusion_models", "unet", "checkpoints"),
+    "header": "axes_dim",
+}
+"""What the records of all transformers have in common: `Network(**TRANSFORMER, ...)`."""
+
+
 def count(shapes: Shapes, pattern: str) -> int:
     """How many different numbers stand in the place of the group."""
     return len({match[1] for key in shapes if (match := re.match(pattern, key))})

@@ -120,7 +120,7 @@ def make(folder: Path, start: Path | None = None, begin: int = 0, again: bool = 
     autoencoder = autoencoder.requires_grad_(False).to(memory_format=torch.channels_last)  # pyright: ignore
     stated = NANO_AUTOENCODER
     if autoencoder.config != stated:
-        log.warning("write these into variants.py: scale_factor %s, shift_factor %s",
+        log.warning("write these into variants/sizes.py: scale_factor %s, shift_factor %s",
                     autoencoder.config.scale_factor, autoencoder.config.shift_factor)  # fmt: skip
     flat, lit, small = (stage1.psnr(autoencoder, *how) for how in ((False, 128), (True, 128), (False, 64)))
     log.info("autoencoder: %.1f dB flat, %.1f dB lit, %.1f dB flat at 64x64", flat, lit, small)

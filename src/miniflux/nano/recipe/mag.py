@@ -1,4 +1,4 @@
-"""The MagCache table of nano-dev: `python -m miniflux.nano.recipe.mag` prints it for `variants.py`."""
+"""The MagCache table of nano-dev: `python -m miniflux.nano.recipe.mag` prints it for `variants/tables.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The preview table of nano's autoencoder: `python -m miniflux.nano.recipe.preview` prints it for `variants.py`."""
+"""The preview table of nano's autoencoder, for `variants/tables.py`: `python -m miniflux.nano.recipe.preview`."""
 
 from __future__ import annotations
 

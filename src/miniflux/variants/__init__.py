@@ -1,7 +1,6 @@
 """What exists: every released model, declared as its differences from a base.
 
-Sizes come from `flux/util.py` of the original release and from the `config.json` files of its text encoders. This is
-the only place where real sizes are written down.
+Sizes are in `sizes.py`, measured tables in `tables.py`.
 """
 
 from __future__ import annotations
@@ -12,221 +11,79 @@ from miniflux.errors import InputError
 from miniflux.models.autoencoder import AutoencoderConfig, Flux2AutoencoderConfig
 from miniflux.models.causal_lm import CausalLmConfig
 from miniflux.models.clip import ClipTextConfig
-from miniflux.models.flux1 import Flux1Config
-from miniflux.models.flux2 import Flux2Config
-from miniflux.models.flux3 import Flux3Config
 from miniflux.models.t5 import T5Config
 from miniflux.models.tiny_autoencoder import TinyDecoderConfig
 from miniflux.models.transformer import TransformerConfig
-from miniflux.models.vision import VisionConfig
 from miniflux.text.chat import FLUX3_FORM, KLEIN_FORM, ChatForm, dev_form
-
-FLUX1_DEV = Flux1Config(
-    in_channels=64,
-    out_channels=64,
-    vec_in_dim=768,
-    context_in_dim=4096,
-    hidden_size=3072,
-    mlp_ratio=4.0,
-    num_heads=24,
-    depth=19,
-    depth_single_blocks=38,
-    axes_dim=(16, 56, 56),
-    theta=10_000,
-    qkv_bias=True,
-    guidance_embed=True,
-)
-FLUX1_AUTOENCODER = AutoencoderConfig(
-    in_channels=3,
-    ch=128,
-    out_ch=3,
-    ch_mult=(1, 2, 4, 4),
-    num_res_blocks=2,
-    z_channels=16,
-    scale_factor=0.3611,
-    shift_factor=0.1159,
-)
-# TAEF1 (madebyollin/taef1: `taesd.py`, and the config.json beside its diffusers file).
-FLUX1_TINY = TinyDecoderConfig(z_channels=16, out_ch=3, width=64, blocks=(3, 3, 3, 1))
-CLIP_L = ClipTextConfig(
-    vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
-)
-T5_XXL = T5Config(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
-
-# FLUX.2 (`flux2/model.py` of the release) and FLUX.3 (the defaults of diffusers' Flux3Transformer2DModel).
-FLUX2_DEV = Flux2Config(
-    in_channels=128,
-    context_in_dim=15360,
-    hidden_size=6144,
-    num_heads=48,
-    depth=8,
-    depth_single_blocks=48,
-    axes_dim=(32, 32, 32, 32),
-    theta=2000,
-    mlp_ratio=3.0,
-    guidance_embed=True,
-)
-FLUX2_KLEIN_4B = replace(
+from miniflux.variants.sizes import (
+    CLIP_L,
+    CLIP_VIT_L14,
+    FLUX1_AUTOENCODER,
+    FLUX1_DEV,
+    FLUX1_TINY,
+    FLUX2_AUTOENCODER,
     FLUX2_DEV,
-    context_in_dim=7680,
-    hidden_size=3072,
-    num_heads=24,
-    depth=5,
-    depth_single_blocks=20,
-    guidance_embed=False,
+    FLUX2_KLEIN_4B,
+    FLUX2_KLEIN_9B,
+    FLUX3_KLEIN,
+    MISTRAL_SMALL,
+    NANO_AUTOENCODER,
+    NANO_CLIP,
+    NANO_DEV,
+    NANO_LENGTH,
+    NANO_SCHNELL,
+    NANO_T5,
+    QWEN3_4B,
+    QWEN3_8B,
+    QWEN3_VL_4B,
+    REDUX_SIZES,
+    SIGLIP_SIZES,
+    SIGLIP_SO400M,
+    T5_XXL,
 )
-FLUX2_KLEIN_9B = replace(
-    FLUX2_KLEIN_4B, context_in_dim=12288, hidden_size=4096, num_heads=32, depth=8, depth_single_blocks=24
-)
-FLUX3_KLEIN = Flux3Config(
-    in_channels=128,
-    out_channels=128,
-    cond_in_channels=128,
-    context_in_dim=20480,
-    hidden_size=3072,
-    num_heads=24,
-    depth=5,
-    depth_single_blocks=28,
-    mlp_ratio=3.0,
-    axes_dim=(32, 32, 32, 32),
-    theta=10_000,
-    flow_map=True,
-)
-FLUX2_AUTOENCODER = Flux2AutoencoderConfig(
-    in_channels=3, ch=128, out_ch=3, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=32
-)
-# The language models (`config.json` of Qwen/Qwen3-4B, Qwen/Qwen3-8B, Qwen/Qwen3-VL-4B-Instruct and
-# mistralai/Mistral-Small-3.2-24B-Instruct-2506), of which as many layers are read as prompts need.
-QWEN3_4B = CausalLmConfig(
-    vocab_size=151936,
-    hidden_size=2560,
-    intermediate_size=9728,
-    num_hidden_layers=36,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    rope_theta=1e6,
-    qk_norm=True,
-    tie_word_embeddings=True,
-    layers_read=max(KLEIN_FORM.layers),
-)
-QWEN3_8B = replace(QWEN3_4B, hidden_size=4096, intermediate_size=12288, tie_word_embeddings=False)
-QWEN3_VL_4B = replace(QWEN3_4B, rope_theta=5e6, layers_read=max(FLUX3_FORM.layers))
-MISTRAL_SMALL = CausalLmConfig(
-    vocab_size=131072,
-    hidden_size=5120,
-    intermediate_size=32768,
-    num_hidden_layers=40,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    rms_norm_eps=1e-5,
-    rope_theta=1e9,
-    qk_norm=False,
-    tie_word_embeddings=False,
-    layers_read=max(dev_form().layers),
-)
+from miniflux.variants.tables import FLUX1_MAG_RATIOS, FLUX1_PREVIEW, NANO_MAG_RATIOS, NANO_PREVIEW
 
-NANO_DEV = Flux1Config(
-    in_channels=64,
-    out_channels=64,
-    vec_in_dim=64,
-    context_in_dim=128,
-    hidden_size=192,
-    mlp_ratio=4.0,
-    num_heads=6,
-    depth=2,
-    depth_single_blocks=3,
-    axes_dim=(4, 14, 14),
-    guidance_embed=True,
-)
-
-NANO_AUTOENCODER = AutoencoderConfig(
-    in_channels=3,
-    ch=32,
-    out_ch=3,
-    ch_mult=(1, 2, 2, 2),
-    num_res_blocks=1,
-    z_channels=16,
-    scale_factor=1.1861,  # measured by the recipe: latents of unit variance
-    shift_factor=-0.0041,
-    num_groups=4,
-)
-NANO_CLIP = ClipTextConfig(
-    vocab_size=767,
-    hidden_size=64,
-    intermediate_size=256,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    eos_token_id=766,
-)
-NANO_T5 = T5Config(
-    vocab_size=640,
-    d_model=128,
-    d_kv=32,
-    d_ff=320,
-    num_layers=2,
-    num_heads=4,
-    relative_attention_num_buckets=16,
-    relative_attention_max_distance=48,
-)
-NANO_LENGTH = 48  # tokens of a prompt
-
-NANO_SCHNELL = replace(NANO_DEV, guidance_embed=False)
-# What each latent channel of the official autoencoder adds to red, green and blue, and a constant
-# (`latent_rgb_factors` and `latent_rgb_factors_bias` of the class Flux in ComfyUI's `comfy/latent_formats.py`).
-FLUX1_PREVIEW = (
-    (-0.0346, 0.0244, 0.0681),
-    (0.0034, 0.0210, 0.0687),
-    (0.0275, -0.0668, -0.0433),
-    (-0.0174, 0.0160, 0.0617),
-    (0.0859, 0.0721, 0.0329),
-    (0.0004, 0.0383, 0.0115),
-    (0.0405, 0.0861, 0.0915),
-    (-0.0236, -0.0185, -0.0259),
-    (-0.0245, 0.0250, 0.1180),
-    (0.1008, 0.0755, -0.0421),
-    (-0.0515, 0.0201, 0.0011),
-    (0.0428, -0.0012, -0.0036),
-    (0.0817, 0.0765, 0.0749),
-    (-0.1264, -0.0522, -0.1103),
-    (-0.0280, -0.0881, -0.0499),
-    (-0.1262, -0.0982, -0.0778),
-    (-0.0329, -0.0718, -0.0851),
-)
-# What each latent channel of nano's autoencoder adds to red, green and blue, and a constant (`nano/recipe/preview.py`).
-NANO_PREVIEW = (
-    (-0.1242, 0.0709, -0.0025),
-    (0.0204, -0.0566, 0.0165),
-    (0.2632, 0.2502, -0.0776),
-    (-0.0076, -0.0632, -0.0623),
-    (-0.0067, -0.0433, -0.0411),
-    (0.0060, -0.1541, -0.1257),
-    (0.2028, -0.1698, -0.0174),
-    (-0.0051, -0.0860, -0.3967),
-    (-0.0089, -0.0733, -0.0346),
-    (0.0733, -0.0417, 0.0309),
-    (-0.1130, 0.1249, 0.1197),
-    (-0.0112, 0.0084, 0.0089),
-    (-0.0150, 0.0491, 0.0536),
-    (0.0014, 0.0046, -0.0190),
-    (-0.0456, -0.0449, -0.0016),
-    (-0.0111, -0.0484, -0.0588),
-    (0.0915, 0.0095, -0.0754),
-)
-
-# By how much what the blocks add to the image tokens grows from each of 28 steps to the next (the authors of MagCache,
-# arXiv 2506.09045, by way of diffusers' `hooks/mag_cache.py`).
-FLUX1_MAG_RATIOS = (
-    *(1.0, 1.21094, 1.11719, 1.07812, 1.0625, 1.03906, 1.03125, 1.03906, 1.02344, 1.03125, 1.02344, 0.98047, 1.01562),
-    *(1.00781, 1.0, 1.00781, 1.0, 1.00781, 1.0, 1.0, 0.99609, 0.99609, 0.98047, 0.98828, 0.96484, 0.95703, 0.93359),
-    0.89062,
-)
-# The same for nano-dev: the mean of six prompts (the cache `measure`, 28 steps).
-NANO_MAG_RATIOS = (
-    *(1.0, 0.9646, 1.016, 0.9937, 0.9742, 0.9719, 0.9668, 0.9708, 0.9846, 0.9749, 0.9687, 0.9626, 0.9683, 0.9428),
-    *(0.9345, 0.9602, 0.948, 0.9138, 0.9513, 0.915, 0.9201, 0.9072, 0.8415, 0.8434, 0.8292, 0.8095, 0.725, 0.8497),
-)
+__all__ = [
+    "ALIASES",
+    "CLIP_L",
+    "CLIP_VIT_L14",
+    "FLUX1_AUTOENCODER",
+    "FLUX1_DEV",
+    "FLUX1_MAG_RATIOS",
+    "FLUX1_PREVIEW",
+    "FLUX1_TINY",
+    "FLUX2_AUTOENCODER",
+    "FLUX2_DEV",
+    "FLUX2_KLEIN_4B",
+    "FLUX2_KLEIN_9B",
+    "FLUX3_KLEIN",
+    "KONTEXT_SIZES",
+    "MISTRAL_SMALL",
+    "NANO_AUTOENCODER",
+    "NANO_CLIP",
+    "NANO_DEV",
+    "NANO_LENGTH",
+    "NANO_MAG_RATIOS",
+    "NANO_PREVIEW",
+    "NANO_SCHNELL",
+    "NANO_T5",
+    "QWEN3_4B",
+    "QWEN3_8B",
+    "QWEN3_VL_4B",
+    "REDUX_SIZES",
+    "SIGLIP_SIZES",
+    "SIGLIP_SO400M",
+    "T5_XXL",
+    "UNPUBLISHED",
+    "VARIANTS",
+    "Download",
+    "Sizes",
+    "Variant",
+    "like",
+    "names",
+    "variant",
+    "variant_of",
+]
 
 
 @dataclass(frozen=True)
@@ -590,30 +447,6 @@ UNPUBLISHED = {
     "flux3-image": "FLUX.3 as it is hosted",
 }
 
-SIGLIP_SO400M = VisionConfig(  # `vision_config` of google/siglip-so400m-patch14-384
-    hidden_size=1152,
-    intermediate_size=4304,
-    num_hidden_layers=27,
-    num_attention_heads=16,
-    image_size=384,
-    patch_size=14,
-    hidden_act="gelu_pytorch_tanh",
-    layer_norm_eps=1e-6,
-)
-CLIP_VIT_L14 = VisionConfig(  # `vision_config` of openai/clip-vit-large-patch14
-    hidden_size=1024,
-    intermediate_size=4096,
-    num_hidden_layers=24,
-    num_attention_heads=16,
-    image_size=224,
-    patch_size=14,
-    hidden_act="quick_gelu",
-    layer_norm_eps=1e-5,
-    projection_dim=768,
-)
-SIGLIP_SIZES: dict[tuple[int, int, int], str] = {(1152, 14, 729): "SigLIP so400m patch14 384, image encoder of Redux"}
-REDUX_SIZES: dict[tuple[int, int], str] = {(1152, 4096): "flux1-redux-dev, image encoder of FLUX.1"}
-
 
 def names() -> list[str]:
     """Names of all models that `miniflux.load` knows."""
@@ -634,20 +467,21 @@ def variant(name: str) -> Variant:
     raise InputError(f"unknown model {name!r}; known: {', '.join([*VARIANTS, *ALIASES])}")
 
 
-def nearest(config: TransformerConfig) -> Variant:
-    """The variant as which a transformer of other sizes is treated: of its family, and with a guidance input or a time
-    aimed at, or without, as it is."""
-    same = [one for one in VARIANTS.values() if type(one.transformer) is type(config)]
+def like(config: TransformerConfig) -> list[Variant]:
+    """The variants whose transformer has exactly this config; if there is none, those as which a transformer of other
+    sizes is treated: of its family, and with a guidance input or a time aimed at, or without, as it is."""
+    same = [one for one in VARIANTS.values() if one.transformer == config]
+    family = [one for one in VARIANTS.values() if type(one.transformer) is type(config)]
 
     def alike(one: Variant) -> bool:
         names = ("guidance_embed", "flow_map")
         return all(getattr(one.transformer, name, None) == getattr(config, name, None) for name in names)
 
-    return next((one for one in same if alike(one)), same[0])
+    return same or [one for one in family if alike(one)] or family
 
 
 def variant_of(config: TransformerConfig, file: str = "") -> Variant | None:
     """The variant whose transformer has exactly this config, if any: of several, that whose file is so called, else the
     first."""
-    same = [variant for variant in VARIANTS.values() if variant.transformer == config]
-    return next((variant for variant in same if variant.file == file), same[0] if same else None)
+    same = [one for one in like(config) if one.transformer == config]
+    return next((one for one in same if one.file == file), same[0] if same else None)
