@@ -206,15 +206,20 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise TokenizerError(f"cannot read {path}: {error}") from error
 
 
-def _qwen(folder: Path) -> Tokenizer:
-    """Qwen's byte pairs, with the special tokens that its config adds."""
-    lines = bounded(folder / "merges.txt").read_text("utf-8").splitlines()
-    pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version:")]
-    tokenizer = Tokenizer(BPE(json_file(folder / "vocab.json"), [(a, b) for a, b in pairs]))
+def qwen_pipeline(tokenizer: Tokenizer) -> Tokenizer:
+    """Give a bare BPE model Qwen's text cleaning (NFC) and word splitting."""
     tokenizer.normalizer = NFC()  # pyright: ignore
     tokenizer.pre_tokenizer = PreTokenizers(  # pyright: ignore
         [Split(Regex(QWEN_WORDS), behavior="isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
     )
+    return tokenizer
+
+
+def _qwen(folder: Path) -> Tokenizer:
+    """Qwen's byte pairs, with the special tokens that its config adds."""
+    lines = bounded(folder / "merges.txt").read_text("utf-8").splitlines()
+    pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version:")]
+    tokenizer = qwen_pipeline(Tokenizer(BPE(json_file(folder / "vocab.json"), [(a, b) for a, b in pairs])))
     tokenizer.decoder = ByteLevelDecoder()  # pyright: ignore
     added = json_file(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
     for number, about in sorted(added.items(), key=lambda item: int(item[0])):

@@ -27,10 +27,16 @@ from miniflux.variants.sizes import (
     FLUX2_KLEIN_9B,
     FLUX3_KLEIN,
     MISTRAL_SMALL,
+    NANO2,
+    NANO2_AUTOENCODER,
+    NANO3,
     NANO_AUTOENCODER,
     NANO_CLIP,
     NANO_DEV,
     NANO_LENGTH,
+    NANO_LM,
+    NANO_LM_LAYERS,
+    NANO_LM_LENGTH,
     NANO_SCHNELL,
     NANO_T5,
     QWEN3_4B,
@@ -57,12 +63,14 @@ __all__ = [
     "FLUX2_KLEIN_4B",
     "FLUX2_KLEIN_9B",
     "FLUX3_KLEIN",
+    "IN_TRAINING",
     "KONTEXT_SIZES",
     "MISTRAL_SMALL",
     "NANO_AUTOENCODER",
     "NANO_CLIP",
     "NANO_DEV",
     "NANO_LENGTH",
+    "NANO_LM",
     "NANO_MAG_RATIOS",
     "NANO_PREVIEW",
     "NANO_SCHNELL",
@@ -317,6 +325,39 @@ _NANO = Variant(
     tiny_file="tiny_decoder.safetensors",
     mag_ratios=NANO_MAG_RATIOS,
 )
+# FLUX.2 and FLUX.3 at nano's size, as `nano/recipe/successors.py` makes them.
+_NANO2 = Variant(
+    name="nano2",
+    repository="",
+    file="flux2-nano.safetensors",
+    licence="Apache-2.0",
+    gated=False,
+    transformer=NANO2,
+    autoencoder=NANO2_AUTOENCODER,
+    lm=NANO_LM,
+    lm_file="nano_lm.safetensors",
+    chat=replace(KLEIN_FORM, layers=NANO_LM_LAYERS),
+    t5_length=NANO_LM_LENGTH,
+    steps=20,
+    guidance=3.0,
+    size=128,
+    learned=Sizes(sides=(64, 192)),
+    bundled=True,
+    family="flux2",
+)
+_NANO3 = replace(
+    _NANO2,
+    name="nano3",
+    file="flux3-nano.safetensors",
+    transformer=NANO3,
+    chat=replace(FLUX3_FORM, layers=NANO_LM_LAYERS, multiple=NANO_LM_LENGTH),
+    t5_length=None,
+    steps=4,
+    guidance=None,
+    family="flux3",
+)
+IN_TRAINING = {variant.name: variant for variant in (_NANO2, _NANO3)}
+"""Models of `nano/recipe` whose weights are not bundled yet."""
 
 VARIANTS: dict[str, Variant] = {
     variant.name: variant

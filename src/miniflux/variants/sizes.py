@@ -169,6 +169,50 @@ NANO_LENGTH = 48  # tokens of a prompt
 
 NANO_SCHNELL = replace(NANO_DEV, guidance_embed=False)
 
+# FLUX.2 and FLUX.3 at nano's size. Their autoencoder is nano's in the other form, with the same latents.
+NANO2_AUTOENCODER = Flux2AutoencoderConfig(
+    in_channels=3, ch=32, out_ch=3, ch_mult=(1, 2, 2, 2), num_res_blocks=1, z_channels=16, num_groups=4
+)
+NANO_LM = CausalLmConfig(
+    vocab_size=640,
+    hidden_size=128,
+    intermediate_size=320,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    rope_theta=1e4,
+    qk_norm=True,
+    tie_word_embeddings=True,
+)
+NANO_LM_LENGTH = 40  # tokens of a prompt in its form
+NANO_LM_LAYERS = (1, 2, 3)
+NANO2 = Flux2Config(
+    in_channels=64,
+    context_in_dim=384,
+    hidden_size=192,
+    num_heads=6,
+    depth=2,
+    depth_single_blocks=4,
+    axes_dim=(8, 8, 8, 8),
+    theta=2000,
+    mlp_ratio=3.0,
+    guidance_embed=True,
+)
+NANO3 = Flux3Config(
+    in_channels=64,
+    out_channels=64,
+    cond_in_channels=64,
+    context_in_dim=384,
+    hidden_size=192,
+    num_heads=6,
+    depth=1,
+    depth_single_blocks=5,
+    axes_dim=(8, 8, 8, 8),
+    theta=10_000,
+    flow_map=True,
+)
+
 SIGLIP_SO400M = VisionConfig(  # `vision_config` of google/siglip-so400m-patch14-384
     hidden_size=1152,
     intermediate_size=4304,

@@ -109,7 +109,7 @@ def fill(pipe: Pipeline, count: int, seed: int) -> list[tuple[edits.Hole, Outcom
         old = next(shape for shape in edit.before.shapes if shape not in edit.after.shapes)
         new = next((shape for shape in edit.after.shapes if shape not in edit.before.shapes), None)
         hidden = edits.around(old, *SIZE, rng)
-        words = f"a {new.colour} {new.kind}" if new else edits.rest_of(edit.after)
+        words = f"a {new.colour} {new.kind}" if new else edits.described(edit.after)
         before = scenes.render(edit.before, *SIZE)
         drawn = pipe.generate(words, seed=i, image=before, mask=torch.from_numpy(hidden)).images[0]
         whole = edits.Hole(edit.after, words, hidden)

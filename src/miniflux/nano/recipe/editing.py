@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 MAIN, SMALL = (128, 128), (64, 64)
 OFTEN = 0.9  # share of the batches that show this canvas
 MATTERS = 5.0  # how much more a token counts that shows a shape, or that changes
+DESCRIBED = 0.2  # share of the edits that are told by what the result shows
+PLAIN = 0.15  # share of nano-kontext's batches that start from no picture, as nano-dev does
 REUSE = 12  # batches that an example is seen in, on average
 
 
@@ -93,18 +95,29 @@ def holes(
 def instructions(
     count: int, size: tuple[int, int], autoencoder: Autoencoder, rng: random.Random
 ) -> tuple[list[str], Tensor, Tensor]:
-    """Words, the picture they lead to, and the one that is changed (N, L, 64)."""
+    """Words, the picture they lead to, and the one that is changed (N, L, 64). Some of the words say what the result
+    shows instead of what to do."""
     made = [edits.edit(rng) for _ in range(count)]
     shown = [np.asarray(scenes.render(scene, *size)) for one in made for scene in (one.after, one.before)]
     both = latents_of(autoencoder, shown)
-    return [varied(one.words, rng) for one in made], both[0::2], both[1::2]
+    words = [edits.described(one.after) if rng.random() < DESCRIBED else one.words for one in made]
+    return [varied(one, rng) for one in words], both[0::2], both[1::2]
+
+
+def captions(
+    count: int, size: tuple[int, int], autoencoder: Autoencoder, rng: random.Random
+) -> tuple[list[str], Tensor, Tensor]:
+    """Words, pictures, and nothing beside them (N, 0, 64): what nano-dev learned, which is forgotten otherwise."""
+    made = [(scenes.two_objects if rng.random() < 0.5 else scenes.one_object)(rng) for _ in range(count)]
+    x0 = latents_of(autoencoder, [np.asarray(scenes.render(scene, *size)) for scene in made])
+    return [varied(scene.caption, rng) for scene in made], x0, x0[:, :0]
 
 
 GOALS = {
     goal.name: goal
     for goal in (
         Goal("fill", "flux1-nano-fill.safetensors", 6_500, 24, 4_000, 48, 6e-4, (1.0, 40.0), holes),
-        Goal("kontext", "flux1-nano-kontext.safetensors", 11_500, 16, 7_500, 40, 8e-4, (1.0, 6.0), instructions),
+        Goal("kontext", "flux1-nano-kontext.safetensors", 10_500, 16, 2_500, 40, 8e-4, (1.0, 6.0), instructions),
     )
 }
 
@@ -164,7 +177,7 @@ def editing_loss(
     matters = shaped(x0)
     if goal.name == "fill":
         x = torch.cat((x, seen), dim=-1)
-    else:
+    elif seen.shape[1]:
         matters = matters + changed(x0, seen)
         there = ids.clone()
         there[..., 0] = 1
@@ -220,21 +233,17 @@ def make(name: str, folder: Path, steps: int | None = None, start: Path | None =
     state = TrainingState(student, folder / name, goal.rate, {"goal": name}, decay=0.998, matrices=matrices)
     state.resume()
     rng = random.Random(7 + state.step)
+
+    def collected(size: tuple[int, int], count: int, examples: Examples = goal.examples) -> Pool:
+        return Pool(examples, autoencoder, size, count, state.step + size[0] + 31 * size[1])
+
+    def plain(size: tuple[int, int]) -> list[Pool]:
+        return [collected(size, 750, captions)] if goal.name == "kontext" else []
+
     if state.step < goal.small:
-        _train(
-            state,
-            goal,
-            [Pool(goal.examples, autoencoder, SMALL, 3000, state.step)],
-            goal.small,
-            goal.many,
-            encoders,
-            rng,
-        )
-    pools = [
-        Pool(goal.examples, autoencoder, size, 1500 if i == 0 else 64, 31 * i + state.step)
-        for i, size in enumerate((MAIN, *OTHERS))
-    ]
-    _train(state, goal, pools, goal.steps, goal.batch, encoders, rng)
+        _train(state, goal, [collected(SMALL, 3000)], plain(SMALL), goal.small, goal.many, encoders, rng)
+    pools = [collected(size, 1500 if size == MAIN else 64) for size in (MAIN, *OTHERS)]
+    _train(state, goal, pools, plain(MAIN), goal.steps, goal.batch, encoders, rng)
     path = folder / "weights" / goal.file
     finished: nn.Module = copy.deepcopy(state.average).eval().requires_grad_(False)
     export_network(finished, path)
@@ -246,18 +255,21 @@ def _train(
     state: TrainingState[Flux1],
     goal: Goal,
     pools: list[Pool],
+    plain: list[Pool],
     end: int,
     batch: int,
     encoders: TextEncoders,
     rng: random.Random,
 ) -> None:
-    """Train up to a step, mostly on the first of the pools."""
+    """Train up to a step, mostly on the first of the pools, now and then on pictures that start from none."""
     model: Callable[..., Tensor] = torch.compile(state.model, dynamic=False)
 
     def loss() -> Tensor:
         pool = pools[0] if len(pools) == 1 or rng.random() < OFTEN else rng.choice(pools[1:])
+        if plain and rng.random() < PLAIN:
+            pool = plain[0]
         words, x0, seen = pool.draw(share_of(batch, pool.size, pools[0].size))
-        call = model if pool is pools[0] else state.model
+        call = model if pool.size == pools[0].size else state.model
         return editing_loss(call, goal, encoders, pool.size, words, x0, seen)
 
     trained(state, goal.name, end, goal.steps, loss)

@@ -37,6 +37,16 @@ class Edit:
     kind: str
 
 
+@dataclass(frozen=True)
+class Blend:
+    """Two scenes of one shape each, the words that make a third of them, and that third."""
+
+    first: scenes.Scene
+    second: scenes.Scene
+    after: scenes.Scene
+    words: str
+
+
 def _scene(rng: random.Random, held_out: bool) -> scenes.Scene:
     return (scenes.two_objects if rng.random() < 0.5 else scenes.one_object)(rng, held_out)
 
@@ -75,10 +85,15 @@ def _anywhere(width: int, height: int, rng: random.Random) -> np.ndarray:
     return hole
 
 
-def rest_of(scene: scenes.Scene) -> str:
-    """Words for a scene of at most one shape, after another was taken away."""
-    shapes = "".join(f"a {shape.colour} {shape.kind} on " for shape in scene.shapes)
-    return f"{shapes}a {scene.background} background"
+def described(scene: scenes.Scene) -> str:
+    """Words for what a scene shows: none, one or two shapes."""
+    shown = [f"a {shape.colour} {shape.kind}" for shape in scene.shapes]
+    if len(scene.shapes) == 2:
+        first, second = scene.shapes
+        dx, dy = second.x - first.x, second.y - first.y
+        relation = ("left of" if dx > 0 else "right of") if abs(dx) > abs(dy) else ("above" if dy > 0 else "below")
+        shown = [f"{shown[0]} {relation} {shown[1]}"]
+    return " on ".join((*shown, f"a {scene.background} background"))
 
 
 def hole(rng: random.Random, width: int, height: int, held_out: bool = False) -> Hole:
@@ -94,7 +109,7 @@ def hole(rng: random.Random, width: int, height: int, held_out: bool = False) ->
         if chance < 0.15:
             left = tuple(shape for shape in scene.shapes if shape is not hidden)
             scene = replace(scene, shapes=left)
-            words = rest_of(scene)
+            words = described(scene)
         elif chance < 0.35:
             words = f"a {hidden.colour} {hidden.kind}"
     if rng.random() < 0.15:  # a soft edge, drawn anew as far as it goes
@@ -183,7 +198,7 @@ KINDS: dict[str, Callable[[scenes.Scene, random.Random], tuple[scenes.Scene, str
     "resize": resized,
     "background": repainted,
 }
-EASY = ("remove", "background", "resize")  # learned long before the others
+OFTEN = {"replace": 6, "move": 4, "recolour": 3}  # learned long after the others, which count once
 ALONE = ("move", "resize")  # of a single shape
 MAKING = ("recolour", "replace")  # where another pair comes of it
 
@@ -191,9 +206,33 @@ MAKING = ("recolour", "replace")  # where another pair comes of it
 def edit(rng: random.Random, kind: str | None = None, held_out: bool = False) -> Edit:
     """A scene and an instruction; what it leads to has, or has not, one of the pairs that training never shows."""
     while True:
-        chosen = kind or rng.choices(list(KINDS), [1 if name in EASY else 3 for name in KINDS])[0]
+        chosen = kind or rng.choices(list(KINDS), [OFTEN.get(name, 1) for name in KINDS])[0]
         alone = chosen in ALONE or rng.random() < 0.4
         before = (scenes.one_object if alone else scenes.two_objects)(rng, held_out and chosen not in MAKING)
         after, words = KINDS[chosen](before, rng)
         if any((shape.colour, shape.kind) in scenes.HELD_OUT for shape in after.shapes) == held_out:
             return Edit(before, after, words, chosen)
+
+
+def blend(rng: random.Random, held_out: bool = False) -> Blend:
+    """The shape of one picture, where it is, in the colour of that of another; the result has, or has not, one of the
+    pairs that training never shows."""
+    while True:
+        shown = scenes.one_object(rng), scenes.one_object(rng)
+        names = ["first", "second"]
+        i = rng.randrange(2)
+        (shape,), (giving,) = shown[i].shapes, shown[1 - i].shapes
+        if giving.colour in (shape.colour, shown[i].background):
+            continue
+        if ((giving.colour, shape.kind) in scenes.HELD_OUT) != held_out:
+            continue
+        a, b = names[i], names[1 - i]
+        words = rng.choice(
+            [
+                f"the shape of the {a} in the colour of the {b}",
+                f"the shape of the {a} picture in the colour of the {b} one",
+                f"the {a} shape in the {b} colour",
+                f"paint the {a} shape in the colour of the {b}",
+            ]
+        )
+        return Blend(*shown, _put(shown[i], shape, replace(shape, colour=giving.colour)), words)

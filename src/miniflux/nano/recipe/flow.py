@@ -61,15 +61,14 @@ OTHERS = (
 )
 
 
-def initial_weights(model: Flux1) -> None:
+def initial_weights(model: nn.Module) -> None:
     """Blocks start as the identity: modulations and the last layer at zero, linears small and without bias."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and (name.endswith(("mod.lin", "modulation.lin")) or "final_layer" in name):
-            nn.init.zeros_(module.weight)
+        if isinstance(module, nn.Linear):
+            silent = name.endswith(".lin") or "final_layer" in name  # `lin` is what a Modulation has
+            (nn.init.zeros_ if silent else nn.init.xavier_uniform_)(module.weight)
+            if module.bias is not None:  # pyright: ignore[reportUnnecessaryComparison]
+                nn.init.zeros_(module.bias)
 
 
 class Pictures:

@@ -79,18 +79,21 @@ def corpus(count: int = 20_000) -> list[str]:
     return lines + [" ".join(string.ascii_letters + string.digits + string.punctuation)] * 3 + list(FILLERS) * 20
 
 
-def byte_pair_merges(lines: list[str]) -> list[tuple[str, str]]:
+def byte_pair_merges(lines: list[str], cleaning: Tokenizer, end: str) -> list[tuple[str, str]]:
     """The byte pairs to merge, most frequent first (arXiv 1508.07909), over words seen at least 50 times.
 
     Ties go to the alphabetically first pair, so that the result is the same on every machine.
+
+    Args:
+        cleaning: cleans texts and splits them into words.
+        end: what marks the last byte of a word.
     """
-    cleaning = clip_pipeline(Tokenizer(BPE()))
     counts = Counter(
         word
         for line in lines
         for word, _ in cleaning.pre_tokenizer.pre_tokenize_str(cleaning.normalizer.normalize_str(line))  # pyright: ignore
     )
-    words = {(*word[:-1], word[-1] + "</w>"): count for word, count in counts.items() if count >= 50}
+    words = {(*word[:-1], word[-1] + end): count for word, count in counts.items() if count >= 50}
     merges: list[tuple[str, str]] = []
     while True:
         pairs: Counter[tuple[str, str]] = Counter()
@@ -119,7 +122,7 @@ def train_tokenizers(folder: Path) -> None:
     (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer_2").mkdir(parents=True, exist_ok=True)
     lines = corpus()
-    merges = byte_pair_merges(lines)
+    merges = byte_pair_merges(lines, clip_pipeline(Tokenizer(BPE())), "</w>")
     # The order of the published vocabulary: bytes, bytes that end a word, merges, the two special tokens.
     alphabet = sorted(ByteLevel.alphabet())
     tokens = [*alphabet, *(c + "</w>" for c in alphabet), *("".join(pair) for pair in merges), CLIP_START, CLIP_END]
