@@ -24,25 +24,26 @@ MAX_MEMORY = 48_000_000  # bytes of the text in memory, where one rare character
 MAX_MARKS = 250_000  # brackets and commas: how many objects become of the text; published headers have 45,000 at most
 
 
-def json_of(text: bytes, what: str, most: int = MAX_JSON) -> Any:
+def json_of(text: bytes, what: str, most: int = MAX_JSON, marks: int = MAX_MARKS) -> Any:
     """The value of a JSON text.
 
     Args:
         what: a name for the text, which messages begin with.
         most: bytes that are read.
+        marks: brackets and commas that are read.
 
     Raises:
         CheckpointError: it is too large, not UTF-8, not JSON, or gives a key twice.
     """
     if len(text) > most:
         raise CheckpointError(f"{what} has more than {most:,} bytes, which are not read")
-    if _marks(text) > MAX_MARKS and _marks(_without_strings(text)) > MAX_MARKS:
-        raise CheckpointError(f"{what} is JSON of more than {MAX_MARKS:,} items, which is not read")
+    if _marks(text) > marks and _marks(_without_strings(text, marks)) > marks:
+        raise CheckpointError(f"{what} is JSON of more than {marks:,} items, which is not read")
     try:
         decoded = text.decode("utf-8")
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{what} is no JSON: not UTF-8 at byte {error.start}") from error
-    if sys.getsizeof(decoded) > MAX_MEMORY:
+    if sys.getsizeof(decoded) > MAX_MEMORY * max(1, marks // MAX_MARKS):
         raise CheckpointError(f"{what} has {len(decoded):,} characters, some of which take four bytes; it is not read")
     try:
         return json.loads(decoded, object_pairs_hook=_object, parse_int=_whole)
@@ -56,11 +57,11 @@ def _marks(text: bytes) -> int:
     return sum(map(text.count, (b"[", b"{", b",")))
 
 
-def _without_strings(text: bytes) -> bytes:
+def _without_strings(text: bytes, marks: int) -> bytes:
     """What of a JSON text is outside of its strings: commas in a trainer's tags make no objects."""
     text = text.replace(b"\\\\", b"").replace(b'\\"', b"")  # what is left of quotes begins and ends strings
-    if text.count(b'"') > 4 * MAX_MARKS:  # a string has two, and a mark beside it for every key and value
-        return b"," * (MAX_MARKS + 1)
+    if text.count(b'"') > 4 * marks:  # a string has two, and a mark beside it for every key and value
+        return b"," * (marks + 1)
     return b"".join(text.split(b'"')[::2])
 
 

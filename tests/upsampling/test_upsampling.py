@@ -185,7 +185,7 @@ def test_the_published_tokenizer_goes_there_and_back(tokenizer: Callable[[str], 
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(TokenizerError):
         load_tokenizer(tmp_path)
-    with pytest.raises(TokenizerError, match="expected tokenizer.json, or vocab.json"):
+    with pytest.raises(TokenizerError, match="expected tokenizer.json, tekken.json, or vocab.json"):
         load_tokenizer(tmp_path / "nothing")
 
 

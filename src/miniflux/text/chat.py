@@ -26,6 +26,7 @@ from miniflux.models.causal_lm import CausalLm
 from miniflux.strictjson import json_file
 from miniflux.text.decoding import repaired
 from miniflux.text.encoding import Padding, Read, TextReader, warn_if_cut
+from miniflux.text.tekken import TEKKEN, from_tekken
 from miniflux.text.tokenizers import bounded, from_json
 
 # Contractions, words with a mark before them, single digits, runs of other marks, ends of lines, spaces
@@ -34,6 +35,7 @@ QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
+WANTED = f"tokenizer.json, {TEKKEN}, or {', '.join(QWEN_FILES)}"
 MAX_BYTES = 40_000_000  # of tokenizer.json: Qwen's has 11 MB, Mistral's 17
 MAX_WINDOW = 8192  # tokens, of the form without a length of its own
 DEV_SYSTEM = (
@@ -183,21 +185,30 @@ def load_chat_tokenizer(path: str | Path, form: ChatForm) -> ChatTokenizer:
     return ChatTokenizer(lambda text: tokenizer.encode(text, add_special_tokens=False).ids, form)
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds what `load_tokenizer` reads."""
+    single = any((folder / name).is_file() for name in ("tokenizer.json", TEKKEN))
+    return single or all((folder / name).is_file() for name in QWEN_FILES)
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a language model, to ids and back, from `tokenizer.json`, or Qwen's from its three files.
+    """The tokenizer of a language model, to ids and back, from `tokenizer.json`, Mistral's `tekken.json`, or Qwen's
+    three files.
 
     Args:
-        path: the folder that holds them, or `tokenizer.json`.
+        path: the folder that holds them (of several the first of these is read), or the one file.
 
     Raises:
         TokenizerError: a file is missing or cannot be read.
     """
     path = Path(path)
-    single = path if path.name == "tokenizer.json" else path / "tokenizer.json"
+    single, tekken = (path if path.name == name else path / name for name in ("tokenizer.json", TEKKEN))
     if single.is_file():
         return from_json(single, MAX_BYTES)
-    if not all((path / name).is_file() for name in QWEN_FILES):
-        raise TokenizerError(f"no tokenizer in {path}: expected tokenizer.json, or {', '.join(QWEN_FILES)}")
+    if tekken.is_file():
+        return from_tekken(tekken)
+    if not has_tokenizer(path):
+        raise TokenizerError(f"no tokenizer in {path}: expected {WANTED}")
     try:
         return _qwen(path)
     except TokenizerError:

@@ -21,7 +21,7 @@ from miniflux.checkpoints.opened import Opened, layout_in
 from miniflux.errors import CheckpointError, WeightsNotFoundError
 from miniflux.memory.compute import choose_device, choose_dtype
 from miniflux.models.causal_lm import CausalLm, CausalLmConfig
-from miniflux.text.chat import QWEN_FILES, load_tokenizer
+from miniflux.text.chat import WANTED, has_tokenizer, load_tokenizer
 from miniflux.upsampling.rewriting import QWEN_VL, Upsampler
 from miniflux.variants import VARIANTS
 
@@ -34,9 +34,9 @@ def load_upsampler(
     """A whole language model, all of it in memory, that rewrites prompts.
 
     Args:
-        folder: as transformers writes it: `config.json`, safetensors, and `tokenizer.json` (or Qwen's `vocab.json`,
-            `merges.txt` and `tokenizer_config.json`). The tokenizer may also lie in a folder `tokenizer` beside it, as
-            in FLUX.2's pipelines, whose `text_encoder` this may be.
+        folder: as transformers writes it: `config.json`, safetensors, and `tokenizer.json` (or Mistral's `tekken.json`,
+            or Qwen's `vocab.json`, `merges.txt` and `tokenizer_config.json`). The tokenizer may also lie in a folder
+            `tokenizer` beside it, as in FLUX.2's pipelines, whose `text_encoder` this may be.
         dtype: float32, bfloat16 or float16; None for what suits the device, see `choose_dtype`.
         device: None for the best there is.
 
@@ -88,20 +88,16 @@ def _complete(folder: Path) -> Path:
         raise WeightsNotFoundError(
             f"{folder}: no such folder; expected one of a language model: config.json, safetensors, tokenizer.json"
         )
-    words = [place for place in (folder, folder.parent / "tokenizer") if _has_tokenizer(place)]
+    words = [place for place in (folder, folder.parent / "tokenizer") if has_tokenizer(place)]
     found = {
         "config.json": (folder / "config.json").is_file(),
         "weights (*.safetensors)": bool(models(folder)),
-        f"a tokenizer (tokenizer.json, or {', '.join(QWEN_FILES)}; here or in ../tokenizer)": bool(words),
+        f"a tokenizer ({WANTED}; here or in ../tokenizer)": bool(words),
     }
     missing = [name for name, there in found.items() if not there]
     if missing:
         raise WeightsNotFoundError(f"{folder}: no language model to write with; missing: {'; '.join(missing)}")
     return words[0]
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return (folder / "tokenizer.json").is_file() or all((folder / name).is_file() for name in QWEN_FILES)
 
 
 def _with_output_layer(config: CausalLmConfig, about: dict[str, Any], source: TensorSource) -> CausalLmConfig:

@@ -22,7 +22,8 @@ log = logging.getLogger(__name__)
 
 WEIGHTS_VARIABLE = "MINIFLUX_WEIGHTS"
 BUNDLED = Path(__file__).parent.parent / "nano" / "weights"
-TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))  # any of these sets will do
+# Any of these sets will do.
+TOKENIZER_FILES = (("tokenizer.json",), ("tekken.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
 
 # Of each text encoder: its tokenizer, and the folder in which releases keep that.
 TOKENIZERS = {

@@ -19,7 +19,10 @@ from miniflux.weights.finding import PARTS, Files
 log = logging.getLogger(__name__)
 
 LARGE = 64 * 2**20  # bytes; hashes of larger files are kept from one run to the next
-SMALL_FILES = ("config.json", "tokenizer.json", "vocab.json", "merges.txt", "spiece.model", "adapter_config.json")
+SMALL_FILES = (
+    *("config.json", "tokenizer.json", "tekken.json", "vocab.json", "merges.txt", "spiece.model"),
+    "adapter_config.json",
+)
 """What a part is made of beside its tensors."""
 
 
