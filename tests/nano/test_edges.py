@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,13 +11,26 @@ import pytest
 import torch
 
 import miniflux
-from miniflux.conditions import Steering
+from miniflux.checkpoints.writing import write_tensors
+from miniflux.conditions import Control
 from miniflux.nano import scenes
-from miniflux.nano.recipe.edges import LIKE, aside, beginning, control_loss, judged
-from miniflux.nano.recipe.flow import noise_levels
+from miniflux.nano.recipe import editing
+from miniflux.nano.recipe.edges import (
+    LIKE,
+    aside,
+    beginning,
+    bfl_tensors,
+    changed_layers,
+    control_loss,
+    judged,
+    lora_loss,
+)
+from miniflux.nano.recipe.flow import noise_levels, velocity
 from miniflux.nano.recipe.realism import encoders_of
 from miniflux.pipeline import Pipeline
 from miniflux.sampling import image_ids, text_ids
+from miniflux.training.flow import mix
+from miniflux.training.lora import TrainableLora
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +76,36 @@ def test_the_judge_agrees_with_true_pictures(pipe: Pipeline, monkeypatch: pytest
     wanted = [aside(rng, held_out=i % 3 == 0) for i in range(12)]
     shown = iter([scenes.render(scene, 128, 128) for scene in wanted] * 2)
     fake: Any = SimpleNamespace(generate=lambda *_, **__: SimpleNamespace(images=[next(shown)]))
-    steering = Steering(beginning(pipe.transformer))
-    assert all(ok and overlap == 1 for ok, overlap in judged(fake, steering, 12, 5))
+    assert all(ok and overlap == 1 for ok, overlap in judged(fake, Control, 12, 5))
     next(shown)
-    assert not any(overlap >= LIKE for _, overlap in judged(fake, steering, 11, 5))
+    assert not any(overlap >= LIKE for _, overlap in judged(fake, Control, 11, 5))
+
+
+def test_the_lora_begins_as_nothing_and_is_read_as_a_control_lora(pipe: Pipeline, tmp_path: Path) -> None:
+    """Its first loss is that of nano-dev, every matrix learns, and the file widens the input of a nano-dev."""
+    dev = pipe.transformer
+    wide = editing.beginning(dev, 64).requires_grad_(False)
+    lora = TrainableLora(wide, changed_layers(wide), 4)
+    words, x0, seen = ["a red star", "a blue ring"], torch.randn(2, 64, 64), torch.randn(2, 64, 64)
+    encoders = encoders_of(pipe.text)
+    torch.manual_seed(1)
+    loss = lora_loss(wide, encoders, words, x0, seen)
+    loss.backward()
+    torch.manual_seed(1)
+    sigmas, noise = noise_levels(2, 64), torch.randn(2, 64, 64)
+    strength = torch.empty(2).uniform_(1.0, 6.0)
+    with torch.no_grad():
+        v = velocity(dev, mix(x0, noise, sigmas), (128, 128), sigmas, encoders(words, 32), guidance=strength)
+    torch.testing.assert_close(loss.detach(), (v - (noise - x0)).square().mean())
+    ups = [change.up for change in lora.changes]
+    assert all(up.grad is not None and up.grad.abs().sum() > 0 for up in ups)
+    with torch.no_grad():
+        for up in ups:
+            up.normal_(std=0.02)
+    write_tensors(tmp_path / "canny.safetensors", bfl_tensors(lora), {})
+    fresh = miniflux.load("nano", dtype="float32")
+    receipt = miniflux.lora.attach(fresh, tmp_path / "canny.safetensors")
+    assert fresh.transformer.config.in_channels == 128 and receipt.dialect == "BFL"
+    edges = scenes.render(scenes.one_object(random.Random(1)), 64, 64)
+    drawn = fresh.generate("a red star", width=64, height=64, steps=2, conditions=[Control(edges)])
+    assert drawn.images[0].size == (64, 64)

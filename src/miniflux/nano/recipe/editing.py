@@ -116,7 +116,7 @@ def captions(
 GOALS = {
     goal.name: goal
     for goal in (
-        Goal("fill", "flux1-nano-fill.safetensors", 6_500, 24, 4_000, 48, 6e-4, (1.0, 40.0), holes),
+        Goal("fill", "flux1-nano-fill.safetensors", 4_000, 24, 1_000, 48, 6e-4, (1.0, 40.0), holes),
         Goal("kontext", "flux1-nano-kontext.safetensors", 10_500, 16, 2_500, 40, 8e-4, (1.0, 6.0), instructions),
     )
 }

@@ -97,7 +97,7 @@ def described(scene: scenes.Scene) -> str:
 
 
 def hole(rng: random.Random, width: int, height: int, held_out: bool = False) -> Hole:
-    """A scene with a part of it hidden. One hole in eight was around a shape that is not there any more."""
+    """A scene with a part of it hidden. A quarter of the holes were around a shape that is not there any more."""
     scene = _scene(rng, held_out)
     words, mask = scene.caption, _anywhere(width, height, rng)
     if rng.random() < 0.75:
@@ -106,11 +106,11 @@ def hole(rng: random.Random, width: int, height: int, held_out: bool = False) ->
         if rng.random() < 0.15:
             mask = np.maximum.reduce([around(shape, width, height, rng) for shape in scene.shapes])
         chance = rng.random()
-        if chance < 0.15:
+        if chance < 0.3:
             left = tuple(shape for shape in scene.shapes if shape is not hidden)
             scene = replace(scene, shapes=left)
             words = described(scene)
-        elif chance < 0.35:
+        elif chance < 0.55:
             words = f"a {hidden.colour} {hidden.kind}"
     if rng.random() < 0.15:  # a soft edge, drawn anew as far as it goes
         soft = Image.fromarray((mask * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(rng.uniform(0.5, 3)))
