@@ -79,7 +79,7 @@ class Drawing:
         begin = noise if start is None else add_noise(start, 0.0, plan.levels[0], noise)
         moment, bill = self._denoise(plan, begun, i, begin, noise, watcher)
         tokens = moment.picture if moment.step < moment.steps else moment.x
-        image = to_image(self._decode(tokens, begun.added))
+        image = self._image(tokens, begun.added)
         about: dict[str, Any] = {}
         if watcher.replaced:
             about["replaced"] = True
@@ -91,7 +91,7 @@ class Drawing:
             exact, _ = self._denoise(replace(plan, cache=None), begun, i, begin, noise, Watcher(0, 1))
             about["cache"] |= {
                 "latent_l2": float((moment.x - exact.x).norm() / exact.x.norm()),
-                "psnr": psnr(image, to_image(self._decode(exact.x, begun.added))),
+                "psnr": psnr(image, self._image(exact.x, begun.added)),
             }
         return Drawn(image, self._unpacked(moment.x).cpu(), about, moment)
 
@@ -210,6 +210,11 @@ class Drawing:
 
     def _unpacked(self, tokens: Tensor) -> Tensor:
         return self.plan.family.unpack(tokens, *self.plan.sides).float()
+
+    def _image(self, tokens: Tensor, added: Added) -> Image.Image:
+        """The picture, cut back to its reference where that is less."""
+        image = to_image(self._decode(tokens, added))
+        return image if self.plan.crop is None else image.crop(self.plan.crop)
 
     def _decode(self, tokens: Tensor, added: Added) -> Tensor:
         autoencoder = self.parts.autoencoder

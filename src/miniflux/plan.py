@@ -38,6 +38,7 @@ from miniflux.errors import InputError
 from miniflux.families import FAMILIES, Family
 from miniflux.memory.ledger import Run
 from miniflux.models.flux1 import Attend, RunBlock
+from miniflux.families.family import Box, Size
 from miniflux.sampling import (
     CACHES,
     GUIDES,
@@ -73,6 +74,7 @@ class Plan:
         once: whether references are looked at once, for all steps.
         spacing: the name of the schedule, or noise levels of the caller's own.
         steps_asked: what was asked for, or what the variant was made for.
+        crop: what is kept of the picture that is drawn: left, top, right, bottom in pixels; None for all of it.
         levels: the noise levels that are gone through.
         run, wraps, attend: functions of the caller's in place of, and around, those that run a block and attend.
     """
@@ -94,6 +96,7 @@ class Plan:
     once: bool
     spacing: str | list[float]
     steps_asked: int | None
+    crop: Box | None
     shift: float | None
     restart: tuple[float, float, int] | None
     levels: Schedule
@@ -161,11 +164,13 @@ class Plan:
         conditions = tuple(c.framed(family, seen) if isinstance(c, Reference) else c for c in conditions)
         changes = [c.known for c in conditions if isinstance(c, Img2Img)] if image is None else [image]
         known = next((one for one in changes if one is not None and not isinstance(one, str)), None)
-        if not changes and width is None and height is None:  # that of the first reference, if there is one
+        follows = not changes and width is None and height is None
+        if follows:  # that of the first reference, if there is one
             width, height = next((c.shown_at for c in conditions if isinstance(c, Reference)), (None, None))
         width, height = size_for(variant, variant.autoencoder, width, height, known)
         rows, columns = (side // variant.autoencoder.unit for side in (height, width))
         steps = None if steps is None else whole("steps", steps, 1, MAX_STEPS)
+        conditions, crop = crop_for(family, conditions, (width, height), follows)
         t5_length = variant.t5_length if t5_length is None else whole("t5_length", t5_length, 1, MAX_TEXT)
         strength, shift = plain(strength), plain(shift)
         guide, guidance = guiding_for(variant, guide, guidance)
@@ -227,6 +232,7 @@ class Plan:
             once=once_for(variant, family, conditions),
             spacing=spacing,
             steps_asked=variant.steps if steps is None and named else steps,
+            crop=crop,
             shift=shift,
             restart=restart,
             levels=levels,
@@ -374,6 +380,39 @@ def once_for(variant: Variant, family: Family, conditions: Sequence[Condition]) 
 def _listed(value: Any) -> Any:
     """As JSON has it."""
     return list(value) if isinstance(value, tuple) else value  # pyright: ignore[reportUnknownArgumentType]
+
+def crop_for(
+    family: Family, conditions: tuple[Condition, ...], size: Size, follows: bool
+) -> tuple[tuple[Condition, ...], Box | None]:
+    """What is kept of a picture whose only reference was mirrored around itself. The conditions say so, too: settings
+    state every size, and one that somebody asks for is not cut.
+
+    Args:
+        conditions: references in their frames.
+        size: width and height that are drawn.
+        follows: whether they are those of the first reference, because nobody asked for others.
+
+    Raises:
+        InputError: it is to be cut back, and there is nothing to cut it back to.
+    """
+    seen = [c for c in conditions if isinstance(c, Reference)]
+    if any(c.crop for c in seen):
+        if not family.whole:
+            raise InputError(
+                "crop=True cuts a picture back to its reference, and models of this family see a part of it"
+            )
+        if len(seen) > 1:
+            raise InputError(f"crop=True cuts a picture back to its only reference, and there are {len(seen)}")
+        if seen[0].shown_at != size:
+            shown_at, drawn = ("x".join(map(str, one)) for one in (seen[0].shown_at, size))
+            raise InputError(
+                f"crop=True cuts a picture of {shown_at} back to its reference, and it is drawn at {drawn}"
+            )
+        return conditions, seen[0].inside
+    if not follows or not family.whole or len(seen) != 1 or seen[0].crop is False or seen[0].inside is None:
+        return conditions, None
+    return tuple(c.cropping() if isinstance(c, Reference) else c for c in conditions), seen[0].inside
+
 
 
 @dataclass

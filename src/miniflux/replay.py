@@ -142,6 +142,8 @@ def replay(
                 progress(done + step, total)
 
         results.append(_drawn(pipe, record, uses, image, where, conditions, told))
+        if record.upsampled is not None:
+            results[-1].settings[0]["upsampled"] = dict(record.upsampled)
         done += max(1, len(record.sigmas) - 1)
         differences += _unlike(record, results[-1])
     result = joined(results)

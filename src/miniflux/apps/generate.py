@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from miniflux.apps import arguments, console
+from miniflux.apps import arguments, console, upsample
 from miniflux.apps.outputs import FIELDS, IN_FOLDER, Outputs, sheet_name
 from miniflux.apps.prompts import prompts_of
 from miniflux.errors import InputError, LoraError, MinifluxError
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from miniflux.pipeline import Pipeline, Result
     from miniflux.sampling import Moment
     from miniflux.sampling.guidance import Cfg
+    from miniflux.upsampling import Written
+    from miniflux.variants import Variant
 
 REDUX_NAMES = ("flux1-redux-dev.safetensors", "FLUX.1-Redux-dev")
 RANDOM_SEEDS = 2**32  # those that every other program takes, too
@@ -75,8 +77,9 @@ def add(commands: Any) -> None:
     )
     generate.add_argument("--steps", type=int, metavar="N", help="more is slower and finer")
     generate.add_argument(
-        "--guidance", type=float, metavar="X", help="how strongly the prompt is followed; not for schnell"
-    )
+        "--guidance", type=float, metavar="X", help="how strongly the prompt is followed; not for schnell and "
+        "klein; of base models the scale of their CFG",
+    )  # fmt: skip
     generate.add_argument(
         "--size", type=arguments.size, metavar="WxH", help="in pixels, multiples of 16 (else rounded up)"
     )
@@ -104,6 +107,7 @@ def add(commands: Any) -> None:
         "text-freed, offload (in RAM, block by block to the device) or stream (in the file)",
     )  # fmt: skip
     _sampling_options(generate)
+    upsample.add(generate)
     generate.set_defaults(run=_run)
     arguments.add_verbose(generate)
 
@@ -120,10 +124,12 @@ def _sampling_options(generate: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     sampling.add_argument("--shift", type=float, metavar="X", help="static shift of the noise levels; 1 for none")
     sampling.add_argument("--cfg", type=float, metavar="X", help="scale of guidance by a second text; 1 has no effect")
-    sampling.add_argument("--negative", metavar="TEXT", help="what the picture should not show; needs --cfg")
+    sampling.add_argument("--negative", metavar="TEXT", help="what the picture should not show; needs --cfg, "
+                          "but for base models, which are drawn with it")  # fmt: skip
     sampling.add_argument(
-        "--guidance-method", metavar="NAME", help="cfg (default), cfg-zero, apg, perp-neg, skip-layer, nag; needs --cfg"
-    )
+        "--guidance-method", metavar="NAME", help="cfg (default), cfg-zero, apg, perp-neg, skip-layer, nag; needs "
+        "--cfg as --negative does",
+    )  # fmt: skip
     sampling.add_argument(
         "--window", type=arguments.pair, metavar="START:STOP", help="the share of the steps that --cfg works in: 0:0.6"
     )
@@ -143,8 +149,16 @@ def _sampling_options(generate: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="a picture to look at, for Kontext models; may be given several times",
+        help="a picture to look at, for Kontext, FLUX.2 and FLUX.3; may be given several times",
     )
+    sampling.add_argument(
+        "--once", action=argparse.BooleanOptionalAction, help="look at references once, for all steps: FLUX.2 klein; "
+        "default as the model was trained",
+    )  # fmt: skip
+    sampling.add_argument(
+        "--crop-back", action=argparse.BooleanOptionalAction, help="cut the picture back to its reference, which "
+        "FLUX.3 mirrors around itself up to whole tokens; default where no --size is given",
+    )  # fmt: skip
     sampling.add_argument(
         "--redux", type=arguments.steering, action="append", default=[], metavar="[NET=]FILE[:SCALE]",
         help="a picture to vary: NET is the file or folder of Redux, else found as flux1-redux-dev in --weights",
@@ -179,6 +193,7 @@ class _Call:
 
     Attributes:
         prompts: of each picture, in order.
+        written: what is drawn instead of a prompt, where a language model was asked.
         seed: of the first; picture i is drawn from seed + i.
         settings: arguments of `Pipeline.generate` that all pictures share.
         outputs: where they go.
@@ -194,8 +209,13 @@ class _Call:
     settings: dict[str, Any]
     outputs: Outputs
     grid: Path | None
+    written: dict[str, Written] = field(default_factory=dict[str, "Written"])
     sheet: list[Result] = field(default_factory=list)
     blocks: Counter[str] = field(default_factory=Counter)
+
+    def text(self, prompt: str) -> str:
+        """What is drawn of a prompt."""
+        return self.written[prompt].text if prompt in self.written else prompt
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -205,7 +225,9 @@ def _run(options: argparse.Namespace) -> None:
     call = _checked(options)
     arguments.say_notes(options)
     places = {"device": options.device, "dtype": options.dtype, "memory": options.memory}
+    call.written.update(upsample.written(options, call.prompts, call.seed))
     pipe = load(options.model, weights=options.weights, **places)
+    call.settings["guide"] = _guide(options, pipe.variant)
     for path, scale in options.lora:
         logging.getLogger(__name__).info("%s", attach(pipe, path, scale))
     try:
@@ -242,11 +264,13 @@ def _checked(options: argparse.Namespace) -> _Call:
     """Everything that can be refused without weights is, before they are loaded: which may take minutes."""
     from miniflux.arguments import MAX_IMAGES, cache_for, size_for, variation_for
     from miniflux.checks import whole
+    from miniflux.families import FAMILIES
     from miniflux.lora import read
     from miniflux.lora.attaching import resolved
     from miniflux.memory.compute import DTYPES, choose_device
     from miniflux.memory.modes import check_mode
     from miniflux.pictures import digest_of
+    from miniflux.plan import once_for
     from miniflux.result import FORMATS, checked_output
     from miniflux.sampling.latents import MAX_SEED
     from miniflux.settings import LoraUse, Request
@@ -269,7 +293,9 @@ def _checked(options: argparse.Namespace) -> _Call:
         raise InputError(f"--preview-every must be at least 1, got {options.preview_every}")
     if options.image is None and options.strength is not None:
         raise InputError(f"--strength {options.strength} says how much of a picture to change: no image is given")
+    upsample.check(options)
     image, mask = arguments.picture_and_mask(options)
+    known = variant(options.model) if options.model in VARIANTS or options.model in ALIASES else None
     width, height = options.size or (None, None)
     settings: dict[str, Any] = {
         "steps": options.steps,
@@ -280,12 +306,11 @@ def _checked(options: argparse.Namespace) -> _Call:
         "padding": options.padding,
         "solver": options.solver,
         "shift": options.shift,
-        "guide": _guide(options),
+        "guide": _guide(options, known),
         "negative": options.negative,
         "strength": 1.0 if options.strength is None else options.strength,
     }
     spacing = options.schedule
-    known = variant(options.model) if options.model in VARIANTS or options.model in ALIASES else None
     if known is not None:
         size_for(known, known.autoencoder, width, height, image)
     cache_for(known or variant("nano"), options.cache)
@@ -310,6 +335,8 @@ def _checked(options: argparse.Namespace) -> _Call:
         raise LoraError(f"--lora {twice}: {Path(str(twice)).stem!r} is attached already; name it once, with one scale")
     settings |= {"schedule": spacing, "cache": options.cache}
     settings["conditions"] = _conditions(options)
+    if known is not None:
+        once_for(known, FAMILIES[known.family], settings["conditions"])
     return _Call(prompts, seed, image, mask, settings, outputs, grid)
 
 
@@ -329,7 +356,14 @@ def _conditions(options: argparse.Namespace) -> list[Condition]:
         for _, _, _, mode in getattr(options, option):
             if mode is not None:
                 raise InputError(f"--{option.replace('_', '-')}: a mode, {mode!r}, is for ControlNets alone")
-    made: list[Condition] = [Reference(path, index=i + 1) for i, path in enumerate(options.reference)]
+    for name in ("once", "crop_back"):
+        if (asked := getattr(options, name)) is not None and not options.reference:
+            flag = f"--{'' if asked else 'no-'}{name.replace('_', '-')}"
+            raise InputError(f"{flag} is for references, and no --reference is given")
+    made: list[Condition] = [
+        Reference(path, index=i + 1, once=options.once, crop=options.crop_back)
+        for i, path in enumerate(options.reference)
+    ]
     made += [] if options.control is None else [Control(options.control)]
     for name, picture, scale, _ in options.redux:
         made.append(Redux(network(name or _redux(options)), picture, scale))
@@ -370,7 +404,7 @@ def _draw(options: argparse.Namespace, pipe: Pipeline, call: _Call) -> None:
                 for text in dict.fromkeys(
                     call.prompts[i : i + TEXTS_AHEAD]
                 ):  # one by one: each may have its own length
-                    pipe.text.encode([text], options.t5_length, options.padding)
+                    pipe.text.encode([call.text(text)], options.t5_length, options.padding)
             about = {"index": i + 1, "seed": call.seed + i, "prompt": prompt}
 
             def progress(done: int, steps: int, i: int = i) -> None:
@@ -383,7 +417,7 @@ def _draw(options: argparse.Namespace, pipe: Pipeline, call: _Call) -> None:
 
             varied = options.variation
             result = pipe.generate(
-                prompt,
+                call.text(prompt),
                 seed=call.seed + i,
                 variation=None if varied is None else (varied[0] + i, varied[1]),
                 image=call.image,
@@ -393,11 +427,13 @@ def _draw(options: argparse.Namespace, pipe: Pipeline, call: _Call) -> None:
                 **call.settings,
             )
             said = result.settings[0]
-            with call.outputs.place({**said, "model": _model(said), **about}) as path:
+            if prompt in call.written:
+                said["upsampled"] = call.written[prompt].described()
+            w, h = result.images[0].size
+            with call.outputs.place({**said, "model": _model(said), "width": w, "height": h, **about}) as path:
                 result.save(path, metadata=not options.no_metadata)
             with tqdm.external_write_mode(file=sys.stdout):
                 shown = f", {prompt!r}" if len(set(call.prompts)) > 1 else ""
-                w, h = result.images[0].size
                 console.say(f"{path}: {w}x{h}, {pipe.variant.name}, seed {call.seed + i}{shown}")
             if call.grid is not None:
                 call.sheet.append(result)
@@ -426,14 +462,19 @@ def _preview(options: argparse.Namespace, pipe: Pipeline, call: _Call, moment: M
         save_picture(pipe.preview(moment, width, height), path, None)
 
 
-def _guide(options: argparse.Namespace) -> Cfg | None:
-    """What --cfg, --guidance-method and --window say; refuses what would have no effect."""
+def _guide(options: argparse.Namespace, known: Variant | None) -> Cfg | None:
+    """What --cfg, --guidance-method and --window say; refuses what would have no effect. Base models are drawn with CFG
+    of a scale of their own; which model a path means, None, is known when it is loaded."""
     from miniflux.sampling import guide
 
-    if options.cfg is None:
-        for flag in ("negative", "guidance_method", "window"):
+    scale, own = options.cfg, None if known is None else known.cfg
+    shaped = options.guidance_method is not None or options.window is not None
+    if scale is None and own is None:
+        for flag in ("negative", "guidance_method", "window") if known is not None else ():
             if getattr(options, flag) is not None:
                 raise InputError(f"--{flag.replace('_', '-')} has no effect without --cfg X")
         return None
+    if scale is None and not shaped:
+        return None  # that of the model, which --guidance may make stronger
     window = {} if options.window is None else {"window": options.window}
-    return guide(options.guidance_method or "cfg", scale=options.cfg, **window)
+    return guide(options.guidance_method or "cfg", scale=own if scale is None else scale, **window)

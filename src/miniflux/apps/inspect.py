@@ -109,6 +109,7 @@ class _Picture:
             "size": self.size,
             "origin": reading.origin,
             "settings": self.settings,
+            "upsampled": [one.upsampled for one in reading.records if one.upsampled is not None],
             "files": [vars(file) for file in reading.records[0].files] if reading.records else [],
             "not_understood": list(reading.not_understood),
         }
@@ -124,6 +125,8 @@ class _Picture:
             if len(self.settings) > 1:
                 lines.append(f"  -- picture {i} of {len(self.settings)}")
             lines += [f"  {name:<11} {_shown(value)}" for name, value in settings.items()]
+            written = reading.records[i - 1].upsampled if reading.records else None
+            lines += [] if written is None else [f"  upsampled   {_shown(written)}"]
         for file in reading.records[0].files if reading.records else ():
             digest = "had changed" if file.sha256 is None else f"sha256 {file.sha256[:12]}..."
             lines.append(f"  file        {file.part}: {_line(file.file)}, {file.bytes:,} bytes, {digest}")

@@ -20,7 +20,7 @@ from miniflux.conditions.condition import Added, Picture, Scene
 from miniflux.conditions.img2img import check_pixels
 from miniflux.errors import InputError
 from miniflux.families import Family
-from miniflux.families.family import Frame
+from miniflux.families.family import Box, Frame
 from miniflux.families.flux1 import FLUX1
 from miniflux.models.transformer import TransformerConfig
 from miniflux.pictures import digest_of, from_image, on_white, open_picture
@@ -53,13 +53,11 @@ def in_frame(picture: Image.Image, frame: Frame) -> Image.Image:
     picture = picture if picture.size == frame.resized else picture.resize(frame.resized, LANCZOS)
     if frame.canvas == frame.resized:
         return picture
-    edges = [(seen - has) // 2 for seen, has in zip(frame.canvas, frame.resized, strict=True)]
-    left, top = (max(0, edge) for edge in edges)
-    if min(edges) < 0:  # the middle of it
+    if frame.inside is None:  # the middle of it
         across, down = ((has - seen) // 2 for seen, has in zip(frame.canvas, frame.resized, strict=True))
         return picture.crop((across, down, across + frame.canvas[0], down + frame.canvas[1]))
-    pixels = np.asarray(picture)
-    around = (top, frame.canvas[1] - frame.resized[1] - top), (left, frame.canvas[0] - frame.resized[0] - left), (0, 0)
+    pixels, (left, top, right, bottom) = np.asarray(picture), frame.inside
+    around = (top, frame.canvas[1] - bottom), (left, frame.canvas[0] - right), (0, 0)
     mode = "reflect" if min(picture.size) > PIXELS_PER_TOKEN else "symmetric"
     return Image.fromarray(np.pad(pixels, around, mode=mode))
 
@@ -76,6 +74,8 @@ class Reference:
         index: tells several apart; 0 is the picture that is drawn.
         once: whether it is looked at once, and what it says kept for all steps (FLUX.2 klein KV), or at every step;
             None for what the model was trained for.
+        crop: whether the picture that is drawn is cut back to this one, where it was mirrored around itself up to whole
+            tokens (FLUX.3, of a single one); None: where no other size is asked for, as in the release.
 
     Raises:
         InputError: it is no picture, pixels are not from -1 to 1, or a number is out of its range.
@@ -85,12 +85,15 @@ class Reference:
     size: tuple[int, int] | None = None
     index: int = 1
     once: bool | None = None
+    crop: bool | None = None
     _digest: str = field(init=False, repr=False)  # of the picture as it was given
+    _inside: Box | None = field(init=False, repr=False, default=None)  # of what is shown, the picture, if that is less
 
     def __post_init__(self) -> None:
         whole("the index of a reference", self.index, 1, MAX_INDEX)
-        if not (self.once is None or isinstance(self.once, bool)):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise InputError(f"once must be True, False or None, got {shown(self.once)}")
+        for name, value in (("once", self.once), ("crop", self.crop)):
+            if not (value is None or isinstance(value, bool)):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise InputError(f"{name} must be True, False or None, got {shown(value)}")
         if self.size is not None:
             object.__setattr__(self, "size", _checked(self.size))
         picture = self.picture
@@ -125,7 +128,20 @@ class Reference:
             log.warning("a reference of %dx%d is seen at %dx%d: sides in whole tokens of 16", *given, *frame.canvas)
         framed = copy(self)
         object.__setattr__(framed, "picture", in_frame(self.picture, frame))
+        object.__setattr__(framed, "_inside", frame.inside)
         return framed
+
+    @property
+    def inside(self) -> Box | None:
+        """Where the picture is on its canvas, once it is framed: left, top, right, bottom in pixels; None if it fills
+        it."""
+        return self._inside
+
+    def cropping(self) -> Reference:
+        """The same, to which the picture is cut back."""
+        made = copy(self)
+        object.__setattr__(made, "crop", True)
+        return made
 
     @property
     def shown_at(self) -> tuple[int, int]:
@@ -148,7 +164,7 @@ class Reference:
 
     def described(self) -> dict[str, Any]:
         about = {"picture": self._digest, "index": self.index}
-        about |= {} if self.once is None else {"once": self.once}
+        about |= {name: value for name in ("once", "crop") if (value := getattr(self, name)) is not None}
         return about | ({} if self.size is None else {"size": list(self.size)})
 
     def tokens(self, rows: int, columns: int) -> int:

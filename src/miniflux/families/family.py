@@ -13,6 +13,7 @@ from miniflux.sampling.latents import pack, unpack
 from miniflux.sampling.schedules import Curve
 
 Size = tuple[int, int]
+Box = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,16 @@ class Frame:
 
     resized: Size
     canvas: Size
+
+    @property
+    def inside(self) -> Box | None:
+        """Where the picture is on a canvas that is larger: left, top, right, bottom in pixels; None if none of it is
+        mirrored."""
+        (width, height), (across, down) = self.resized, self.canvas
+        if self.canvas == self.resized or across < width or down < height:
+            return None
+        left, top = (across - width) // 2, (down - height) // 2
+        return left, top, left + width, top + height
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +47,8 @@ class Family:
         reference_ids: (number of the reference from 1, rows, columns) -> positions of its tokens (1, L, A).
         reference_frame: (width, height, how many references there are) -> how one of this size is seen; raises
             InputError for sizes that its models never see.
+        whole: whether a single reference is seen whole, mirrored around itself where tokens need more, and the picture
+            that has its size cut back to it.
         once: whether its networks can look at references once, for all steps.
         shift: (image tokens, steps) -> how a model whose schedule is shifted moves its noise levels.
         velocity, conditioning: how its network is called, and what its modulations see.
@@ -47,6 +60,7 @@ class Family:
     text_ids: Callable[[int, int], Tensor]
     reference_ids: Callable[[int, int, int], Tensor]
     reference_frame: Callable[[int, int, int], Frame]
+    whole: bool = False
     once: bool = False
     shift: Callable[[int, int], Curve]
     velocity: Velocity

@@ -55,6 +55,7 @@ FLUX3 = Family(
     text_ids=text_ids,
     reference_ids=reference_ids,
     reference_frame=reference_frame,
+    whole=True,
     shift=lambda tokens, steps: static_shift(FLUX3_SHIFT),
     velocity=flux3_velocity,
     conditioning=flux3_conditioning,

@@ -21,8 +21,10 @@ TAKEN = (
 FACTS = (
     *("version", "torch", "model", "model_path", "dtype", "dtype_asked", "device", "threads", "memory"),
     *("loras", "files", "steps", "steps_asked", "sigmas", "guidance", "guide", "cache"),
-    *("cached", "not_cached", "replaced", "resumed", "changed", "wrapped", "conditions", "sheet"),
+    *("cached", "not_cached", "replaced", "resumed", "changed", "wrapped", "conditions", "sheet", "upsampled"),
 )
+UPSAMPLED = ("prompt", "model", "system", "temperature", "seed", "max_new_tokens")
+"""What is said of a prompt that a language model wrote, see `miniflux.upsampling.Written`."""
 BILL = ("evaluated", "skipped", "latent_l2", "psnr")  # what a step cache did, beside its settings
 
 
@@ -61,6 +63,7 @@ class Record:
         files: what it was made from; empty if the file does not say.
         doubts: why drawing it again may give another picture, a line each.
         sheet: of the first picture of a labelled sheet.
+        upsampled: out of what a language model wrote the prompt, see `UPSAMPLED`; None if none did.
     """
 
     request: Request
@@ -73,6 +76,7 @@ class Record:
     files: tuple[FileFact, ...] = ()
     doubts: tuple[str, ...] = ()
     sheet: Sheet | None = None
+    upsampled: Mapping[str, Any] | None = None
 
 
 def record_of(value: object) -> Record:
@@ -131,6 +135,7 @@ def record_of(value: object) -> Record:
         files=files,
         doubts=tuple(doubts),
         sheet=_sheet(about.get("sheet")),
+        upsampled=_upsampled(about.get("upsampled")),
     )
 
 
@@ -200,3 +205,18 @@ def _sheet(value: object) -> Sheet | None:
     if not columns or not rows:
         raise SettingsError("sheet: columns and rows must not be empty")
     return Sheet(columns, rows)
+
+
+def _upsampled(value: object) -> Mapping[str, Any] | None:
+    if value is None:
+        return None
+    about = strict.record("upsampled", value)
+    strict.only("upsampled", about, UPSAMPLED)
+    strict.text("upsampled: prompt", about.get("prompt"), strict.MAX_PROMPT)
+    strict.text("upsampled: model", about.get("model"))
+    if about.get("system") is not None:
+        strict.sha256("upsampled: system", about["system"])
+    strict.number("upsampled: temperature", about.get("temperature"))
+    for name in ("seed", "max_new_tokens"):
+        strict.integer(f"upsampled: {name}", about.get(name))
+    return about

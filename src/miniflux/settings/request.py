@@ -131,10 +131,6 @@ class Request:
         object.__setattr__(self, "prompt", strict.text("prompt", self.prompt, strict.MAX_PROMPT))
         if self.negative is not None:
             object.__setattr__(self, "negative", strict.text("negative", self.negative, strict.MAX_PROMPT))
-            if self.guide is None:
-                raise InputError(
-                    f"negative {strict.shown(self.negative)} has no effect without a guide (method cfg, scale above 1)"
-                )
         if not strict.text("model", self.model):
             raise SettingsError("model must be named, got ''")
         if len(self.loras) > MAX_LORAS:

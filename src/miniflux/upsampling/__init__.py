@@ -1,7 +1,8 @@
 """Prompt upsampling: language models that write long prompts from short ones, and say where things are."""
 
 from miniflux.upsampling.boxes import Layout, Row, parsed, request
-from miniflux.upsampling.loading import load_upsampler
+from miniflux.upsampling.loading import check_upsampler, load_upsampler
 from miniflux.upsampling.rewriting import Upsampler
+from miniflux.upsampling.written import Written, write
 
-__all__ = ["Layout", "Row", "Upsampler", "load_upsampler", "parsed", "request"]
+__all__ = ["Layout", "Row", "Upsampler", "Written", "check_upsampler", "load_upsampler", "parsed", "request", "write"]

@@ -16,13 +16,13 @@ from miniflux.checkpoints.files import TensorSource
 from miniflux.checkpoints.folders import models, path_of
 from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.layouts import counterparts
-from miniflux.checkpoints.loading import bare, load_into
+from miniflux.checkpoints.loading import bare, compare, load_into
 from miniflux.checkpoints.opened import Opened, layout_in
 from miniflux.errors import CheckpointError, WeightsNotFoundError
 from miniflux.memory.compute import choose_device, choose_dtype
 from miniflux.models.causal_lm import CausalLm, CausalLmConfig
 from miniflux.text.chat import WANTED, has_tokenizer, load_tokenizer
-from miniflux.upsampling.rewriting import QWEN_VL, Upsampler
+from miniflux.upsampling.rewriting import QWEN_VL, Turns, Upsampler
 from miniflux.variants import VARIANTS
 
 log = logging.getLogger(__name__)
@@ -45,22 +45,8 @@ def load_upsampler(
         CheckpointError: the model is of no kind that can be run here, or its files do not hold all of it.
         TokenizerError, InputError: see `load_tokenizer`, `Upsampler`, `choose_device`, `choose_dtype`.
     """
-    folder, opened = path_of(folder), Opened()
-    place, started = choose_device(device), time.monotonic()
-    words = _complete(folder)
-    about = json_object(folder / "config.json")
-    about = {**about, **(about.get("text_config") or {})}
-    kind = str(about.get("model_type"))
-    if kind.startswith("qwen3_5"):
-        raise CheckpointError(
-            f"{folder}: model_type {kind!r}, as FLUX.3's prompt upsampler has it (flux-3-image-klein-pup), cannot be "
-            "run here: three of four layers of Qwen3.5 are gated delta nets, and there is none in this library; "
-            "language models that can are Qwen3, Qwen3-VL and Mistral"
-        )
-    default = next(variant.lm for variant in VARIANTS.values() if variant.lm is not None)
-    source = opened.part(folder, CausalLm)
-    config = replace(config_beside(folder, default, opened), layers_read=None)
-    network = bare(CausalLm, _with_output_layer(config, about, source))
+    folder, place, started = path_of(folder), choose_device(device), time.monotonic()
+    network, source, words, turns = _described(folder)
     entries = contents_of(source).entries
     parameters = sum(math.prod(entry.shape) for entry in entries.values())
     largest = max(source.entries.values(), key=lambda entry: entry.size)
@@ -75,7 +61,40 @@ def load_upsampler(
         place,
         time.monotonic() - started,
     )
-    return Upsampler(network, load_tokenizer(words), QWEN_VL if kind.startswith("qwen3_vl") else None)
+    return Upsampler(network, load_tokenizer(words), turns)
+
+
+def check_upsampler(folder: str | Path) -> None:
+    """Whether a folder holds a language model that can write; reads headers only, but where a model has its embedding
+    and an output layer beside it.
+
+    Raises:
+        WeightsNotFoundError, CheckpointError: see `load_upsampler`.
+    """
+    network, source, _, _ = _described(path_of(folder))
+    report = compare(network, source)
+    if report.problems:
+        raise CheckpointError(str(report).partition("\n")[0])
+
+
+def _described(folder: Path) -> tuple[CausalLm, TensorSource, Path, Turns | None]:
+    """A language model without weights, where they are, the folder of its tokenizer, and how it is asked, if its
+    vocabulary does not tell; errors as of `load_upsampler`."""
+    opened, words = Opened(), _complete(folder)
+    about = json_object(folder / "config.json")
+    about = {**about, **(about.get("text_config") or {})}
+    kind = str(about.get("model_type"))
+    if kind.startswith("qwen3_5"):
+        raise CheckpointError(
+            f"{folder}: model_type {kind!r}, as FLUX.3's prompt upsampler has it (flux-3-image-klein-pup), cannot be "
+            "run here: three of four layers of Qwen3.5 are gated delta nets, and there is none in this library; "
+            "language models that can are Qwen3, Qwen3-VL and Mistral"
+        )
+    default = next(variant.lm for variant in VARIANTS.values() if variant.lm is not None)
+    source = opened.part(folder, CausalLm)
+    config = replace(config_beside(folder, default, opened), layers_read=None)
+    network = bare(CausalLm, _with_output_layer(config, about, source))
+    return network, source, words, QWEN_VL if kind.startswith("qwen3_vl") else None
 
 
 def _complete(folder: Path) -> Path:

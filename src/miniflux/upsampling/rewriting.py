@@ -27,6 +27,14 @@ from miniflux.text.decoding import decoded, repaired
 log = logging.getLogger(__name__)
 
 MAX_SYSTEM = 1_000_000  # bytes of a file; the released texts have 5,000
+MAX_NEW = 512  # tokens that are written, as in the release
+
+SYSTEM = (
+    "Rewrite the request of the user as one description of a picture: what is in it and where, what surrounds it, the "
+    "light, the style. Keep everything that the request names, and every text in quotation marks as it stands. Answer "
+    "with the description alone."
+)
+"""What a language model is to do where nobody says: words of ours, not those of the release."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,7 @@ class Turns:
         system, user: what stands around a system text, and around a prompt; the answer comes behind it.
         ends: tokens that end an answer, as far as the vocabulary has them; the first one it must have.
         left_out: texts that are taken out of a prompt: the model would read them as something else.
+        temperature: the release's, where it gives one; else 0.
     """
 
     begin: str
@@ -45,6 +54,7 @@ class Turns:
     user: tuple[str, str]
     ends: tuple[str, ...]
     left_out: tuple[str, ...] = ()
+    temperature: float = 0.0
 
     def text(self, prompt: str, system: str | None) -> str:
         """All that the model reads."""
@@ -54,7 +64,7 @@ class Turns:
         return self.begin + before + prompt.join(self.user)
 
 
-MISTRAL = Turns("<s>", ("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"), ("[INST]", "[/INST]"), ("</s>",), ("[IMG]",))
+MISTRAL = Turns("<s>", ("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"), ("[INST]", "[/INST]"), ("</s>",), ("[IMG]",), 0.15)
 """FLUX.2 dev: Mistral-Small."""
 QWEN_VL = Turns("", ("<|im_start|>system\n", "<|im_end|>\n"), QWEN_USER, ("<|im_end|>", "<|endoftext|>"))
 """Qwen3-VL, which has no thoughts to switch off."""
@@ -103,7 +113,7 @@ class Upsampler:
         *,
         system: str | Path | None = None,
         temperature: float = 0.0,
-        max_new_tokens: int = 512,
+        max_new_tokens: int = MAX_NEW,
         seed: int = 0,
         length: int = 2048,
         images: Sequence[object] | None = None,
@@ -137,7 +147,7 @@ class Upsampler:
         temperature = check_number("temperature", temperature, 0)
         max_new_tokens, length = whole("max_new_tokens", max_new_tokens, 1), whole("length", length, 1)
         generator = torch.Generator().manual_seed(whole("seed", seed, 0, 2**64 - 1))
-        text = self.turns.text(repaired("the prompt", prompt), _system(system))
+        text = self.turns.text(repaired("the prompt", prompt), system_text(system))
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         if len(ids) > length:
             raise InputError(
@@ -157,7 +167,7 @@ class Upsampler:
         return answer
 
 
-def _system(given: str | Path | None) -> str | None:
+def system_text(given: str | Path | None) -> str | None:
     """The system text that is meant. A file's last end of line, which editors add, is no part of it.
 
     Raises:
