@@ -147,7 +147,7 @@ def test_what_a_family_cannot_do_is_refused_by_name(tmp_path: Path) -> None:
 def test_a_controlnet_of_flux1_is_refused() -> None:
     from tests.test_steering import controlnet
 
-    with pytest.raises(InputError, match=r"were made for FLUX\.1, and this network is a Flux2"):
+    with pytest.raises(InputError, match=r"was made for FLUX\.1, and this network is a Flux2"):
         tiny("flux2-klein-4b").generate("a cat", conditions=[ControlNet(controlnet(), PHOTO)], **SMALL)
 
 

@@ -136,7 +136,7 @@ def test_what_does_not_fit_is_refused(pipe: Pipeline, tmp_path: Path) -> None:
     wide = controlnet(hidden_size=2 * TINY.hidden_size, num_heads=2 * TINY.num_heads)
     with pytest.raises(InputError, match=f"for transformers of hidden_size {2 * TINY.hidden_size}, got one of"):
         pipe.generate("a star", conditions=[conditions.ControlNet(wide, PHOTO)], **SIZE)
-    with pytest.raises(InputError, match="the network must be a ControlNet, as conditions.load gives it, got 3"):
+    with pytest.raises(InputError, match="the network must be a ControlNet or Flux2ControlNet, as .* gives it, got 3"):
         conditions.ControlNet(3, PHOTO)  # pyright: ignore
     with pytest.raises(InputError, match="scale must have a number for each of 2 blocks, got 3"):
         conditions.ControlNet(controlnet(), PHOTO, scale=[1, 2, 3])

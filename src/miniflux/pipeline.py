@@ -242,7 +242,7 @@ class Pipeline:
         unkeyed = None if self.results is None else not_keyed(plan, said, files, callback is not None)
 
         # 3. Each picture on its own: text, noise from its seed, denoising, decoding - unless it was drawn before.
-        work, needs, fits = Drawing(self, plan), plan.needs(), self._fits()
+        work, needs, fits = Drawing(self, plan), plan.needs(self.device), self._fits()
 
         def draw(i: int) -> Drawn:
             with self._watched(needs, fits):
@@ -296,7 +296,7 @@ class Pipeline:
             networks = {"transformer": self.transformer, "autoencoder": self.autoencoder, **self.text.networks}
             configs = {part: network.config for part, network in networks.items()}
             computed = activations(configs, run, self.dtype.itemsize, floats)
-            most = max(computed.values())
+            most = max(computed.values()) + run.steering
             return (most, 0) if self.device.type == "cpu" else (0, most)
 
         return Fits(needs, self.device, unit, lambda run, free: [])

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from miniflux.arguments import (
@@ -34,11 +35,12 @@ from miniflux.arguments import (
 from miniflux.checks import plain, several, shown, whole
 from miniflux.conditions import Condition, Fill, Img2Img, Inpaint, Reference, fill_channels
 from miniflux.conditions.condition import Picture
+from miniflux.conditions.steering import waiting
 from miniflux.errors import InputError
 from miniflux.families import FAMILIES, Family
+from miniflux.families.family import Box, Size
 from miniflux.memory.ledger import Run
 from miniflux.models.flux1 import Attend, RunBlock
-from miniflux.families.family import Box, Size
 from miniflux.sampling import (
     CACHES,
     GUIDES,
@@ -72,9 +74,9 @@ class Plan:
         chat: the form in which a language model reads prompts; None if none does.
         conditions: what steers the pictures beside their words.
         once: whether references are looked at once, for all steps.
+        crop: what is kept of the picture that is drawn: left, top, right, bottom in pixels; None for all of it.
         spacing: the name of the schedule, or noise levels of the caller's own.
         steps_asked: what was asked for, or what the variant was made for.
-        crop: what is kept of the picture that is drawn: left, top, right, bottom in pixels; None for all of it.
         levels: the noise levels that are gone through.
         run, wraps, attend: functions of the caller's in place of, and around, those that run a block and attend.
     """
@@ -94,9 +96,9 @@ class Plan:
     chat: ChatForm | None
     conditions: tuple[Condition, ...]
     once: bool
+    crop: Box | None
     spacing: str | list[float]
     steps_asked: int | None
-    crop: Box | None
     shift: float | None
     restart: tuple[float, float, int] | None
     levels: Schedule
@@ -168,9 +170,9 @@ class Plan:
         if follows:  # that of the first reference, if there is one
             width, height = next((c.shown_at for c in conditions if isinstance(c, Reference)), (None, None))
         width, height = size_for(variant, variant.autoencoder, width, height, known)
+        conditions, crop = crop_for(family, conditions, (width, height), follows)
         rows, columns = (side // variant.autoencoder.unit for side in (height, width))
         steps = None if steps is None else whole("steps", steps, 1, MAX_STEPS)
-        conditions, crop = crop_for(family, conditions, (width, height), follows)
         t5_length = variant.t5_length if t5_length is None else whole("t5_length", t5_length, 1, MAX_TEXT)
         strength, shift = plain(strength), plain(shift)
         guide, guidance = guiding_for(variant, guide, guidance)
@@ -230,9 +232,9 @@ class Plan:
             chat=variant.chat,
             conditions=steered,
             once=once_for(variant, family, conditions),
+            crop=crop,
             spacing=spacing,
             steps_asked=variant.steps if steps is None and named else steps,
-            crop=crop,
             shift=shift,
             restart=restart,
             levels=levels,
@@ -290,8 +292,8 @@ class Plan:
         tokens = len(self.chat.text(prompt).encode("utf-8", "surrogatepass"))
         return self.chat.multiple * -(-tokens // self.chat.multiple)
 
-    def needs(self) -> Run:
-        """What the memory that a picture takes depends on."""
+    def needs(self, device: torch.device | None = None) -> Run:
+        """What the memory that a picture takes depends on; `device`: where it is drawn."""
         more = sum(condition.tokens(self.rows, self.columns) for condition in self.conditions)
         return Run(
             width=self.width,
@@ -301,6 +303,8 @@ class Plan:
             kept_tokens=more if self.once else 0,
             calls=self.calls,
             batch=2 if isinstance(self.guide, Nag) else 1,
+            steering=waiting(self.conditions, device),
+            added=sum(getattr(condition, "added_numbers", 0) for condition in self.conditions),
         )
 
     def described(self) -> dict[str, Any]:
@@ -377,10 +381,6 @@ def once_for(variant: Variant, family: Family, conditions: Sequence[Condition]) 
     return bool(once) and any(isinstance(c, Reference) for c in conditions)
 
 
-def _listed(value: Any) -> Any:
-    """As JSON has it."""
-    return list(value) if isinstance(value, tuple) else value  # pyright: ignore[reportUnknownArgumentType]
-
 def crop_for(
     family: Family, conditions: tuple[Condition, ...], size: Size, follows: bool
 ) -> tuple[tuple[Condition, ...], Box | None]:
@@ -413,6 +413,10 @@ def crop_for(
         return conditions, None
     return tuple(c.cropping() if isinstance(c, Reference) else c for c in conditions), seen[0].inside
 
+
+def _listed(value: Any) -> Any:
+    """As JSON has it."""
+    return list(value) if isinstance(value, tuple) else value  # pyright: ignore[reportUnknownArgumentType]
 
 
 @dataclass

@@ -18,12 +18,12 @@ from miniflux.checkpoints.formats.reading import GivenTensors, contents_of
 from miniflux.checkpoints.layouts import own_shapes
 from miniflux.checkpoints.loading import bare, load_into
 from miniflux.checkpoints.networks import BY_KIND, Network
+from miniflux.checkpoints.networks.controlnet import CONTROLNET
 from miniflux.checkpoints.networks.vision import CLIP_VISION, PATCHES, SIGLIP_VISION
 from miniflux.checkpoints.opened import known_in, network_of
 from miniflux.conditions import Steering
 from miniflux.errors import CheckpointError, ConfigError
 from miniflux.inspection import describe
-from miniflux.models.controlnet import ControlNet
 from miniflux.models.ip_adapter import XlabsIPAdapter
 from miniflux.models.redux import Redux
 from miniflux.models.vision import SiglipVision, VisionConfig
@@ -44,8 +44,8 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Steering:
-    """A network that steers, told from its keys: a ControlNet (InstantX, Shakker Labs, XLabs), Redux, or an IP-Adapter
-    (XLabs, InstantX).
+    """A network that steers, told from its keys: a ControlNet (InstantX, Shakker Labs, XLabs; alibaba-pai's of FLUX.2),
+    Redux, or an IP-Adapter (XLabs, InstantX).
 
     Args:
         path: its file, a folder with it, or a folder of diffusers' pipelines with a folder of it.
@@ -68,7 +68,7 @@ def load(
         raise CheckpointError(f"{folder}: expected a ControlNet, Redux or an IP-Adapter, found {what}")
     record = BY_KIND[kind]
     network, files = _loaded(record, source, folder, dtype, device), [(record.word, stamp) for stamp in stamps(folder)]
-    if isinstance(network, ControlNet):
+    if record.part == CONTROLNET.part:
         if isinstance(vision, str | Path):
             raise CheckpointError(f"{folder}: a {record.word} sees control pictures by itself, and vision was given")
         return Steering(network, None, tuple(files))

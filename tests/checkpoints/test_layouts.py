@@ -24,6 +24,7 @@ from miniflux.models.clip import ClipTextEncoder
 from miniflux.models.controlnet import ControlNet, ControlNetConfig
 from miniflux.models.flux1 import Flux1
 from miniflux.models.flux2 import Flux2
+from miniflux.models.flux2_controlnet import Flux2ControlNet, Flux2ControlNetConfig
 from miniflux.models.flux3 import Flux3
 from miniflux.models.ip_adapter import InstantxIPAdapter, IPAdapterConfig, XlabsIPAdapter
 from miniflux.models.redux import Redux, ReduxConfig
@@ -244,6 +245,7 @@ CONFIGS = {
     CausalLm: LM,
     TinyDecoder: TINY,
     ControlNet: ControlNetConfig(**fields_of(FLUX1), control_channels=16, modes=3, hint_channels=4),
+    Flux2ControlNet: Flux2ControlNetConfig(control_channels=36, hidden_size=32, num_heads=2, depth=2),
     Redux: ReduxConfig(redux_dim=6, txt_in_features=8, inner=12),
     XlabsIPAdapter: replace(ADAPTER, single=0),
     InstantxIPAdapter: ADAPTER,

@@ -16,16 +16,23 @@ from miniflux.conditions.reference import Reference
 from miniflux.conditions.steering import Steering
 from miniflux.errors import InputError, MinifluxError, ReplayError
 from miniflux.models import controlnet, redux
+from miniflux.models.flux2_controlnet import Flux2ControlNet
 from miniflux.models.ip_adapter import InstantxIPAdapter, XlabsIPAdapter
 from miniflux.pictures import digest_of, on_white, open_picture
 
 NETWORKS = {
-    "ControlNet": (controlnet.ControlNet,),
+    "ControlNet": (controlnet.ControlNet, Flux2ControlNet),
     "Redux": (redux.Redux,),
     "IPAdapter": (XlabsIPAdapter, InstantxIPAdapter),
 }
 KINDS = {"Control": Control, "Reference": Reference, "ControlNet": ControlNet, "Redux": Redux, "IPAdapter": IPAdapter}
-PICTURES = ("picture", "pictures", "negative")  # settings that are the SHA-256 of a picture, or of several
+PICTURES = (
+    "picture",
+    "pictures",
+    "negative",
+    "image",
+    "mask",
+)  # settings that are the SHA-256 of a picture, or of several
 
 
 def again(

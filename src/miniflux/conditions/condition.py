@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from PIL import Image
@@ -14,10 +14,12 @@ from torch import Tensor
 from miniflux.errors import InputError
 from miniflux.families import Family
 from miniflux.models.flux1 import Flux1Config
+from miniflux.models.flux2 import Flux2Config
 from miniflux.models.transformer import TransformerConfig
 from miniflux.sampling import Schedule, Told, Words, Wrap
 
 Picture = Image.Image | Tensor
+Config = TypeVar("Config", Flux1Config, Flux2Config)
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Added:
 
 class Condition(Protocol):
     """What steers a picture beside its words. One with a network of its own has `files`, too: (what, file) of all that
-    it was loaded from, see `conditions.Steering`."""
+    it was loaded from, see `conditions.Steering`; and one that holds numbers for every image token `added_numbers`."""
 
     def check(self, family: Family, config: TransformerConfig) -> None:
         """Raises InputError if a network with this config cannot be steered so."""
@@ -98,9 +100,20 @@ def flux1_only(what: str, config: TransformerConfig) -> Flux1Config:
     Raises:
         InputError: it is of another family.
     """
-    if not isinstance(config, Flux1Config):
-        other = type(config).__name__.removesuffix("Config")
-        raise InputError(f"{what} that can be loaded here were made for FLUX.1, and this network is a {other}")
+    return made_for(Flux1Config, f"{what} that can be loaded here were made for FLUX.1", config)
+
+
+def made_for(kind: type[Config], said: str, config: TransformerConfig) -> Config:
+    """The config, of a network of this kind.
+
+    Args:
+        said: what was made for that kind, as the refusal begins.
+
+    Raises:
+        InputError: it is of another kind.
+    """
+    if not isinstance(config, kind):
+        raise InputError(f"{said}, and this network is a {type(config).__name__.removesuffix('Config')}")
     return config
 
 

@@ -1,8 +1,9 @@
 """ControlNets: a network beside the transformer sees a control picture, and adds to the image tokens after its blocks.
 
 Residual i of n belongs to the blocks of the i-th of n equal parts (InstantX, Shakker; diffusers' rule), or, of XLabs'
-networks, to every n-th block. Several ControlNets add up. What is computed from the words is computed for each text of
-a guide on its own, as XLabs does it; diffusers reuses what it computed for the prompt.
+networks, to every n-th block; of FLUX.2's see `flux2_controlnet`. Several ControlNets add up. What is computed from the
+words is computed for each text of a guide on its own, as XLabs does it; diffusers reuses what it computed for the
+prompt.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from miniflux.checks import whole
-from miniflux.conditions.condition import Added, Picture, Scene, flux1_only
+from miniflux.conditions import flux2_controlnet as flux2
+from miniflux.conditions.condition import Added, Picture, Scene, made_for
 from miniflux.conditions.control import control_pixels
 from miniflux.conditions.steering import (
     Steering,
@@ -31,7 +34,8 @@ from miniflux.conditions.steering import (
 from miniflux.errors import InputError
 from miniflux.families import Family
 from miniflux.models import controlnet
-from miniflux.models.flux1 import RunBlock
+from miniflux.models.flux1 import Flux1Config, RunBlock
+from miniflux.models.flux2_controlnet import Flux2ControlNet
 from miniflux.models.transformer import TransformerConfig
 from miniflux.pictures import digest_of, on_white, open_picture
 from miniflux.sampling import Schedule, Told
@@ -47,31 +51,53 @@ class ControlNet:
 
     Attributes:
         network: of `conditions.load`.
-        picture: as of `Control`.
+        picture: as of `Control`; FLUX.2's network does without one, too.
         scale: how strongly; or for each of its blocks, double ones first; or a function of the noise level.
         window: (start, stop) in shares of the steps that are made.
-        mode: the kind of control, for Union networks: a name of `MODES` or a row of their table.
+        mode: the kind of control, for Union networks of FLUX.1: a name of `MODES` or a row of their table.
+        image: a picture that is to be completed, for FLUX.2's network; as of `picture`.
+        mask: where it is drawn anew, white or 1: a path, a Pillow picture, or a tensor (H, W) from 0 to 1, of its size.
+            It is cut off at a half, as the network was trained; a soft edge has no effect.
+
+    Raises:
+        InputError: a number is out of its range, the network takes no such thing, or one is missing that it needs.
     """
 
-    network: Steering | controlnet.ControlNet
-    picture: Picture | str
+    network: Steering | controlnet.ControlNet | Flux2ControlNet
+    picture: Picture | str | None = None
     scale: Strength = 1.0
     window: tuple[float, float] = (0.0, 1.0)
     mode: int | str | None = None
+    image: Picture | str | None = None
+    mask: Image.Image | Tensor | str | None = None
 
     def __post_init__(self) -> None:
-        steering = steering_of(controlnet.ControlNet, self.network)
+        steering = steering_of((controlnet.ControlNet, Flux2ControlNet), self.network)
         object.__setattr__(self, "network", steering)
-        config = self._net.config
-        check_strength(self.scale, config.depth + config.depth_single_blocks)
+        check_strength(self.scale, len(self._net.config.blocks))
         Window(*self.window)
-        object.__setattr__(self, "mode", mode_of(self.mode, config.modes))
-        if not isinstance(self.picture, Tensor):
-            object.__setattr__(self, "picture", on_white(open_picture(self.picture)))
+        if isinstance(self._net, controlnet.ControlNet):
+            object.__setattr__(self, "mode", mode_of(self.mode, self._net.config.modes))
+            if self.picture is None:
+                raise InputError("this ControlNet sees a control picture, and none is given")
+            if self.image is not None or self.mask is not None:
+                raise InputError("this ControlNet completes no picture: image and mask are for that of FLUX.2")
+        elif self.mode is not None:
+            raise InputError(f"mode {self.mode!r} has no effect: this ControlNet tells kinds of control by itself")
+        if (self.image is None) != (self.mask is None):
+            raise InputError("image is what is completed and mask says where: give both or none of them")
+        for name in ("picture", "image"):
+            given = getattr(self, name)
+            if given is not None and not isinstance(given, Tensor):
+                object.__setattr__(self, name, on_white(open_picture(given)))
+        if self.mask is not None:
+            assert isinstance(self.image, Image.Image | Tensor)
+            object.__setattr__(self, "mask", flux2.mask_picture(self.mask, self.image))
 
     @property
-    def _net(self) -> controlnet.ControlNet:
-        assert isinstance(self.network, Steering) and isinstance(self.network.network, controlnet.ControlNet)
+    def _net(self) -> controlnet.ControlNet | Flux2ControlNet:
+        assert isinstance(self.network, Steering)
+        assert isinstance(self.network.network, controlnet.ControlNet | Flux2ControlNet)
         return self.network.network
 
     @property
@@ -79,8 +105,16 @@ class ControlNet:
         assert isinstance(self.network, Steering)
         return self.network.files
 
+    @property
+    def added_numbers(self) -> int:
+        """How many it adds to each image token, over all blocks: they are held while a call is computed."""
+        return len(self._net.config.blocks) * self._net.config.hidden_size
+
     def check(self, family: Family, config: TransformerConfig) -> None:
-        config = flux1_only("ControlNets", config)
+        if isinstance(self._net, Flux2ControlNet):
+            flux2.check(self._net.config, config)
+            return
+        config = made_for(Flux1Config, "this ControlNet was made for FLUX.1", config)
         for name in ("hidden_size", "vec_in_dim", "context_in_dim"):
             own, other = getattr(self._net.config, name), getattr(config, name)
             if own != other:
@@ -90,17 +124,26 @@ class ControlNet:
         return levels
 
     def described(self) -> dict[str, Any]:
-        assert not isinstance(self.picture, str)
-        about = {"picture": digest_of(self.picture), "scale": told_of(self.scale), "window": list(self.window)}
+        pictures = {name: given for name in ("picture", "image", "mask") if (given := getattr(self, name)) is not None}
+        about = {name: digest_of(given) for name, given in pictures.items()}
+        about |= {"scale": told_of(self.scale), "window": list(self.window)}
         return about | ({} if self.mode is None else {"mode": self.mode})
 
     def tokens(self, rows: int, columns: int) -> int:
         return 0
 
     def added(self, scene: Scene) -> Added:
-        pixels, net = control_pixels(self.picture, scene), self._net
-        seen = pixels[None] if net.config.hint_channels else scene.family.pack(scene.encode(pixels))
-        run = _Run(self, net, seen, scene)
+        net = self._net
+        if isinstance(net, Flux2ControlNet):
+            assert not isinstance(self.picture, str) and not isinstance(self.image, str)
+            assert not isinstance(self.mask, Tensor | str)
+            tokens = flux2.control_tokens(scene, self.picture, self.image, self.mask)
+            run = flux2.Flux2Run(net, self.scale, Window(*self.window), scene, tokens)
+        else:
+            assert self.picture is not None
+            pixels = control_pixels(self.picture, scene)
+            seen = pixels[None] if net.config.hint_channels else scene.family.pack(scene.encode(pixels))
+            run = _Run(self, net, seen, scene)
         return Added(hears=(run.hear,), wraps=(run.wrap,))
 
 

@@ -113,6 +113,16 @@ def with_added(streams: tuple[Tensor, ...], addition: Tensor, text_tokens: int) 
     return (tokens, *streams[1:])
 
 
+def waiting(conditions: Sequence[object], device: torch.device | None = None) -> int:
+    """Bytes of the networks of conditions, each counted once, that a run has to bring to its device; of files that the
+    machine's own memory maps they count every time, because what is mapped may be let go of between runs."""
+    steering = [one for condition in conditions if isinstance(one := getattr(condition, "network", None), Steering)]
+    networks = {id(x): x for one in steering for x in (one.network, one.vision) if x is not None}
+    weights = (weight for network in networks.values() for weight in network.parameters())
+    there = None if device is None or device.type == "cpu" else device.type
+    return sum(w.numel() * w.element_size() for w in weights if w.device.type != there)
+
+
 def placed(network: nn.Module, like: Tensor) -> Tensor:
     """Bring a network to where a tensor is, in its own precision: returns one of its weights."""
     weight = next(network.parameters())

@@ -96,7 +96,8 @@ class Placed:
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """What is asked of a run: sizes in tokens and pixels, tokens of conditions beside them and those of references that
-    are looked at once, rows that go through the network, texts at once."""
+    are looked at once, rows that go through the network, texts at once; bytes of networks that steer and are not where
+    it computes yet, and numbers that they add to each image token."""
 
     width: int
     height: int
@@ -106,6 +107,8 @@ class Run:
     kept_tokens: int = 0
     batch: int = 1
     ahead: bool = True
+    steering: int = 0
+    added: int = 0
 
 
 def predict(
@@ -156,6 +159,7 @@ def predict(
     what, size = "references: keys and values", run.kept_tokens * each
     kept = Line(what, ram=size) if waits else on_device(what, size)
     floats = next(iter(parts["autoencoder"].plan.kept)).empty.dtype.itemsize
+    steering = [on_device("networks that steer: weights", run.steering)] if run.steering else []
     computed = activations(configs, run, itemsize, floats)
     texts: dict[str, tuple[Line, ...]] = {}
     held: list[Line] = []  # areas are let go of after all encoders
@@ -172,11 +176,13 @@ def predict(
                 *blocks("transformer", slice(1) if ahead else slice(None)),
                 *table,
                 *([kept] if run.kept_tokens else []),
+                *steering,
                 on_device("transformer: activations", computed["transformer"]),
             ),
             "decoding": (
                 *common,
                 *table,
+                *steering,
                 on_device("autoencoder: activations", computed["autoencoder"]),
             ),
         },
@@ -203,6 +209,7 @@ def activations(configs: Mapping[str, Any], run: Run, itemsize: int, floats: int
         if part == "autoencoder" and size > bands.WHOLE:
             decoder = replace(config, ch=getattr(config, "decoder_ch", None) or config.ch)
             found[part] = bands.activations(decoder, size, of_each)
+    found["transformer"] += run.added * (image_tokens + run.more_tokens) * itemsize
     found["transformer"] *= run.batch
     return found
 

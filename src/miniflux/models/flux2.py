@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +85,18 @@ class Flux2Config:
         return int(self.hidden_size * self.mlp_ratio)
 
 
-def _mlp(config: Flux2Config) -> nn.Sequential:
+class BlockSizes(Protocol):
+    """What a double block is told of sizes, by the config of the transformer or of a ControlNet."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def mlp_dim(self) -> int: ...
+
+
+def _mlp(config: BlockSizes) -> nn.Sequential:
     dim, mlp = config.hidden_size, config.mlp_dim
     return nn.Sequential(nn.Linear(dim, 2 * mlp, bias=False), SwiGLU(), nn.Linear(mlp, dim, bias=False))
 
@@ -92,7 +104,7 @@ def _mlp(config: Flux2Config) -> nn.Sequential:
 class DoubleStreamBlock(DoubleStream):
     """Image and text tokens with separate weights and one joint attention."""
 
-    def __init__(self, config: Flux2Config) -> None:
+    def __init__(self, config: BlockSizes) -> None:
         super().__init__()
         dim = config.hidden_size
         self.img_norm1 = plain_norm(dim)

@@ -213,7 +213,7 @@ class Models:
         """Begins when there is memory for the run beside those at work."""
         if pipe.memory is None:
             return nullcontext()
-        return self._room.taken(pipe.memory.ledger(plan.needs()).working, pipe.memory.device, waiting)
+        return self._room.taken(pipe.memory.ledger(plan.needs(pipe.memory.device)).working, pipe.memory.device, waiting)
 
     def answer(self, request: Request) -> Result | None:
         """What was drawn for the same request before, if the cache still holds it: for `Queue(answer=...)`."""

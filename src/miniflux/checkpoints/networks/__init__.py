@@ -14,6 +14,7 @@ from miniflux.checkpoints.networks.controlnet import CONTROLNET
 from miniflux.checkpoints.networks.flux1 import FLUX1
 from miniflux.checkpoints.networks.flux2 import FLUX2
 from miniflux.checkpoints.networks.flux2_autoencoder import FLUX2_AUTOENCODER
+from miniflux.checkpoints.networks.flux2_controlnet import FLUX2_CONTROLNET
 from miniflux.checkpoints.networks.flux3 import FLUX3
 from miniflux.checkpoints.networks.ip_adapter import INSTANTX_IP_ADAPTER, XLABS_IP_ADAPTER
 from miniflux.checkpoints.networks.record import Network
@@ -40,7 +41,7 @@ NETWORKS = (FLUX3, FLUX2, FLUX1, FLUX2_AUTOENCODER, AUTOENCODER, CLIP, T5, CAUSA
 PIPELINE = tuple(network for network in NETWORKS if network.folder)  # those that make a whole model, in its order
 TRANSFORMERS = tuple(network for network in NETWORKS if network.part == "transformer")
 # Those that steer, each in a file of its own, told by `known` and read by `steering`.
-STEERING = (CONTROLNET, REDUX, XLABS_IP_ADAPTER, INSTANTX_IP_ADAPTER, SIGLIP_VISION, CLIP_VISION)
+STEERING = (CONTROLNET, FLUX2_CONTROLNET, REDUX, XLABS_IP_ADAPTER, INSTANTX_IP_ADAPTER, SIGLIP_VISION, CLIP_VISION)
 BY_KIND: Mapping[type[nn.Module], Network] = {network.kind: network for network in (*NETWORKS, *STEERING)}
 BY_CONFIG: Mapping[type[Any], Network] = {network.config: network for network in NETWORKS}
 

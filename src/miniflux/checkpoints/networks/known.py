@@ -14,6 +14,7 @@ from torch import nn
 
 from miniflux.checkpoints.networks.record import DIFFUSERS, ORIGINAL, Row, Shapes, count, row
 from miniflux.models.controlnet import ControlNet
+from miniflux.models.flux2_controlnet import Flux2ControlNet
 from miniflux.models.ip_adapter import InstantxIPAdapter, XlabsIPAdapter
 from miniflux.models.redux import Redux
 from miniflux.models.vision import SiglipVision
@@ -66,6 +67,10 @@ def _controlnet(shapes: Shapes, released: Released) -> str:
     return f"FLUX.1 ControlNet, {double} + {single} blocks" + (f", union of {modes} modes" if modes else "")
 
 
+def _flux2_controlnet(shapes: Shapes, released: Released) -> str:
+    return f"FLUX.2 ControlNet, {count(shapes, r'control_transformer_blocks[.]([^.]*)')} blocks"
+
+
 def _siglip(shapes: Shapes, released: Released) -> str:
     width, patch = shapes["vision_model.embeddings.patch_embedding.weight"][0::3]
     tokens, _ = _matrix(shapes, "vision_model.embeddings.position_embedding.weight")
@@ -111,6 +116,15 @@ KNOWN = (
             Spelling(XLABS, ("pos_embed_input.weight", "controlnet_blocks.0.weight")),
         ),
         kind=ControlNet,
+    ),
+    Known(  # a second sign, because ControlNets of this kind for Qwen-Image have the first
+        "ControlNet",
+        _flux2_controlnet,
+        (
+            Spelling(DIFFUSERS, ("control_img_in.weight", "control_transformer_blocks.0.ff.linear_in.weight")),
+            Spelling(ORIGINAL, ("control_img_in.weight", "control_transformer_blocks.0.img_mlp.0.weight")),
+        ),
+        kind=Flux2ControlNet,
     ),
     Known(
         "IP-Adapter",
