@@ -15,16 +15,17 @@ import torch
 from torch import nn
 
 from miniflux.checkpoints.configs import axes_beside, config_beside, config_of_transformer, json_object
-from miniflux.checkpoints.files import TensorSource
-from miniflux.checkpoints.folders import models, path_of
+from miniflux.checkpoints.files import TensorSource, open_tensors
+from miniflux.checkpoints.folders import GGUF, SAFETENSORS, models, path_of
 from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.layouts import counterparts
 from miniflux.checkpoints.loading import bare, compare, load_into, take_packed_layers
 from miniflux.checkpoints.networks import BY_KIND, TRANSFORMERS, networks_of
+from miniflux.checkpoints.networks.causal_lm import TEKKEN_TENSOR
 from miniflux.checkpoints.opened import Opened, layout_in, network_of, parts_of, transformer_of
 from miniflux.conditions import fill_channels
 from miniflux.conversion.pipelines import SCHEDULER
-from miniflux.errors import CheckpointError, InputError
+from miniflux.errors import CheckpointError, InputError, TokenizerError
 from miniflux.families import FAMILIES
 from miniflux.inspection import describe, fits
 from miniflux.memory.compute import choose_device, choose_dtype
@@ -37,7 +38,18 @@ from miniflux.models.causal_lm import CausalLmConfig
 from miniflux.models.flux1 import Flux1Config
 from miniflux.models.tiny_autoencoder import TinyDecoder
 from miniflux.models.transformer import Transformer
-from miniflux.text import ChatText, Text, TextReader, load_chat_tokenizer, load_clip_tokenizer, load_t5_tokenizer
+from miniflux.text import (
+    ChatForm,
+    ChatText,
+    ChatTokenizer,
+    Text,
+    TextReader,
+    load_chat_tokenizer,
+    load_clip_tokenizer,
+    load_t5_tokenizer,
+)
+from miniflux.text.chat import chat_tokenizer
+from miniflux.text.tekken import tekken_of
 from miniflux.variants import ALIASES, UNPUBLISHED, VARIANTS, Variant, like, variant
 from miniflux.weights.finding import TOKENIZERS, Files, find
 from miniflux.weights.origin import Origin, stamped
@@ -160,6 +172,8 @@ def _as_read(found: CausalLmConfig, wanted: CausalLmConfig, path: Path) -> Causa
         raise CheckpointError(
             f"{path}: a language model of {found.num_hidden_layers} layers, and the prompt is read after {wanted.depth}"
         )
+    if wanted.layers_read == found.num_hidden_layers:  # the others are cut off, and what is read was never the last
+        found = replace(found, num_hidden_layers=wanted.num_hidden_layers)
     read = wanted.depth if wanted.depth < found.num_hidden_layers else None
     found = replace(found, layers_read=read)
     if found != replace(wanted, layers_read=read):
@@ -172,7 +186,7 @@ def _as_read(found: CausalLmConfig, wanted: CausalLmConfig, path: Path) -> Causa
 def _text(chosen: Variant, networks: Mapping[str, Any], files: Files) -> TextReader:
     """The text side: a language model, or CLIP and T5."""
     if chosen.chat is not None:
-        tokenizer = load_chat_tokenizer(files.of("lm_tokenizer"), chosen.chat)
+        tokenizer = _chat_tokenizer(files.of("lm_tokenizer"), chosen.chat)
         return ChatText(networks["lm"], tokenizer, length=chosen.t5_length)
     assert chosen.t5_length is not None
     return Text(
@@ -182,6 +196,17 @@ def _text(chosen: Variant, networks: Mapping[str, Any], files: Files) -> TextRea
         load_t5_tokenizer(files.of("t5_tokenizer")),
         chosen.t5_length,
     )
+
+
+def _chat_tokenizer(path: Path, form: ChatForm) -> ChatTokenizer:
+    """The tokenizer in a folder, or in the language model's own file, as Mistral's has it for ComfyUI."""
+    if not path.name.lower().endswith((*SAFETENSORS, *GGUF)):
+        return load_chat_tokenizer(path, form)
+    source = open_tensors(path)
+    if TEKKEN_TENSOR not in source:
+        raise TokenizerError(f"{path}: holds no tokenizer ({TEKKEN_TENSOR})")
+    content = source[TEKKEN_TENSOR]
+    return chat_tokenizer(tekken_of(content.view(torch.uint8).numpy().tobytes(), f"{path}: {TEKKEN_TENSOR}"), form)
 
 
 def _tiny(chosen: Variant, path: Path | None, device: torch.device, opened: Opened) -> TinyDecoder | None:

@@ -132,7 +132,7 @@ TEXT: list[tuple[nn.Module, str]] = [
     (ClipTextEncoder(CLIP), "without prefix"),
     (T5Encoder(T5), "encoder embedding"),
     *((CausalLm(LM), layout) for layout in ("language model", "bare", "llama.cpp")),
-    (CausalLm(replace(LM, qk_norm=False)), "language model"),  # a Mistral
+    *((CausalLm(replace(LM, qk_norm=False)), layout) for layout in ("language model", "llama.cpp")),  # a Mistral
     (CausalLm(replace(LM, layers_read=2)), "bare"),
 ]
 

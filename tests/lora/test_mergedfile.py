@@ -17,7 +17,7 @@ from torch import Tensor
 from miniflux.checkpoints import load_into
 from miniflux.checkpoints.files import open_tensors
 from miniflux.checkpoints.formats.reading import contents_of, format_of
-from miniflux.checkpoints.layouts import to_theirs
+from miniflux.checkpoints.layouts import Counterpart, to_theirs
 from miniflux.checkpoints.quantized import dense_weight, packed_layers
 from miniflux.errors import LoraError, OutputError
 from miniflux.lora import attach, merge_files
@@ -102,7 +102,10 @@ def test_packed_again(name: str, layout: str, tmp_path: Path) -> None:
         how = "swap halves" if module.swapped else "rows" if len(module.stored) > 1 else "same"
         dense = dense_weight(model.get_submodule(layer))
         assert dense is not None
-        pairs = (to_theirs(t, how, len(module.stored), packed.config.hidden_size) for t in (dense, wanted))
+        pairs = (
+            to_theirs(t, Counterpart(("",) * len(module.stored), how), packed.config.hidden_size)
+            for t in (dense, wanted)
+        )
         for ours, part in zip(*pairs, strict=True):
             assert (~torch.isclose(ours, written(name, part), rtol=1e-5, atol=1e-7)).double().mean() < 1e-3, layer
     others = [key for key in packed_layers(packed) if key not in CHANGED]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from miniflux.checkpoints import FORMATS, QuantizedLinear, load_into
-from miniflux.checkpoints.layouts import to_theirs
+from miniflux.checkpoints.layouts import Counterpart, to_theirs
 from miniflux.checkpoints.quantized import dense_weight, packed_layers
 from miniflux.errors import CheckpointError, LoraError
 from miniflux.lora import attach, attached, detach, merge, set_scale, unmerge
@@ -129,8 +129,8 @@ def test_packed_again(name: str, layout: str, tmp_path: Path) -> None:
         module = packed.get_submodule(layer)
         wanted = (plain.get_submodule(layer).weight.double() + delta(tensors, layer)).float()
         how = "swap halves" if module.swapped else "rows" if len(module.stored) > 1 else "same"
-        parts = to_theirs(wanted, how, len(module.stored), packed.config.hidden_size)
-        found = to_theirs(module.dense(), how, len(module.stored), packed.config.hidden_size)
+        parts = to_theirs(wanted, Counterpart(("",) * len(module.stored), how), packed.config.hidden_size)
+        found = to_theirs(module.dense(), Counterpart(("",) * len(module.stored), how), packed.config.hidden_size)
         for ours, part in zip(found, parts, strict=True):
             theirs = written(name, part)
             assert (~torch.isclose(ours, theirs, rtol=1e-5, atol=1e-7)).double().mean() < 1e-3, layer  # ties

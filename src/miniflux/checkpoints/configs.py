@@ -185,6 +185,7 @@ def config_in(entries: Entries, metadata: Mapping[str, str], default: Config) ->
     if record.header in metadata:
         return stated(metadata, default)
     assert record.sizes is not None
+    default = _told(record, metadata, default)
     try:
         shapes = own_shapes(record, {key: tuple(entry.shape) for key, entry in entries.items()})
         return replace(default, **record.sizes(shapes, default))
@@ -198,9 +199,10 @@ def stated(metadata: Mapping[str, str], default: Config) -> Config:
     Raises:
         CheckpointError: the header is malformed.
     """
-    header = BY_CONFIG[type(default)].header
+    record = BY_CONFIG[type(default)]
+    header = record.header
     if header not in metadata:
-        return default
+        return _told(record, metadata, default)
     try:
         content = json_of(metadata[header].encode(), "it")
         known = {field.name for field in fields(default)}
@@ -211,6 +213,14 @@ def stated(metadata: Mapping[str, str], default: Config) -> Config:
         return checked(replace(default, **content))
     except (TypeError, AttributeError, ArithmeticError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{header} in the header: not a {type(default).__name__}: {error}") from error
+
+
+def _told(record: Network, metadata: Mapping[str, str], default: Config) -> Config:
+    """A config with what the header of a file tells of it in others' words."""
+    try:
+        return checked(replace(default, **record.told(metadata)))
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise CheckpointError(f"the header: not a {type(default).__name__}: {error}") from error
 
 
 def checked(config: Any) -> Any:

@@ -13,12 +13,14 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from miniflux.checkpoints.networks import BY_KIND, Network
 from miniflux.checkpoints.networks.record import (
     ALL_IN_ONE,
     DIFFUSERS,
+    MOVED,
     OPENAI,
     ORIGINAL,
     THIRDS,
@@ -29,15 +31,20 @@ from miniflux.checkpoints.networks.record import (
 from miniflux.checkpoints.quantized import packed_layers
 from miniflux.errors import CheckpointError
 
-__all__ = ["ALL_IN_ONE", "DIFFUSERS", "OPENAI", "ORIGINAL", "THIRDS", "How", "Row"]
+__all__ = ["ALL_IN_ONE", "DIFFUSERS", "MOVED", "OPENAI", "ORIGINAL", "THIRDS", "How", "Row"]
 
 
 @dataclass(frozen=True)
 class Counterpart:
-    """What one of our tensors is made of in another layout."""
+    """What one of our tensors is made of in another layout.
+
+    Attributes:
+        head: rows of a head, where they are `pairs`; else 0.
+    """
 
     keys: tuple[str, ...]
     how: How
+    head: int = 0
 
 
 @cache
@@ -70,7 +77,7 @@ def counterparts(module: nn.Module, layout: str) -> dict[str, Counterpart]:
     if layout not in (ORIGINAL, *tables):
         known = ", ".join(layouts_of(module))
         raise CheckpointError(f"{type(module).__name__} has no layout {layout!r}; known: {known}")
-    levels = network.levels(module.config) if network else 0
+    levels, head = (network.levels(module.config), network.paired(module.config)) if network else (0, 0)
     packed = {
         f"{name}.{part}": key for name, layer in packed_layers(module).items() for part, key in layer.origins.items()
     }
@@ -79,6 +86,8 @@ def counterparts(module: nn.Module, layout: str) -> dict[str, Counterpart]:
         if key in packed:
             return Counterpart((packed[key],), "packed")
         found = Counterpart((key,), "same") if layout == ORIGINAL else _origin(key, tables[layout], levels)
+        if found.how == "pairs":
+            found = replace(found, head=head) if head else replace(found, how="same")
         return found if tensor.is_floating_point() else replace(found, how="packed")  # a count stays what it is
 
     return {key: origin(key, tensor) for key, tensor in module.state_dict().items()}
@@ -188,23 +197,29 @@ def their_shape_fits(shapes: Sequence[tuple[int, ...]], how: How, target: tuple[
     return shapes[0] == target
 
 
-def to_ours(parts: Sequence[Tensor], how: How, target: tuple[int, ...]) -> Tensor:
+def to_ours(parts: Sequence[Tensor], origin: Counterpart, target: tuple[int, ...]) -> Tensor:
     """Their tensors -> ours. A view wherever possible."""
+    how = origin.how
     if how == "rows":
         return torch.cat(list(parts))
     if how in THIRDS:
         return parts[0].chunk(3)[THIRDS[how]]
     if how == "swap halves":
         return torch.cat(parts[0].chunk(2)[::-1])
+    if how == "pairs":
+        return rearrange(parts[0], "(H D two) ... -> (H two D) ...", two=2, D=origin.head // 2)
     return parts[0].view(target)
 
 
-def to_theirs(tensor: Tensor, how: How, count: int, hidden: int) -> list[Tensor]:
-    """Ours -> their `count` tensors."""
+def to_theirs(tensor: Tensor, origin: Counterpart, hidden: int) -> list[Tensor]:
+    """Ours -> their tensors."""
+    how = origin.how
     if how == "rows":
-        return list(tensor.split(stacked_rows(count, tensor.shape[0], hidden)))
+        return list(tensor.split(stacked_rows(len(origin.keys), tensor.shape[0], hidden)))
     if how == "swap halves":
         return [torch.cat(tensor.chunk(2)[::-1])]
+    if how == "pairs":
+        return [rearrange(tensor, "(H two D) ... -> (H D two) ...", two=2, D=origin.head // 2)]
     if how == "1x1" and tensor.ndim == 4:
         return [tensor[:, :, 0, 0]]
     return [tensor]
@@ -214,7 +229,7 @@ def from_layout(module: nn.Module, tensors: Mapping[str, Tensor], layout: str) -
     """Rename and reshape a complete set of tensors of `layout` into the network's own; the input is left alone."""
     shapes = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     plan = counterparts(module, layout)
-    return {key: to_ours([tensors[k] for k in o.keys], o.how, shapes[key]) for key, o in plan.items()}
+    return {key: to_ours([tensors[k] for k in o.keys], o, shapes[key]) for key, o in plan.items()}
 
 
 def to_layout(module: nn.Module, tensors: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
@@ -225,6 +240,6 @@ def to_layout(module: nn.Module, tensors: Mapping[str, Tensor], layout: str) -> 
         if origin.how in THIRDS:
             thirds.setdefault(origin.keys[0], {})[THIRDS[origin.how]] = tensors[key]
             continue
-        parts = to_theirs(tensors[key], origin.how, len(origin.keys), hidden_size(module))
+        parts = to_theirs(tensors[key], origin, hidden_size(module))
         result.update(zip(origin.keys, parts, strict=True))
     return result | {key: torch.cat([rows[n] for n in sorted(rows)]) for key, rows in thirds.items()}

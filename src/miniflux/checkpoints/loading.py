@@ -19,6 +19,7 @@ from miniflux.checkpoints.formats.reading import SIDES, Contents, GivenTensors, 
 from miniflux.checkpoints.formats.scaled import METADATA, PLAIN
 from miniflux.checkpoints.layouts import (
     ALL_IN_ONE,
+    MOVED,
     ORIGINAL,
     THIRDS,
     Counterpart,
@@ -95,7 +96,9 @@ def filling_for(module: nn.Module, source: TensorSource, layout: str | None = No
         complete = len(stored) == len(origin.keys) and their_shape_fits(shapes, origin.how, target, hidden_size(module))
         if packed and complete:
             bias = f"{name}.bias" in plan.kinds
-            layer = QuantizedLinear(target[0], target[1], bias, stored, swapped=origin.how == "swap halves")
+            layer = QuantizedLinear(
+                target[0], target[1], bias, stored, swapped=origin.how == "swap halves", paired=origin.head
+            )
             plan.layers[name] = layer
             del plan.counterparts[f"{name}.weight"], plan.kinds[f"{name}.weight"]
             for part, key in layer.origins.items():
@@ -293,18 +296,18 @@ def fetch(
         _fill(source, origin, made)
         return made
     if isinstance(source, GivenTensors):
-        return to_ours([source[key] for key in origin.keys], origin.how, shape)
+        return to_ours([source[key] for key in origin.keys], origin, shape)
     if origin.how == "rows":
         kinds = {entry.dtype for entry in entries}
         stacked = fresh(shape, kinds.pop() if len(kinds) == 1 else torch.float32)
         _fill(source, origin, stacked)
         return stacked
     (key,), (entry,) = origin.keys, entries
-    if origin.how == "packed" or (origin.how != "swap halves" and dtype in (None, entry.dtype)):
-        return to_ours([source[key]], origin.how, shape)
+    if origin.how == "packed" or (origin.how not in MOVED and dtype in (None, entry.dtype)):
+        return to_ours([source[key]], origin, shape)
     moved = fresh(entry.shape, entry.dtype)
     source.read(key, moved)
-    return to_ours([moved], origin.how, shape)
+    return to_ours([moved], origin, shape)
 
 
 def _fill(source: TensorSource, origin: Counterpart, out: Tensor) -> None:
@@ -327,8 +330,8 @@ def _fill(source: TensorSource, origin: Counterpart, out: Tensor) -> None:
         moved = fresh(out.shape, source.entries[key].dtype)
         source.read(key, moved, first)
         out.copy_(moved)
-    if origin.how == "swap halves":
-        out.copy_(to_ours([out], origin.how, tuple(out.shape)))
+    if origin.how in MOVED:
+        out.copy_(to_ours([out], origin, tuple(out.shape)))
 
 
 def unsound(layers: Mapping[str, QuantizedLinear], tensors: Mapping[str, Tensor]) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from miniflux.checkpoints.formats.base import WEIGHT, Stored
@@ -54,17 +55,25 @@ class QuantizedLinear(nn.Module):
         stored: how each of them is stored.
         origins: the file's key of each buffer.
         swapped: whether the two halves of the rows change places.
+        paired: rows of a head in which those of its two halves lie in turn; 0 if they do not.
         bias: (out_features,) or None.
     """
 
     bias: nn.Parameter | None
 
     def __init__(
-        self, out_features: int, in_features: int, bias: bool, stored: Mapping[str, Stored], swapped: bool = False
+        self,
+        out_features: int,
+        in_features: int,
+        bias: bool,
+        stored: Mapping[str, Stored],
+        swapped: bool = False,
+        paired: int = 0,
     ) -> None:
         """On the meta device. `stored`: the file's name of every layer that makes up this one, and how it is stored."""
         super().__init__()
-        self.in_features, self.out_features, self.swapped = in_features, out_features, swapped
+        self.in_features, self.out_features = in_features, out_features
+        self.swapped, self.paired = swapped, paired
         self.layers = list(stored)
         self._names: list[dict[str, str]] = []  # of each stack: suffix of the part -> buffer
         with torch.device("meta"):
@@ -129,6 +138,8 @@ class QuantizedLinear(nn.Module):
             if self.swapped:
                 first, second = (half.clone() for half in out.chunk(2))
                 out[: len(second)], out[len(second) :] = second, first
+            if self.paired:
+                out.copy_(rearrange(out, "(H D two) I -> (H two D) I", two=2, D=self.paired // 2))
         return out
 
     def forward(self, x: Tensor) -> Tensor:
@@ -140,7 +151,9 @@ class QuantizedLinear(nn.Module):
         return F.linear(x, self._weight(x), None if self.bias is None else self.bias.to(x.dtype))
 
     def _weight(self, x: Tensor) -> Tensor:
-        if self.stored[0].format is PLAIN and len(self.stored) == 1 and not self.swapped:  # a LoRA is merged into it
+        if (
+            self.stored[0].format is PLAIN and len(self.stored) == 1 and not (self.swapped or self.paired)
+        ):  # a LoRA is merged into it
             weight = self.parts(0)[WEIGHT]
             if weight.dtype == x.dtype:
                 return weight

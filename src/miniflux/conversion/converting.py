@@ -262,10 +262,11 @@ def _frame(file: Output, encoding: Encoding | None, found: list[Input]) -> Frame
     if not file.name.endswith(".gguf"):
         return safetensors_frame(file.name, kinds, {"format": "pt", **metadata})
     blocks = {item.key: item.encoding.name for _, item in file.items if isinstance(item.encoding, Ggml)}
-    kind = next(iter(inside))
+    network = file.items[0][0].network
+    architecture = BY_KIND[type(network)].architecture(network.config) or "flux"
     most = Counter(item.encoding for _, item in file.items if len(item.shape) > 1).most_common(1)[0][0]
     called = encoding if isinstance(encoding, Ggml) else most
-    return gguf_frame(file.name, kinds, blocks, metadata, (BY_KIND[kind].architecture or "flux", file_type(called)))
+    return gguf_frame(file.name, kinds, blocks, metadata, (architecture, file_type(called)))
 
 
 def _fingerprint(found: list[Input], frames: Mapping[str, Frame]) -> str:
@@ -305,7 +306,7 @@ def _tensors(network: Targets, group: list[Target]) -> list[Tensor]:
     wide = torch.float32 if was is None else torch.bfloat16 if was.itemsize == 1 else was  # float8 is exact in it
     weight = fetch(network.source, network.before[ours], shape, out=fresh(shape, wide))
     after = network.after[ours]
-    return to_theirs(weight, after.how, len(after.keys), hidden_size(network.network))
+    return to_theirs(weight, after, hidden_size(network.network))
 
 
 def _write(network: Targets, work: Unfinished, home: Home, done: _Count) -> None:

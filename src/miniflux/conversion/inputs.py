@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,15 @@ import torch
 from torch import nn
 
 from miniflux.checkpoints.configs import axes_beside, config_beside, config_in, in_header, transformer_config
-from miniflux.checkpoints.files import TensorSource, open_tensors
+from miniflux.checkpoints.files import Entry, TensorSource, open_tensors
 from miniflux.checkpoints.folders import Model, path_of, unread
 from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.formats.scaled import METADATA
 from miniflux.checkpoints.gguf import GGUF_OWN
-from miniflux.checkpoints.layouts import counterparts
+from miniflux.checkpoints.layouts import counterparts, own_shapes
 from miniflux.checkpoints.loading import bare, fetch, filling_for
-from miniflux.checkpoints.networks import BY_KIND, NETWORKS
+from miniflux.checkpoints.networks import BY_CONFIG, BY_KIND, NETWORKS
+from miniflux.checkpoints.networks.causal_lm import LAST_NORM
 from miniflux.checkpoints.opened import Opened, known_in, models_in, network_of, parts_of
 from miniflux.errors import CheckpointError
 from miniflux.lora.files import is_lora, what_is
@@ -199,12 +201,19 @@ def _config(kind: type[nn.Module], source: TensorSource, folder: Path | None) ->
         return config_in(entries, source.metadata, known[0]), ""
     if folder is not None:
         return config_beside(folder, known[0], Opened()), ""
+    if record.told(source.metadata):
+        return _whole(config_in(entries, source.metadata, known[0]), entries), ""
     for config in known:
         if config_in(entries, {}, config) == config and record.usual(config, entries):
-            return _whole(config), ""
-    return config_in(entries, {}, known[0]), record.guessed
+            return _whole(config, entries), ""
+    return _whole(config_in(entries, {}, known[0]), entries), record.guessed
 
 
-def _whole(config: Any) -> Any:
-    """Of a language model all that is in its file, though a variant reads a part of it."""
-    return replace(config, layers_read=None) if isinstance(config, CausalLmConfig) else config
+def _whole(config: Any, entries: Mapping[str, Entry]) -> Any:
+    """Of a language model all that is in its file, though a variant reads a part of it. Where its last norm is missing,
+    its last layers are, too."""
+    if not isinstance(config, CausalLmConfig) or LAST_NORM not in own_shapes(
+        BY_CONFIG[CausalLmConfig], {key: entry.shape for key, entry in entries.items()}
+    ):
+        return config
+    return replace(config, layers_read=None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -21,7 +21,7 @@ from miniflux.checkpoints.formats.base import WEIGHT, Stored
 from miniflux.checkpoints.formats.encodings import kinds_of
 from miniflux.checkpoints.formats.reading import contents_of, parts_of
 from miniflux.checkpoints.formats.scaled import PLAIN
-from miniflux.checkpoints.layouts import Counterpart
+from miniflux.checkpoints.layouts import MOVED, Counterpart, to_ours, to_theirs
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ def runs_of(source: TensorSource, origin: Counterpart) -> list[Stretch] | None:
         runs.append(Stretch(key.removesuffix("." + WEIGHT), stored, 0, stored.shape[0] if stored.shape else 0))
     if all(run.stored.format is PLAIN for run in runs):
         return None
-    return _swapped(runs) if origin.how == "swap halves" else runs
+    count = sum(run.rows for run in runs)
+    return _ordered(runs, to_ours([torch.arange(count)], origin, (count,))) if origin.how in MOVED else runs
 
 
 def shared_out(runs: Sequence[Stretch], origin: Counterpart, heights: Sequence[int]) -> list[list[Stretch]]:
@@ -62,7 +63,10 @@ def shared_out(runs: Sequence[Stretch], origin: Counterpart, heights: Sequence[i
     made: list[list[Stretch]] = []
     for stop, height in zip(accumulate(heights), heights, strict=True):
         made.append(_between(runs, stop - height, stop))
-    return [_swapped(some) for some in made] if origin.how == "swap halves" else made
+    if origin.how not in MOVED:
+        return made
+    orders = [to_theirs(torch.arange(height), origin, 0)[0] for height in heights]
+    return [_ordered(some, order) for some, order in zip(made, orders, strict=True)]
 
 
 def _between(runs: Sequence[Stretch], start: int, stop: int) -> list[Stretch]:
@@ -76,9 +80,16 @@ def _between(runs: Sequence[Stretch], start: int, stop: int) -> list[Stretch]:
     return found
 
 
-def _swapped(runs: Sequence[Stretch]) -> list[Stretch]:
-    total = sum(run.rows for run in runs)
-    return _between(runs, total // 2, total) + _between(runs, 0, total // 2)
+def _ordered(runs: Sequence[Stretch], order: Tensor) -> list[Stretch]:
+    """The same rows in another order, as few stretches as there can be."""
+    rows = [(run, row) for run in runs for row in range(run.start, run.stop)]
+    made: list[Stretch] = []
+    for run, row in (rows[place] for place in order.tolist()):
+        if made and made[-1].stop == row and made[-1].layer == run.layer:
+            made[-1] = replace(made[-1], stop=row + 1)
+        else:
+            made.append(Stretch(run.layer, run.stored, row, row + 1))
+    return made
 
 
 def obstacle(source: TensorSource, runs: Sequence[Stretch]) -> str:
@@ -86,7 +97,7 @@ def obstacle(source: TensorSource, runs: Sequence[Stretch]) -> str:
     form, width = runs[0].stored.format, runs[0].stored.shape[1]
     if any(run.stored.format is not form for run in runs):
         return "its rows are stored in several formats"
-    total = sum(run.rows for run in runs)
+    total, layers = sum(run.rows for run in runs), {run.layer: run for run in runs}
     heights = {n for run in runs for n in (total, run.stored.shape[0], run.start, run.rows) if n}
     if not all(form.holds((height, width)) for height in heights):
         return "a block would be cut in two"
@@ -97,7 +108,7 @@ def obstacle(source: TensorSource, runs: Sequence[Stretch]) -> str:
         if name not in form.shared and len({size[height] / height for height in heights}) > 1:
             return f"its {name} would be cut within a block"
         if name in form.shared and not all(
-            torch.equal(_part(source, runs[0], name), _part(source, run, name)) for run in runs
+            torch.equal(_part(source, runs[0], name), _part(source, run, name)) for run in layers.values()
         ):
             return f"the weights that it is to be made of differ in their {name}"
     return ""
@@ -107,12 +118,14 @@ def moved(source: TensorSource, runs: Sequence[Stretch]) -> dict[str, Tensor]:
     """The parts of the weight that these rows make, if there is no obstacle."""
     form, shape = runs[0].stored.format, (sum(run.rows for run in runs), runs[0].stored.shape[1])
     made = form.constants(shape)
+    layers = {run.layer: run for run in runs}  # whose parts are read once, though their rows lie apart
     for name in _moving(form, shape):
         dtype, size = kinds_of(form, shape)[name]
         if name in form.shared:
             part = _part(source, runs[0], name)
         else:
-            part = torch.cat([_cut(_part(source, run, name), run) for run in runs])
+            wholes = {layer: _part(source, run, name) for layer, run in layers.items()}
+            part = torch.cat([_cut(wholes[run.layer], run) for run in runs])
         made[name] = part.to(dtype).view(size)
     return made
 

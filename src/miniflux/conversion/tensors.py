@@ -130,7 +130,7 @@ def targets(
     linears = {f"{name}.{WEIGHT}" for name, module in network.named_modules() if isinstance(module, nn.Linear)}
     for ours, tensor in network.state_dict().items():
         origin, was = after[ours], _dtype_of(source, before[ours])
-        parts = to_theirs(tensor, origin.how, len(origin.keys), hidden_size(network))
+        parts = to_theirs(tensor, origin, hidden_size(network))
         packed = ours in linears and ours.startswith(BY_KIND[type(network)].packed)
         runs = runs_of(source, before[ours]) if encoding is None else None
         if runs is not None:

@@ -176,7 +176,7 @@ class MergedFile:
             combine = merged_weight if parameter == WEIGHT else merged_bias
             after = combine(before, self.weights.changes.get(layer, []))
         origin, hidden = self.weights.plan[ours], hidden_size(self.weights.network)
-        theirs = (to_theirs(tensor, origin.how, len(origin.keys), hidden) for tensor in (before, after))
+        theirs = (to_theirs(tensor, origin, hidden) for tensor in (before, after))
         for key, old, new in zip(origin.keys, *theirs, strict=True):
             stored = self.contents.of(key)
             if key not in changing:

@@ -181,7 +181,11 @@ def load_chat_tokenizer(path: str | Path, form: ChatForm) -> ChatTokenizer:
     Raises:
         TokenizerError: it is of another model than the form is for.
     """
-    tokenizer = load_tokenizer(path)
+    return chat_tokenizer(load_tokenizer(path), form)
+
+
+def chat_tokenizer(tokenizer: Tokenizer, form: ChatForm) -> ChatTokenizer:
+    """A tokenizer that is loaded, for prompts in a form; errors as of `load_chat_tokenizer`."""
     return ChatTokenizer(lambda text: tokenizer.encode(text, add_special_tokens=False).ids, form)
 
 

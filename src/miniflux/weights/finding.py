@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from miniflux.checkpoints.files import open_tensors
 from miniflux.checkpoints.folders import SAFETENSORS, models, named
 from miniflux.checkpoints.networks import NETWORKS, PIPELINE, networks_of
+from miniflux.checkpoints.networks.causal_lm import TEKKEN_TENSOR
 from miniflux.errors import CheckpointError, InputError, WeightsNotFoundError
 from miniflux.variants import VARIANTS, Variant
 from miniflux.weights.hubcache import hub_cache, snapshot
@@ -165,7 +167,19 @@ def found_parts(
         else:
             gone = dict.fromkeys(_shards_missing(folder / name) for folder, name in usual)
             missing[part] = " or ".join(wanted) + "".join(gone)
+    inside = found.get("lm")
+    if "lm_tokenizer" in missing and "lm_tokenizer" not in given and inside is not None and _has_tokenizer(inside):
+        found["lm_tokenizer"] = inside
+        del missing["lm_tokenizer"]
     return found, missing
+
+
+def _has_tokenizer(path: Path) -> bool:
+    """Whether a language model's file has its tokenizer in it."""
+    try:
+        return path.is_file() and TEKKEN_TENSOR in open_tensors(path)
+    except CheckpointError:  # opening it says what is wrong
+        return False
 
 
 def _is_given(path: Path, part: str) -> bool:

@@ -10,13 +10,15 @@ from miniflux.checkpoints.networks.record import Layout, Network, Shapes, count,
 from miniflux.errors import ConfigError
 from miniflux.models.causal_lm import CausalLm, CausalLmConfig
 
-# Qwen3 in GGUF files, as llama.cpp names it (`gguf/tensor_mapping.py`, MODEL_ARCH.QWEN3). Its Mistrals have queries and
-# keys in another order, and are not read.
-QWEN3_LLAMA_CPP = [
+# In GGUF files, as llama.cpp names it (`gguf/tensor_mapping.py`, MODEL_ARCH.QWEN3 and MODEL_ARCH.LLAMA). It turns
+# channels 2i and 2i + 1 of Mistral's queries and keys together, where all others turn i and i + half: so their rows
+# have other places there (`permute` of its `LlamaModel`).
+LLAMA_CPP = [
     row("model.embed_tokens.*", "token_embd.*"),
     row("model.norm.*", "output_norm.*"),
     row("lm_head.*", "output.*"),
-    *(row(f"model.layers.{{i}}.self_attn.{x}_proj.*", f"blk.{{i}}.attn_{x}.*") for x in "qkv"),
+    *(row(f"model.layers.{{i}}.self_attn.{x}_proj.*", f"blk.{{i}}.attn_{x}.*", how="pairs") for x in "qk"),
+    row("model.layers.{i}.self_attn.v_proj.*", "blk.{i}.attn_v.*"),
     row("model.layers.{i}.self_attn.o_proj.*", "blk.{i}.attn_output.*"),
     *(row(f"model.layers.{{i}}.self_attn.{x}_norm.*", f"blk.{{i}}.attn_{x}_norm.*") for x in "qk"),
     *(row(f"model.layers.{{i}}.mlp.{x}_proj.*", f"blk.{{i}}.ffn_{x}.*") for x in ("gate", "up", "down")),
@@ -29,8 +31,22 @@ KINDS = {
     "qwen3_vl_text": True,
     "mistral": False,
 }
+# Of the headers of llama.cpp's files, behind the architecture: our fields.
+TOLD = {
+    "block_count": "num_hidden_layers",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "rope.freq_base": "rope_theta",
+}
+REAL = ("rms_norm_eps", "rope_theta")  # the others are whole
+LAST_NORM = "model.norm.weight"
 FIRST = "layers.0.mlp.gate_proj.weight"
 QWEN3_VL_THETA = 5e6  # Qwen3-VL 4B differs from Qwen3 4B in the base of its rotary frequencies, and in no shape
+TEKKEN_TENSOR = "tekken_model"  # in files that ComfyUI reads: `tekken.json`, as bytes
 SEES = tuple(f"{at}{name}." for at in ("model.", "") for name in ("visual", "vision_tower", "multi_modal_projector"))
 BESIDE_EYES = "model.language_model."  # what transformers calls a language model that is half of one that sees
 ENDS = (  # the last norm and the output layer, in each layout
@@ -55,22 +71,33 @@ def _usual(config: CausalLmConfig, keys: Collection[str]) -> bool:
     return (config.rope_theta == QWEN3_VL_THETA) == any(key.startswith((*SEES, BESIDE_EYES)) for key in keys)
 
 
+def _told(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What the header of a file of llama.cpp says; its float32 are the shortest numbers that they round."""
+    begin = metadata.get("general.architecture", "") + "."
+    said = {name: metadata[begin + key] for key, name in TOLD.items() if begin + key in metadata}
+    told = {name: float(f"{float(x):.6g}") if name in REAL else int(x) for name, x in said.items()}
+    return {**told, "layers_read": None} if told else {}
+
+
 def _sizes(shapes: Shapes, default: CausalLmConfig) -> dict[str, Any]:
     vocabulary, width = shapes["model.embed_tokens.weight"]
     at = "model.layers.0.self_attn"
     head = shapes[f"{at}.q_norm.weight"][0] if f"{at}.q_norm.weight" in shapes else default.head_dim
-    layers = count(shapes, r"model\.layers\.(\d+)\.")
+    layers = there = count(shapes, r"model\.layers\.(\d+)\.")
+    read = default.layers_read if (default.layers_read or 0) < layers else None
+    if LAST_NORM not in shapes:  # nobody needs it where the last layers are cut off
+        there, read = max(default.num_hidden_layers, layers + 1), layers
     return {
         "vocab_size": vocabulary,
         "hidden_size": width,
         "intermediate_size": shapes["model.layers.0.mlp.gate_proj.weight"][0],
-        "num_hidden_layers": layers,
+        "num_hidden_layers": there,
         "num_attention_heads": shapes[f"{at}.q_proj.weight"][0] // head,
         "num_key_value_heads": shapes[f"{at}.k_proj.weight"][0] // head,
         "head_dim": head,
         "qk_norm": f"{at}.q_norm.weight" in shapes,
         "tie_word_embeddings": "lm_head.weight" not in shapes,
-        "layers_read": default.layers_read if (default.layers_read or 0) < layers else None,
+        "layers_read": read,
     }
 
 
@@ -134,13 +161,17 @@ CAUSAL_LM = Network(
     phrase="a language model (text encoder of FLUX.2 or FLUX.3)",
     kind=CausalLm,
     config=CausalLmConfig,
-    signs=(f"model.{FIRST}", f"{BESIDE_EYES}{FIRST}", FIRST, "blk.0.attn_q_norm.weight"),
+    signs=(f"model.{FIRST}", f"{BESIDE_EYES}{FIRST}", FIRST, "blk.0.attn_output.weight"),
     layouts={
         "language model": Layout(
             [row("model.**", f"{BESIDE_EYES}**"), row("lm_head.**", "lm_head.**")], (BESIDE_EYES,)
         ),
         "bare": Layout([row("lm_head.**", "lm_head.**"), row("model.**", "**")], ("layers.", "embed_tokens.")),
-        "llama.cpp": Layout(QWEN3_LLAMA_CPP, ("blk.", "token_embd.")),
+        "llama.cpp": Layout(LLAMA_CPP, ("blk.", "token_embd.")),
+    },
+    redundant={
+        TEKKEN_TENSOR: "its tokenizer, which is read where there is no other",
+        "tokenizer_json": "its tokenizer",
     },
     other_half=(SEES, "sees pictures, and prompts are text"),
     beyond=_beyond,
@@ -149,9 +180,11 @@ CAUSAL_LM = Network(
     stem="model",
     names=("text_encoder", "{lm_file}"),
     comfyui=("text_encoders", "clip"),
-    architecture="qwen3",
+    paired=lambda config: 0 if config.qk_norm else config.head_dim,
+    architecture=lambda config: "qwen3" if config.qk_norm else "llama",  # llama.cpp's name for Mistral, too
     header="lm_config",
     sizes=_sizes,
+    told=_told,
     of_json=_of_json,
     as_json=_as_json,
     named_there="a Qwen3Config, MistralConfig or text_config of such a model",

@@ -129,7 +129,7 @@ FLUX1 = Network(
     signs=("img_in.weight", "x_embedder.weight"),
     layouts={DIFFUSERS: Layout(FLUX1_DIFFUSERS, ("x_embedder.",))},
     stacked=lambda config: config.hidden_size,
-    architecture="flux",
+    architecture=lambda config: "flux",
     title="FLUX.1",
     telling=(
         "img_in.weight",

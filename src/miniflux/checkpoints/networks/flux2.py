@@ -75,7 +75,7 @@ FLUX2 = Network(
     signs=("double_stream_modulation_img.lin.weight", "double_stream_modulation_img.linear.weight"),
     layouts={DIFFUSERS: Layout(FLUX2_DIFFUSERS, ("x_embedder.",))},
     stacked=lambda config: config.hidden_size,
-    architecture="flux2",
+    architecture=lambda config: "flux2",
     title="FLUX.2",
     telling=(
         "img_in.weight",

@@ -97,7 +97,7 @@ FLUX3 = Network(
     signs=("early_stream_modulations.txt.lin.weight", "early_stream_modulations.txt.linear.weight"),
     layouts={DIFFUSERS: Layout(FLUX3_DIFFUSERS, ("x_embedders.",))},
     other_half=(("repa_projectors.",), "was of use in training alone"),
-    architecture="flux3",
+    architecture=lambda config: "flux3",
     title="FLUX.3",
     telling=(
         "emb_in.image.weight",

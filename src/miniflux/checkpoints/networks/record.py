@@ -16,10 +16,12 @@ from miniflux.variants import Variant
 
 ORIGINAL, DIFFUSERS, ALL_IN_ONE, OPENAI = "original", "diffusers", "all-in-one", "openai"
 
-How = Literal["same", "rows", "first third", "second third", "last third", "swap halves", "1x1", "packed"]
+How = Literal["same", "rows", "first third", "second third", "last third", "swap halves", "pairs", "1x1", "packed"]
 """same: equal. rows: theirs stacked along the output rows are ours. first third and so on: ours are these rows of
-theirs. swap halves: the two halves of the rows change places. 1x1: theirs is the weight of a linear, ours of a 1x1
-convolution (and the biases are equal). packed: a part of a packed weight, equal and always in its own dtype."""
+theirs. swap halves: the two halves of the rows change places. pairs: in every head, theirs are the rows of its two
+halves in turn (of networks whose `paired` says so; of others equal). 1x1: theirs is the weight of a linear, ours of a
+1x1 convolution (and the biases are equal). packed: a part of a packed weight, equal and always in its own dtype."""
+MOVED: tuple[How, ...] = ("swap halves", "pairs")  # whose rows have other places
 THIRDS: dict[How, int] = {"first third": 0, "second third": 1, "last third": 2}
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -68,6 +70,7 @@ class Network:
         layouts: by name, without its own. That of all-in-one files follows from `prefix`.
         stacked: rows of each but the last of tensors that other layouts stack, from its config; 0 if there are none.
         levels: how many levels other layouts count from the other end, from its config; 0 if they do not.
+        paired: rows of a head where other layouts have them in pairs, from its config; 0 if they do not.
         redundant: tensors that published files carry beside its own, and why nothing is lost without them.
         other_half: what the other half of files of a whole model begins with, and what it is.
         beyond: which tensors a network of a config does without, though files have them, and why; None of the others.
@@ -77,13 +80,14 @@ class Network:
         single: what people call its single file; empty if that depends on the variant.
         names: under which releases keep it, a file or a folder; `{file}` and `{tiny_file}` are the variant's own.
         comfyui: the folders of `ComfyUI/models` in which its files lie.
-        architecture: in the header of GGUF files; empty if there are none.
+        architecture: in the header of GGUF files, from its config; empty if there are none.
         header: the name under which the header of a file tells its config.
         title: what its releases are called, of a transformer.
         telling: weights without which no size is told, of a transformer, whose file alone tells all of them.
         head: a tensor as long as a head of attention, likewise.
         sizes: values of its config from shapes under its own names, beside a config of which the others are; None if no
             file is asked for them.
+        told: values of its config that the header of a file tells in others' words.
         of_json: its config from the content of the `config.json` beside its file; None if that is not read.
         as_json: what diffusers or transformers want to find in there.
         named_there: what that content is of, in a sentence.
@@ -109,6 +113,7 @@ class Network:
     layouts: Mapping[str, Layout]
     stacked: Callable[[Any], int] = lambda config: 0
     levels: Callable[[Any], int] = lambda config: 0
+    paired: Callable[[Any], int] = lambda config: 0
     redundant: Mapping[str, str] = field(default_factory=dict[str, str])
     other_half: tuple[tuple[str, ...], str] = ((), "")
     beyond: Callable[[Any, str], str | None] = lambda config, key: None
@@ -119,12 +124,13 @@ class Network:
     single: str = ""
     names: tuple[str, ...] = ()
     comfyui: tuple[str, ...] = ()
-    architecture: str = ""
+    architecture: Callable[[Any], str] = lambda config: ""
     header: str = ""
     title: str = ""
     telling: tuple[str, ...] = ()
     head: str = ""
     sizes: Callable[[Shapes, Any], dict[str, Any]] | None = None
+    told: Callable[[Mapping[str, str]], dict[str, Any]] = lambda metadata: {}
     of_json: Callable[[Mapping[str, Any]], Any] | None = None
     as_json: Callable[[Any], dict[str, Any]] = lambda config: {}
     named_there: str = ""

@@ -98,7 +98,7 @@ T5 = Network(
         "t5xxl_fp8_e4m3fn.safetensors",
     ),
     comfyui=("text_encoders", "clip"),
-    architecture="t5encoder",
+    architecture=lambda config: "t5encoder",
     header="t5_config",
     sizes=_sizes,
     of_json=_of_json,
