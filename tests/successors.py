@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
+from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.decoders import ByteLevel as Bytes
 from tokenizers.models import BPE
@@ -17,7 +18,7 @@ from miniflux.checkpoints import save
 from miniflux.checkpoints.networks import BY_KIND
 from miniflux.models.causal_lm import CausalLm
 from miniflux.testing import tiny
-from tests.tiny import randomise
+from tests.tiny import randn, randomise
 
 QWEN_MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 MISTRAL_MARKS = ("<s>", "</s>", "<pad>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[IMG]")
@@ -57,3 +58,12 @@ def model(folder: Path, name: str, *, writes: bool = True) -> Path:
     marks = MISTRAL_MARKS if name == "flux2-dev" else QWEN_MARKS
     tokenizer_of(marks).save(str(folder / "tokenizer" / "tokenizer.json"))
     return folder
+
+
+def lora(path: Path, name: str) -> Path:
+    """A LoRA for one layer of the transformer of such a model."""
+    layer = "single_blocks.0.linear2" if name.startswith("flux2") else "single_blocks.0.attn_out"
+    rows, columns = tiny(name).transformer.get_submodule(layer).get_parameter("weight").shape
+    tensors = {"lora_A": randn(2, columns, seed=1), "lora_B": randn(rows, 2, seed=2)}
+    save_file({f"diffusion_model.{layer}.{half}.weight": tensor for half, tensor in tensors.items()}, path)
+    return path

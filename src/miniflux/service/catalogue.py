@@ -19,13 +19,14 @@ from miniflux.checkpoints.networks import BY_KIND, networks_of
 from miniflux.checkpoints.opened import known_in, open_part, parts_of
 from miniflux.conditions.again import NETWORKS
 from miniflux.errors import CheckpointError, InputError, MinifluxError, WeightsNotFoundError
+from miniflux.models.causal_lm import CausalLm
 from miniflux.variants import ALIASES, VARIANTS, Variant, variant
 from miniflux.weights.finding import find
 from miniflux.weights.origin import Stamp, stamped
 
 log = logging.getLogger(__name__)
 
-MODEL = "model"
+MODEL, WRITER = "model", "language model"
 SHOWN = 3  # tensors that a refusal names
 
 
@@ -112,8 +113,8 @@ def checked(path: Path, first: Sequence[Path] = ()) -> Found:
 
 
 def candidates(folder: Path) -> Iterator[tuple[Path, MinifluxError | str]]:
-    """What may be used of a folder and of the folders in it: paths, and what is there - "model", the kind of condition
-    whose network it is, or why it cannot be read.
+    """What may be used of a folder and of the folders in it: paths, and what is there - "model", "language model",
+    the kind of condition whose network it is, or why it cannot be read.
 
     Folders of whole pipelines count as one; files of other networks, as LoRAs and encoders, are passed over.
     """
@@ -142,6 +143,8 @@ def candidates(folder: Path) -> Iterator[tuple[Path, MinifluxError | str]]:
                         yield model.path, kinds[0]
                     elif any(BY_KIND[kind].part == "transformer" for kind in parts_of(source)):
                         yield model.path, MODEL
+                    elif CausalLm in parts_of(source):
+                        yield model.path, WRITER
                 except CheckpointError as error:
                     yield model.path, error
         level = deeper
@@ -172,6 +175,7 @@ class Catalogue:
         """What in the folder cannot be used, by its name there, and why."""
         self.networks: dict[str, tuple[str, Path]] = {}
         """What in the folder steers: the kind of condition it is for and its path, by its name there."""
+        self._writers: list[Path] = []  # folders of language models in the folder
         self._files: dict[Path, Found] = {}  # by the paths that were given, and those in the folder
 
     def listed(self) -> list[Listed]:
@@ -215,12 +219,16 @@ class Catalogue:
         if folder is None:
             return False
         before, refused, networks = dict(self._files), dict[str, str](), dict[str, tuple[str, Path]]()
+        writers: list[Path] = []
         files = {path: found for path, found in before.items() if not path.is_relative_to(folder) and found.unchanged}
         for path, what in candidates(folder):
             known = before.get(path)
             try:
                 if isinstance(what, MinifluxError):
                     raise what
+                if what == WRITER:
+                    writers.append(path.parent)
+                    continue
                 if what != MODEL:
                     networks[str(path.relative_to(folder))] = what, path
                     continue
@@ -231,9 +239,24 @@ class Catalogue:
                 refused[name] = str(error).partition("\n")[0].replace(str(path), name).replace(f"{folder}{os.sep}", "")
         for name in refused.keys() - self.refused.keys():
             log.warning("not in the list of models: %s", refused[name])
-        changed = files != before or refused != self.refused or networks != self.networks
-        self._files, self.refused, self.networks = files, refused, networks
-        return changed
+        now, then = (files, refused, networks, writers), (before, self.refused, self.networks, self._writers)
+        self._files, self.refused, self.networks, self._writers = now
+        return now != then
+
+    def language_models(self) -> dict[str, Path]:
+        """Folders of language models, by name: those that models here read prompts with, and others in the folder."""
+        read: dict[Path, str] = {}
+        for path, file in self._files.items():
+            if "lm" in file.parts:
+                read.setdefault(file.parts["lm"], _name_of(path, self.folder, set(read.values())))
+        for one in VARIANTS.values():
+            if one.lm is not None and not self._missing(one) and (place := find(one, self.first).lm) is not None:
+                read.setdefault(place, one.name)
+        found = {f"text encoder of {name}": place for place, name in read.items()}
+        for place in self._writers:
+            if place not in read:
+                found[_name_of(place, self.folder, set(found))] = place
+        return found
 
     def variant_of(self, model: str) -> Variant:
         """Which variant a name, or a path that is listed, means.

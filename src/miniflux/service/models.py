@@ -31,6 +31,7 @@ from miniflux.sampling import Moment
 from miniflux.service.catalogue import Catalogue, Listed
 from miniflux.service.given import Given, unsteered
 from miniflux.service.queue import Cost, Preview, Step
+from miniflux.service.writers import Writers
 from miniflux.settings import LoraUse, Request
 from miniflux.variants import ALIASES, VARIANTS
 from miniflux.weights.origin import Stamp, stamps
@@ -84,6 +85,7 @@ class Models:
         self.given = given
         self.weights, self.device, self.dtype, self.max_bytes = weights, device, dtype, max_bytes
         self.catalogue = Catalogue(weights, folder)
+        self.writers = Writers(self.catalogue, device, dtype)
         self.results = result_cache(cache)
         self._loaded: OrderedDict[tuple[str, str | None], _Loaded] = OrderedDict()
         self._room = Room()
@@ -106,7 +108,7 @@ class Models:
             LoraError, CheckpointError: it cannot be used, and the message says why.
         """
         sizes = None if model is None else self.catalogue.variant_of(model)
-        if sizes is None or VARIANTS.get(sizes.name) is not None:
+        if sizes is None or VARIANTS.get(sizes.name) == sizes:  # not one of other sizes whose file is called so
             return lora.inspect(file, None if sizes is None else sizes.name)
         networks = stand_ins(sizes)
         return fitted(networks, lora.read(resolved(file)), strict=True).receipt(str(file), networks)

@@ -45,17 +45,17 @@ class People:
     def does(self, name: str, session: str = ANN, **other: Any) -> dict[str, Any]:
         """Press something; what was answered, by the names of the controls."""
         handler = _telling(getattr(self.handlers, name), self.c)
-        return self._named(handler(self.given(session, **other), self.web(session)))
+        return self.named(handler(self.given(session, **other), self.web(session)))
 
     def tells(self, name: str, id: str, session: str = ANN) -> dict[str, Any]:
         """Press something of the stage, which says what it belongs to."""
         handler = _telling(getattr(self.handlers, name), self.c)
-        return self._named(handler(SimpleNamespace(id=id), self.web(session)))
+        return self.named(handler(SimpleNamespace(id=id), self.web(session)))
 
     def web(self, session: str) -> Any:
         return SimpleNamespace(cookies={COOKIE: session})
 
-    def _named(self, answer: dict[Any, Any]) -> dict[str, Any]:
+    def named(self, answer: dict[Any, Any]) -> dict[str, Any]:
         names = {component: name for name, component in vars(self.c).items()}
         return {names[component]: value for component, value in answer.items()}
 
@@ -191,7 +191,7 @@ def test_every_setting_of_a_picture_is_in_a_control_or_named(people: People) -> 
     assert (values["shift"], values["restart"], values["step_cache"]) == ("1.5", "0.3, 0.6, 2", "taylor")
     assert (values["window_from"], values["window_to"]) == (0.1, 0.6)
     assert form.request_from(values, people.site.shelf(ANN), people.site.listed) == EVERYTHING
-    assert people._named(people.handlers.forget())["rest"] == {}
+    assert people.named(people.handlers.forget())["rest"] == {}
 
 
 def test_plain_picture_of_ours_fills_the_controls_and_leaves_nothing_to_say(people: People) -> None:
@@ -272,16 +272,16 @@ def test_controls_without_effect_say_why(people: People) -> None:
     assert answer["steps"] == 4
     for method, works in (("cfg", True), (form.PLAIN, False)):
         handler = _telling(people.handlers.method, people.c)
-        answer = people._named(handler(people.given(method=method)))
+        answer = people.named(handler(people.given(method=method)))
         assert all(answer[name]["interactive"] == works for name in ("scale", "negative", "window_from", "window_to"))
         assert works or "Without effect" in answer["window_to"]["info"]
 
 
 def test_presets_and_sizes_of_ones_own(people: People) -> None:
-    wide = people._named(people.handlers.aspect(people.given(aspect="16:9")))
+    wide = people.named(people.handlers.aspect(people.given(aspect="16:9")))
     assert wide["width"] > wide["height"]
-    assert people._named(people.handlers.side(people.given(**wide)))["aspect"] == "16:9"
-    assert people._named(people.handlers.side(people.given(width=64, height=208)))["aspect"] == "own size"
+    assert people.named(people.handlers.side(people.given(**wide)))["aspect"] == "16:9"
+    assert people.named(people.handlers.side(people.given(width=64, height=208)))["aspect"] == "own size"
 
 
 def test_dropped_lora_is_drawn_with(people: People, tmp_path: Path) -> None:

@@ -16,6 +16,10 @@ from miniflux.apps.ui.site import MAX_GIVEN, opened
 from miniflux.apps.ui.slots import ITSELF, Slots, steering_from
 from miniflux.conditions.masks import feathered, grown
 from miniflux.errors import InputError
+from miniflux.families import Family
+from miniflux.families.flux1 import FLUX1
+from miniflux.families.flux2 import FLUX2
+from miniflux.families.flux3 import FLUX3
 from miniflux.pictures import digest_of
 from miniflux.settings import ConditionUse, Request
 from tests.apps.ui.test_handlers import ANN, BOB, People
@@ -50,11 +54,35 @@ class Kept:
         return name
 
 
-def asked(slots: Slots, **other: Any) -> tuple[dict[str, Any], Kept]:
+def asked(slots: Slots, family: Family = FLUX1, **other: Any) -> tuple[dict[str, Any], Kept]:
     values = {"width": 64, "height": 64, "as_picture": False, "strength": 0.75, "grow": 0, "feather": 0, "outpaint": ""}
     kept, given = Kept(), {**values, "network": ITSELF, "network_scale": 0.5, "network_mode": "", **other}
     networks = {"net": ("ControlNet", Path("/n")), "redux": ("Redux", Path("/r")), "ip": ("IPAdapter", Path("/i"))}
-    return steering_from(given, slots, networks, lambda size: (size[0] // 2, size[1] // 2), kept), kept
+    found = steering_from(given, slots, networks, lambda size: (size[0] // 2, size[1] // 2), kept, family)
+    return found, kept
+
+
+def test_as_large_as_the_first_reference(tmp_path: Path) -> None:
+    """As its family sees it; of FLUX.3 cut back to it, of several or of whole tokens there is nothing to cut."""
+    Image.new("RGB", (100, 70)).save(tmp_path / "odd.png")
+    Image.new("RGB", (96, 64)).save(tmp_path / "even.png")
+    odd, even = str(tmp_path / "odd.png"), str(tmp_path / "even.png")
+    for family, references, size, crop in (
+        (FLUX1, (odd,), (96, 64), None),
+        (FLUX2, (odd, even), (96, 64), None),
+        (FLUX3, (odd,), (112, 80), True),
+        (FLUX3, (odd, even), (96, 64), None),
+        (FLUX3, (even,), (96, 64), None),
+    ):
+        found, _ = asked(Slots(references=references), family, as_reference=True)
+        assert (found["width"], found["height"]) == size and found["conditions"][0].get("crop") is crop
+    assert "width" not in asked(Slots(references=(odd,)), FLUX3)[0]
+    assert asked(Slots(background=odd, references=(even,)), FLUX3, as_reference=True)[0]["width"] == 64
+    with pytest.raises(InputError, match="no reference that the picture could be as large as"):
+        asked(Slots(), as_reference=True)
+    Image.new("RGB", (16, 96)).save(tmp_path / "thin.png")
+    with pytest.raises(InputError, match="sides of at least 64 pixels"):
+        asked(Slots(references=(str(tmp_path / "thin.png"),)), FLUX2, as_reference=True)
 
 
 def test_what_is_painted_is_the_mask(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def add(commands: Any) -> None:
     ui.add_argument("--model", default="nano", metavar="NAME", help="chosen at first: a name, or the path of a file or "
                     "folder; default %(default)s")  # fmt: skip
     ui.add_argument("--models", type="path", metavar="FOLDER",
-                    help="list all FLUX.1 models in this folder and in those inside: "
+                    help="list all models in this folder and in those inside: "
                     "safetensors, GGUF, fp8, fine-tunes, pipelines")  # fmt: skip
     ui.add_argument("--weights", type="path", metavar="FOLDER", help="look for models here first")
     ui.add_argument("--device", metavar="NAME", help="cpu, cuda, mps ...; default the best there is")

@@ -15,6 +15,8 @@ from miniflux.apps.ui.site import BUNDLED, Shelf
 from miniflux.arguments import AUTO, cache_for
 from miniflux.errors import InputError
 from miniflux.sampling import GUIDES
+from miniflux.sampling.caches import check_cached
+from miniflux.sampling.guidance import Cfg
 from miniflux.sampling.latents import MAX_SEED
 from miniflux.service import Listed
 from miniflux.settings import AtLevels, LoraUse, Request
@@ -41,6 +43,8 @@ STEP_CACHES = {
     "taylor": "taylor: every second step, the others estimated",
 }
 ASPECTS = {"1:1": (1, 1), "4:3": (4, 3), "3:4": (3, 4), "3:2": (3, 2), "2:3": (2, 3), "16:9": (16, 9), "9:16": (9, 16)}
+CFG = "cfg"
+"""The method that base models are drawn with."""
 CARRIED = ("variation", "t5_length", "padding", "stop")
 """Settings that the page has no control for, and keeps when they come with a picture."""
 STEERING = ("image", "mask", "strength", "conditions")
@@ -97,11 +101,13 @@ def request_from(
         window = [number(f"the method's {end}", given[f"window_{end}"]) for end in ("from", "to")]
         about["guide"] = {**extra, "method": method, "scale": scale, "window": window}
         about["negative"] = given["negative"] or None
+    elif model.variant.cfg is not None:  # it has no guidance of its own but this method
+        about["guidance"] = 1.0
     if given["step_cache"] != NO_CACHE:
         name = given["step_cache"]
         about["cache"] = cache if cache.get("name") == name else cache_as_json(name, model)
     if given["shift"]:
-        about["shift"] = shift_from(given["shift"])
+        about["shift"] = number_from("shift", given["shift"])
     if given["restart"]:
         about["restart"] = restart_from(given["restart"])
     steering = given.get("steering") or {}
@@ -128,8 +134,9 @@ def values_from(
 ) -> tuple[dict[str, Any], list[str]]:
     """The values of the controls for a request, and what of it the page cannot have, a line each."""
     notes: list[str] = []
-    about = request.as_json()
     model = listed_as(request.model, listed)
+    request = _told(request, model)
+    about = request.as_json()
     if model is None:
         notes.append(f"the model {shown(name_of(request.model))} is not on this machine")
         model = next(iter(listed.values()))
@@ -137,13 +144,12 @@ def values_from(
         notes.append(f"the model {model.name} was taken for its name: whether it is the same file is not known")
     guide, cache = about.get("guide"), about.get("cache")
     rest: dict[str, Any] = {name: about[name] for name in CARRIED if name in about}
-    if rest.get("t5_length") == model.variant.t5_length:  # saved pictures state it
+    if "t5_length" in rest and rest["t5_length"] == model.variant.t5_length:  # saved pictures state it
         del rest["t5_length"]
-    if guide is not None and {**guide, "window": None} != {
-        **guide_as_json(guide["method"], guide["scale"]),
-        "window": None,
-    }:
-        rest["guide"] = guide
+    if guide is not None:
+        usual = {**guide_as_json(guide["method"], guide["scale"]), "window": guide["window"]}
+        if guide != usual or isinstance(guide["scale"], dict):
+            rest["guide"] = guide
     if cache is not None and cache != cache_as_json(cache["name"], model):
         rest["cache"] = cache
     if isinstance(request.guidance, AtLevels):
@@ -161,7 +167,7 @@ def values_from(
         "negative": request.negative or "",
         "model": model.name,
         "loras": rows(shelf, model.name, _matched(request, shelf, notes)),
-        "steps": model.steps if request.steps is None else request.steps,
+        "steps": request.steps or (model.steps if isinstance(schedule, str) else len(schedule) - 1),
         "guidance": request.guidance if isinstance(request.guidance, (int, float)) else model.guidance,
         "method": PLAIN if guide is None else guide["method"],
         "scale": 3.0 if guide is None or not isinstance(guide["scale"], (int, float)) else guide["scale"],
@@ -178,6 +184,19 @@ def values_from(
         "height": request.height or model.size,
         "rest": rest,
     }, notes
+
+
+def usual_method(model: Listed) -> tuple[str, float]:
+    """The guidance method that a model is drawn with unless another is chosen, and its scale."""
+    return (PLAIN, 3.0) if model.variant.cfg is None else (CFG, model.variant.cfg)
+
+
+def _told(request: Request, model: Listed | None) -> Request:
+    """A request with the method that a base model is drawn with, where it says none."""
+    if model is None or model.variant.cfg is None or request.guide is not None:
+        return request
+    scale: Any = model.variant.cfg if request.guidance is None else request.guidance
+    return replace(request, guide=Cfg(scale=scale), guidance=None)
 
 
 def _steered(request: Request, networks: Networks, notes: list[str]) -> dict[str, Any]:
@@ -272,6 +291,12 @@ def greyed(model: Listed, method: str) -> dict[str, str]:
     found: dict[str, str] = {}
     if not model.guided:
         found["guidance"] = f"{model.name} was made without guidance: it has no input for it"
+        if model.variant.cfg is not None:
+            found["guidance"] = f"{model.name} has no input for guidance: it is drawn with the method {CFG}, below"
+    try:
+        check_cached(model.variant.transformer)
+    except InputError as error:
+        found["step_cache"] = str(error)
     if method == PLAIN:
         found["scale"] = "Without effect while the guidance method is none"
         for name in ("negative", "window_from", "window_to"):
@@ -302,12 +327,12 @@ def levels_from(given: Any) -> str | list[float]:
         raise InputError(f"schedule: expected a name, or noise levels as 1, 0.6, 0.3, 0, got {shown(text)}") from None
 
 
-def shift_from(given: str) -> float:
+def number_from(name: str, given: str) -> float:
     """A number, as a field of text gives it."""
     try:
         return float(given)
     except ValueError:
-        raise InputError(f"shift: expected a number, got {shown(given)}") from None
+        raise InputError(f"{name}: expected a number, got {shown(given)}") from None
 
 
 def restart_from(given: str) -> list[float]:
@@ -376,6 +401,7 @@ def number(name: str, value: Any) -> float:
 
 def described(request: Request, model: Listed | None) -> list[tuple[str, str]]:
     """All settings of a picture, as (name, value) lines of text for people."""
+    request = _told(request, model)
     about = request.as_json()
     if request.conditions:
         about["conditions"] = [

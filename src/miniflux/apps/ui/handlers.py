@@ -13,13 +13,14 @@ from typing import Any
 import gradio as gr
 
 from miniflux.apps.ui import fitting, form
-from miniflux.apps.ui.layout import HELP, LEAST, MOST, Controls, learned
+from miniflux.apps.ui.layout import HELP, LEAST, MOST, Controls, learned, unable
 from miniflux.apps.ui.routes import COOKIE, valid
 from miniflux.apps.ui.site import Shelf, Site
 from miniflux.apps.ui.slots import ITSELF, Slots, sized, steering_from
 from miniflux.checkpoints.folders import SAFETENSORS
 from miniflux.conditions.making import canny
 from miniflux.errors import InputError, MinifluxError
+from miniflux.families import FAMILIES
 from miniflux.pictures import on_white, open_picture
 from miniflux.service import Axis, Grid, Job, batch, parse_prompts
 from miniflux.settings import Request, read_picture
@@ -28,10 +29,11 @@ log = logging.getLogger(__name__)
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_LIST_BYTES = 2**20  # of a file with prompts
-GREYED = ("guidance", "scale", "negative", "window_from", "window_to")  # controls that are without effect at times
+GREYED = ("guidance", "scale", "negative", "window_from", "window_to", "step_cache")
+"""Controls that are without effect at times."""
 _count = itertools.count(1)
 
-OF_MODEL = ("model", "steps", "guidance", "width", "height", "aspect")
+OF_MODEL = ("model", "steps", "guidance", "method", "scale", "width", "height", "aspect")
 """Controls that are set anew when the page is started with another model."""
 Given = dict[Any, Any]
 """What Gradio gives a handler, and what it takes from it: values or updates by their components."""
@@ -60,7 +62,7 @@ def connect(page: gr.Blocks, site: Site, c: Controls) -> None:
     on(c.die.click, handlers.roll, None, [c.seed])
     on(c.forget.click, handlers.forget, None, [c.rest, c.also, c.forget])
     on(c.model.input, handlers.model, form_in, [
-        *(c.settings[name] for name in GREYED), c.steps, c.width, c.height, c.aspect, c.loras,
+        *(c.settings[name] for name in GREYED), c.method, c.steps, c.width, c.height, c.aspect, c.loras,
     ], "always_last")  # fmt: skip
     greyed = [c.settings[name] for name in GREYED]
     on(c.method.input, handlers.method, form_in, greyed, "always_last")
@@ -68,6 +70,10 @@ def connect(page: gr.Blocks, site: Site, c: Controls) -> None:
     for side in (c.width, c.height):
         on(side.input, handlers.side, {c.width, c.height, c.model}, [c.aspect], "always_last")
     on(c.edges.click, handlers.edges, {c.control, c.width, c.height}, [c.control, c.stage])
+    writing = c.rewrite.click(_telling(handlers.writing, c), {c.writer}, [c.stage], **quick)
+    written = [c.prompt, c.before, c.take_back, c.stage]
+    writing.then(_telling(handlers.rewrite, c), {c.prompt, c.writer, c.told, c.heat}, written, **quick)
+    on(c.take_back.click, handlers.take_back, {c.before}, [c.prompt, c.take_back])
     on(c.files.upload, handlers.files, {*form_in, c.files}, [*filled, c.prompts, c.files])
     on(c.stage.use, handlers.use, None, filled)
     on(c.stage.again, handlers.again, None, [c.stage])
@@ -76,11 +82,12 @@ def connect(page: gr.Blocks, site: Site, c: Controls) -> None:
     on(c.stage.restore, handlers.restore, None, [c.stage])
     on(c.loras.remove, handlers.remove_lora, {c.model, c.loras}, [c.loras, c.stage])
     _keep(page, site, c, quick)
+    writers = [c.writer, c.told, c.heat, c.rewrite, c.unable]
     left = {"js": "() => [miniflux.allKept()]"}
     page.load(
         _telling(handlers.arrive, c),
         {c.kept},
-        [*c.settings.values(), c.also, c.forget, c.more, c.aspect, c.refused, c.stage],
+        [*c.settings.values(), c.also, c.forget, c.more, c.aspect, c.refused, c.stage, *writers],
         **left,
         **quick,
     )
@@ -147,8 +154,9 @@ class Handlers:
         networks = self.site.models.catalogue.networks
         model = self.site.listed.get(str(values["model"]), next(iter(self.site.listed.values())))
         near, keep = functools.partial(fitting.size_like, model=model), functools.partial(self.site.give, session)
+        family = FAMILIES[model.variant.family]
         try:
-            values["steering"] = steering_from(values, slots, networks, near, keep)
+            values["steering"] = steering_from(values, slots, networks, near, keep, family)
         finally:
             self._read(session, given)
         return form.request_from(values, shelf, self.site.listed, networks)
@@ -251,7 +259,7 @@ class Handlers:
         updates[c.aspect] = gr.update(value=shape, info=learned(model))
         if values["rest"]:
             notes.append(f"also in use, without a control: {form.plainly(values['rest'])}")
-        updates[c.lock] = True
+        updates[c.lock], updates[c.as_reference] = True, False
         if form.more_than_usual(values):
             updates[c.more] = gr.update(open=True)
         updates[c.forget] = gr.update(visible=bool(values["rest"]))
@@ -273,7 +281,12 @@ class Handlers:
     def model(self, given: Given, web: gr.Request) -> Given:
         c, (_, shelf) = self.c, self._who(web)
         model = self.site.listed[given[c.model]]
-        updates = self._grey(model.name, given[c.method])
+        method, scale = form.usual_method(model)  # that of a base model draws nothing good with another
+        updates = self._grey(model.name, method)
+        updates[c.method] = method
+        updates[c.scale]["value"] = scale
+        if "step_cache" in form.greyed(model, method):
+            updates[c.step_cache]["value"] = form.NO_CACHE
         if model.guidance is not None:
             updates[c.guidance]["value"] = model.guidance
         for side in (c.width, c.height):
@@ -306,6 +319,28 @@ class Handlers:
         place = self.site.uploads.hold(session, "edges.png", lambda path: found.save(path, "PNG"))
         return {self.c.control: str(place), self.c.stage: said("ok", "The control picture shows its edges.")}
 
+    def writing(self, given: Given) -> Given:
+        return {self.c.stage: said("info", f"The {given[self.c.writer]} is writing. A large one takes its time.")}
+
+    def rewrite(self, given: Given, web: gr.Request) -> Given:
+        """The prompt as a language model writes it, with a way back."""
+        self._who(web)
+        prompt, heat = given[self.c.prompt] or "", (given[self.c.heat] or "").strip()
+        if not prompt.strip():
+            raise InputError("there is no prompt that could be rewritten")
+        temperature = form.number_from("temperature", heat) if heat else None
+        writer = str(given[self.c.writer] or "")
+        written = self.site.models.writers.write(writer, prompt, given[self.c.told] or None, temperature)
+        return {
+            self.c.prompt: written.text,
+            self.c.before: prompt,
+            self.c.take_back: gr.update(visible=True),
+            self.c.stage: said("ok", f"The prompt is rewritten by the {writer}."),
+        }
+
+    def take_back(self, given: Given) -> Given:
+        return {self.c.prompt: given[self.c.before], self.c.take_back: gr.update(visible=False)}
+
     def roll(self) -> Given:
         return {self.c.seed: str(form.new_seed())}
 
@@ -319,10 +354,11 @@ class Handlers:
         self.site.refresh()
         left = fitting.left_from(given[c.kept])
         model = left.get("model")
-        if model not in self.site.listed or left.get("first") != self.site.first:
-            model = self.site.first
         method = left.get("method")
-        updates = self._grey(model, method if method in form.METHODS else form.PLAIN)
+        if model not in self.site.listed or left.get("first") != self.site.first:
+            model, method = self.site.first, None
+        usual, _ = form.usual_method(self.site.listed[model])
+        updates = self._grey(model, method if method in form.METHODS else usual)
         updates[c.loras] = [{**row, "late": True} for row in form.rows(shelf, model)]
         if form.more_than_usual(left):
             updates[c.more] = gr.update(open=True)
@@ -334,6 +370,11 @@ class Handlers:
             slider |= {"minimum": fitting.bound(value, least, min), "maximum": fitting.bound(value, most, max)}
         updates[c.aspect] = gr.update(info=learned(self.site.listed[model]))
         updates[c.refused] = gr.update(value=self.site.models.catalogue.refused)
+        writers, why = unable(self.site)
+        if (writers or why) and writers != [value for _, value in c.writer.choices]:
+            updates |= {one: gr.update(visible=bool(writers)) for one in (c.told, c.heat, c.rewrite)}
+            updates[c.writer] = gr.update(choices=writers, value=next(iter(writers), None), visible=bool(writers))
+            updates[c.unable] = gr.update(value=why, visible=bool(why))
         networks = [ITSELF, *self.site.models.catalogue.networks]
         if networks != [value for _, value in c.network.choices]:
             updates[c.network] = gr.update(choices=networks, value=ITSELF)

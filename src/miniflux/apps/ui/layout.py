@@ -16,6 +16,7 @@ from miniflux.checkpoints.folders import SAFETENSORS
 from miniflux.sampling import SOLVERS
 from miniflux.sampling.schedules import SPACINGS
 from miniflux.service import Listed
+from miniflux.upsampling.rewriting import SYSTEM
 
 SCRIPTS = ("page", "messages", "keeping", "stage", "history", "viewer", "loras")
 """What the page does itself, in this order."""
@@ -51,6 +52,10 @@ HELP = {
     "grow": "What was painted, larger by so many pixels",
     "feather": "A soft edge of so many pixels around it",
     "outpaint": "Pixels to add: left, top, right, bottom, as 0, 0, 64, 0",
+    "writer": "What rewrites it; that takes as long as the model is large",
+    "told": "What it is told to do",
+    "heat": "0: the likeliest words; above it others, too; empty: as released",
+    "as_reference": "Width and height are then those at which the model sees it; of FLUX.3 cut back to it",
     "network": "What sees the control picture: a Canny or Depth model itself, or a network in the folder of models",
     "network_scale": "How strongly the network works",
     "network_mode": "Of Union ControlNets: canny, tile, depth, blur, pose, gray, low quality",
@@ -121,6 +126,7 @@ class Controls:
     step_cache: gr.Dropdown
     restart: gr.Textbox
     as_picture: gr.Checkbox
+    as_reference: gr.Checkbox
     strength: gr.Slider
     grow: gr.Slider
     feather: gr.Slider
@@ -151,6 +157,13 @@ class Controls:
     draw_grid: gr.Button
     kept: gr.Textbox
     refused: gr.HTML
+    writer: gr.Dropdown
+    told: gr.Textbox
+    heat: gr.Textbox
+    rewrite: gr.Button
+    before: gr.Textbox
+    take_back: gr.Button
+    unable: gr.Textbox
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -166,7 +179,7 @@ class Controls:
     @property
     def keeping(self) -> dict[str, Any]:
         """The components that are as they were left when the page is loaded again; LoRAs see to it themselves."""
-        more = ("lock", "aspect", "prompts", "x", "x_values", "y", "y_values")
+        more = ("lock", "aspect", "prompts", "x", "x_values", "y", "y_values", "told", "heat")
         return {name: it for name, it in self.settings.items() if name != "loras"} | {
             name: getattr(self, name) for name in more
         }
@@ -175,7 +188,7 @@ class Controls:
 def build(site: Site) -> Controls:
     """Lay everything out, inside the `gr.Blocks` that is open."""
     first = site.listed[site.first]
-    grey = form.greyed(first, form.PLAIN)
+    grey = form.greyed(first, form.usual_method(first)[0])
 
     def usable(name: str) -> dict[str, Any]:
         return {"interactive": name not in grey, "info": grey.get(name, HELP[name]), "elem_id": f"mf-{name}"}
@@ -193,6 +206,7 @@ def build(site: Site) -> Controls:
                 )
                 made["draw"] = gr.Button("Draw", variant="primary", elem_id="mf-draw")
             with gr.Column(elem_id="mf-settings"):
+                made |= _longer(site, usable)
                 made |= _model(site, usable, drawn)
                 made |= _sampling(site, usable)
                 made |= _shape(site, usable)
@@ -208,6 +222,33 @@ def build(site: Site) -> Controls:
             )
             gr.HTML(None, elem_id="mf-history", js_on_load="miniflux.history(element);", **drawn)
     return Controls(**made)
+
+
+def unable(site: Site) -> tuple[list[str], str]:
+    """The language models that can write, and what to say if none can."""
+    found, refused = site.models.writers.listed()
+    reasons = [reason if name in reason else f"{name}: {reason}" for name, reason in refused.items()]
+    why = "No language model that can write is here: FLUX.2's text encoder, whole, or another Qwen3 or Mistral in the "
+    return list(found), "" if found else "\n".join([f"{why}folder of --models.", *reasons])
+
+
+def _longer(site: Site, usable: Any) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    names, why = unable(site)
+    with gr.Accordion("A longer prompt, by a language model", open=False, elem_classes="mf-room", elem_id="mf-longer"):
+        made["unable"] = gr.Textbox(
+            why, show_label=False, interactive=False, lines=2, max_lines=10, visible=not names, elem_id="mf-unable"
+        )
+        some: dict[str, Any] = {"visible": bool(names)}
+        made["writer"] = gr.Dropdown(
+            names, value=names[0] if names else None, label="Written by", **usable("writer"), **some
+        )
+        made["told"] = gr.Textbox(label="Told", value=SYSTEM, lines=2, max_lines=10, **usable("told"), **some)
+        made["heat"] = gr.Textbox(label="Temperature", value="", lines=1, max_lines=1, **usable("heat"), **some)
+        made["rewrite"] = gr.Button("Rewrite the prompt", size="sm", elem_id="mf-rewrite", **some)
+        made["before"] = gr.Textbox(visible=False)
+        made["take_back"] = gr.Button("Take it back", size="sm", visible=False, elem_id="mf-take-back")
+    return made
 
 
 def _model(site: Site, usable: Any, drawn: dict[str, Any]) -> dict[str, Any]:
@@ -240,17 +281,20 @@ def _model(site: Site, usable: Any, drawn: dict[str, Any]) -> dict[str, Any]:
 def _sampling(site: Site, usable: Any) -> dict[str, Any]:
     first = site.listed[site.first]
     usual = 3.0 if first.guidance is None else first.guidance
+    method, scale = form.usual_method(first)
     made: dict[str, Any] = {}
     with gr.Accordion("Steps and guidance", elem_classes="mf-room"):
         made["steps"] = gr.Slider(1, MOST["steps"], value=first.steps, step=1, label="Steps", **usable("steps"))
         made["guidance"] = gr.Slider(0, MOST["guidance"], value=usual, step=0.1, label="Guidance", **usable("guidance"))
         made["method"] = gr.Dropdown(
             [(label, name) for name, label in form.METHODS.items()],
-            value=form.PLAIN,
+            value=method,
             label="Guidance method",
             **usable("method"),
         )
-        made["scale"] = gr.Slider(0, MOST["scale"], value=3.0, step=0.1, label="Scale of the method", **usable("scale"))
+        made["scale"] = gr.Slider(
+            0, MOST["scale"], value=scale, step=0.1, label="Scale of the method", **usable("scale")
+        )
         made["negative"] = gr.Textbox(label="Negative prompt", lines=1, max_lines=6, **usable("negative"))
         with gr.Row():
             made["solver"] = gr.Dropdown(
@@ -322,7 +366,7 @@ def _pictures(site: Site, usable: Any, drawn: dict[str, Any]) -> dict[str, Any]:
         made["outpaint"] = gr.Textbox(label="Outpaint", lines=1, max_lines=1, value="", **usable("outpaint"))
         made["references"] = plain(
             gr.Gallery(
-                label="References, for Kontext models",
+                label="References: what Kontext, FLUX.2 and FLUX.3 look at",
                 type="filepath",
                 columns=3,
                 height=160,
@@ -333,6 +377,9 @@ def _pictures(site: Site, usable: Any, drawn: dict[str, Any]) -> dict[str, Any]:
                 sources=["upload", "clipboard"],
                 buttons=[],
             )
+        )
+        made["as_reference"] = gr.Checkbox(
+            label="As large as the first reference", value=False, **usable("as_reference")
         )
         made["control"] = plain(
             gr.Image(

@@ -13,9 +13,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from miniflux.apps.ui.form import number, whole
+from miniflux.conditions import Reference
 from miniflux.conditions.controlnet import MODES
 from miniflux.conditions.masks import feathered, grown, outpainted
 from miniflux.errors import InputError
+from miniflux.families import Family
 from miniflux.pictures import on_white, open_picture
 from miniflux.settings.strict import shown
 
@@ -76,15 +78,17 @@ def steering_from(
     networks: Mapping[str, tuple[str, Any]],
     near: Callable[[tuple[int, int]], tuple[int, int]],
     keep: Callable[[Image.Image | Tensor], str],
+    family: Family,
 ) -> dict[str, Any]:
     """What the slots say, as fields of a request's JSON.
 
     Args:
-        given: values by the names of the controls: `width`, `height`, `as_picture`, `strength`, `grow`, `feather`,
-            `outpaint`, `network`, `network_scale`, `network_mode`.
+        given: values by the names of the controls: `width`, `height`, `as_picture`, `as_reference`, `strength`,
+            `grow`, `feather`, `outpaint`, `network`, `network_scale`, `network_mode`.
         near: the size nearest to that of a picture which the model can draw.
         networks: by name, the kind of condition that each is for, and its path.
         keep: takes a picture or a mask, and gives its SHA-256.
+        family: that of the model, whose way to see references says what size a picture has that is as large as one.
 
     Raises:
         InputError: one of them is no picture, or a value is not what it may be.
@@ -111,9 +115,17 @@ def steering_from(
         if mask is not None:
             mask = grown(mask, whole("grow", given["grow"]))
             found["mask"] = keep(feathered(mask, number("feather", given["feather"])))
+    seen = [_opened(path) for path in slots.references]
     conditions: list[dict[str, Any]] = [
-        {"kind": "Reference", "picture": keep(_opened(path)), "index": i} for i, path in enumerate(slots.references, 1)
+        {"kind": "Reference", "picture": keep(one), "index": i} for i, one in enumerate(seen, 1)
     ]
+    if given.get("as_reference") and slots.background is None:
+        if not seen:
+            raise InputError("there is no reference that the picture could be as large as: put one into its slot")
+        first = Reference(seen[0]).framed(family, len(seen))
+        found["width"], found["height"] = first.shown_at
+        if family.whole and first.inside is not None:
+            conditions[0]["crop"] = True
     if slots.control is not None:
         conditions.append(_seen(given, keep(_opened(slots.control)), networks))
     elif given["network"] != ITSELF:
