@@ -16,6 +16,7 @@ from torch import Tensor
 
 import miniflux
 from miniflux import conditions, lora
+from miniflux.apps.cli import main
 from miniflux.checkpoints import save
 from miniflux.checkpoints.files import open_tensors
 from miniflux.checkpoints.loading import bare, compare
@@ -33,6 +34,7 @@ from miniflux.pictures import from_image
 from miniflux.pipeline import Pipeline
 from miniflux.sampling import cache, guide, initial_noise, pack
 from miniflux.sampling.forwards import Told, Words, flux2_velocity
+from miniflux.service.catalogue import Catalogue
 from miniflux.settings.steered import ConditionUse
 from miniflux.steering import _config
 from miniflux.text import ChatForm, ChatText, load_chat_tokenizer
@@ -317,3 +319,32 @@ def test_settings_make_it_again(pipe: Pipeline) -> None:
     for same in (mask.convert("RGB"), left_half(), left_half() * 0.6 + 0.1):
         other = ControlNet(network, EDGES, scale=0.4, image=PHOTO, mask=same)
         assert torch.equal(pipe.generate("a star", conditions=[other], **SIZE).latents, drawn.latents)
+
+
+def test_its_own_precision(pipe: Pipeline) -> None:
+    """A network in bfloat16 beside a transformer in float32 computes in its own, and stays as it is."""
+    options = {**SIZE, "guidance": 4.0}
+    fine, coarse = net(), net().to(torch.bfloat16)
+    found = [
+        pipe.generate("a star", conditions=[ControlNet(one, EDGES, 0.3)], **options).latents for one in (fine, coarse)
+    ]
+    assert not torch.equal(*found) and next(coarse.parameters()).dtype == torch.bfloat16
+    assert float((found[0] - found[1]).norm() / found[0].norm()) < 0.01
+
+
+def test_on_the_command_line_and_in_the_folder_of_the_page(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--controlnet` takes its file, replay makes the picture again, and the page's list knows what it is for."""
+    save(net(), tmp_path / "net.safetensors", layout="diffusers")
+    SEEN[1].save(tmp_path / "edges.png")
+    edges, path, out = (str(tmp_path / name) for name in ("edges.png", "net.safetensors", "out.png"))
+    how = ("--model", str(files), "--steps", "2", "--size", "64x64", "-o", out)
+    assert main(["generate", "a star", *how, "--controlnet", f"{path}={edges}:0.4"]) == 0
+    assert main(["replay", out, "--picture", edges, "--network", path]) == 0
+    assert "the same pixels" in capsys.readouterr().out
+    assert main(["generate", "a star", *how, "--controlnet", f"{path}={edges}:0.4:canny"]) == 2
+    assert "tells kinds of control by itself" in capsys.readouterr().err
+    known = Catalogue(folder=tmp_path)
+    known.scan()
+    assert known.networks == {"net.safetensors": ("ControlNet", tmp_path / "net.safetensors")} and not known.refused
