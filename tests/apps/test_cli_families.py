@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from miniflux.apps.cli import main
+from tests.small_models import model
 from tests.steered import photo
-from tests.successors import model
 
 QUICK = ("--steps", "2", "--size", "64")
 NAMES = ("flux2-dev", "flux2-klein-4b", "flux2-klein-base-4b", "flux3-klein", "flux3-klein-base")

@@ -18,7 +18,7 @@ from miniflux.families.flux3 import reference_frame
 from miniflux.plan import Plan
 from miniflux.testing import tiny
 from miniflux.variants import variant
-from tests.successors import model
+from tests.small_models import model
 
 WIDE = Image.fromarray(np.random.default_rng(1).integers(0, 256, (67, 90, 3), np.uint8), "RGB")
 

@@ -10,7 +10,7 @@ import pytest
 from miniflux.errors import InputError
 from miniflux.service.catalogue import Catalogue
 from miniflux.service.writers import Writers
-from tests.successors import model
+from tests.small_models import model
 
 
 def test_what_can_write_is_listed(tmp_path: Path) -> None:

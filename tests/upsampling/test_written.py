@@ -10,7 +10,7 @@ import pytest
 from miniflux.settings.record import UPSAMPLED
 from miniflux.upsampling import Upsampler, Written, load_upsampler, write
 from miniflux.upsampling.rewriting import SYSTEM
-from tests.successors import model
+from tests.small_models import model
 
 pytestmark = pytest.mark.filterwarnings("ignore:the answer was cut off")
 

@@ -17,7 +17,7 @@ from miniflux.replay import replay
 from miniflux.sampling import guide
 from miniflux.settings import AtLevels, Request
 from tests.apps.ui.test_handlers import ANN, People
-from tests.successors import lora, model
+from tests.small_models import lora, model
 
 NAMES = ("flux2-dev", "flux2-klein-4b", "flux2-klein-base-4b", "flux3-klein", "flux3-klein-base")
 OF_A_METHOD = ("scale", "negative", "window_from", "window_to")

@@ -17,7 +17,7 @@ from miniflux.apps.ui.launch import Page, served
 from miniflux.apps.ui.site import opened
 from miniflux.replay import replay
 from tests.apps.ui.conftest import Tab, browser
-from tests.successors import lora, model
+from tests.small_models import lora, model
 
 pytestmark = pytest.mark.browser
 

@@ -13,6 +13,7 @@ import copy
 import json
 import logging
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -77,7 +78,7 @@ class Goal:
 
 GOALS = {
     goal.name: goal
-    for goal in (Goal("nano2", 3_000, 96, 9_000, 40, 1.5e-3), Goal("nano3", 3_000, 96, 9_000, 40, 1.5e-3))
+    for goal in (Goal("nano2", 4_000, 64, 14_000, 28, 1.5e-3), Goal("nano3", 4_000, 64, 14_000, 28, 1.5e-3))
 }
 
 
@@ -291,23 +292,27 @@ def report(student: Student, autoencoder: Flux2Autoencoder, count: int) -> None:
     log.info("%s: %s of %d each", student.variant.name, said, count)
 
 
-def make(name: str, folder: Path, reader: Path | None = None) -> None:
+def make(name: str, folder: Path, start: Path | None = None, reader: Path | None = None) -> None:
     """Train, or go on training; the finished files go to `weights/NAME` in the folder.
 
     Args:
+        start: a folder with the files of an earlier run, to begin with their weights.
         reader: a folder with the language model of the other, which is then not trained.
     """
     goal, variant = GOALS[name], IN_TRAINING[name]
     assert variant.chat is not None and isinstance(variant.autoencoder, Flux2AutoencoderConfig)
     torch.manual_seed(31)
     nano = Nano.load()
-    tokenizer = folder / "lm" if reader is None else reader / "tokenizer"
-    if not tokenizer.exists():
+    read = start if reader is None else reader
+    tokenizer = folder / "tokenizer" if read is None else read / "tokenizer"
+    if read is None and not tokenizer.exists():
         train_tokenizer(tokenizer)
     student = Student(variant, load_chat_tokenizer(tokenizer, variant.chat))
-    if reader is not None:
-        load_into(student.lm, reader / "text_encoder", dtype=torch.float32)
-        student.lm.requires_grad_(False)
+    if start is not None:
+        load_into(student.network, start / variant.file, dtype=torch.float32)
+    if read is not None:
+        load_into(student.lm, read / "text_encoder", dtype=torch.float32)
+    student.requires_grad_(True).lm.requires_grad_(reader is None)
     autoencoder = nano.autoencoder.to(memory_format=torch.channels_last)  # pyright: ignore
     successor = successor_autoencoder(nano.autoencoder, variant.autoencoder)
     teacher = Teacher(nano.transformer, encoders_of(nano.text))
@@ -322,7 +327,7 @@ def make(name: str, folder: Path, reader: Path | None = None) -> None:
     if reader is None:
         export_network(successor, weights / "ae.safetensors")
         export_lm(state.average.lm, weights / "text_encoder")
-        train_tokenizer(weights / "tokenizer")
+        shutil.copytree(tokenizer, weights / "tokenizer", dirs_exist_ok=True)
     log.info("finished: %s", weights)
 
 
@@ -364,11 +369,12 @@ def main() -> None:
     arguments = argparse.ArgumentParser(prog="miniflux.nano.recipe.successors", description=__doc__)
     arguments.add_argument("goal", choices=[*GOALS])
     arguments.add_argument("folder", type=Path, nargs="?", default=Path("runs/nano"))
+    arguments.add_argument("--start", type=Path, metavar="FOLDER", help="begin with the weights of an earlier run")
     arguments.add_argument("--reader", type=Path, metavar="FOLDER", help="read with the language model of this one")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     with sdpa_kernel(SDPBackend.MATH), torch.autograd.set_multithreading_enabled(False):
         options = arguments.parse_args()
-        make(options.goal, options.folder, options.reader)
+        make(options.goal, options.folder, options.start, options.reader)
 
 
 if __name__ == "__main__":
