@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "lora": {"checkpoints", "weights", "models", "variants", "text", "checks", "disk", "strictjson"},
     "memory": {"checkpoints", "models", "sampling"},
     "inspection": {"checkpoints", "lora", "models", "variants", "weights"},
-    "conversion": {"checkpoints", "weights", "lora", "models", "text", "variants", "strictjson"},
+    "conversion": {"checkpoints", "weights", "lora", "models", "sampling", "text", "variants", "strictjson"},
     "steering": {"checkpoints", "weights", "conditions", "inspection", "models", "variants"},
     "assembly": {*CORE, "conditions", "checkpoints", "weights", "memory", "inspection", "conversion"},
     "upsampling": {"checkpoints", "memory", "models", "text", "variants", "checks", "strictjson"},

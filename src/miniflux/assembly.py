@@ -15,17 +15,17 @@ import torch
 from torch import nn
 
 from miniflux.checkpoints.configs import axes_beside, config_beside, config_of_transformer, json_object
-from miniflux.checkpoints.files import TensorSource, open_tensors
+from miniflux.checkpoints.files import TensorSource
 from miniflux.checkpoints.folders import GGUF, SAFETENSORS, models, path_of
 from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.layouts import counterparts
 from miniflux.checkpoints.loading import bare, compare, load_into, take_packed_layers
 from miniflux.checkpoints.networks import BY_KIND, TRANSFORMERS, networks_of
 from miniflux.checkpoints.networks.causal_lm import TEKKEN_TENSOR
-from miniflux.checkpoints.opened import Opened, layout_in, network_of, parts_of, transformer_of
+from miniflux.checkpoints.opened import Opened, layout_in, network_of, parts_of, tekken_in, transformer_of
 from miniflux.conditions import fill_channels
-from miniflux.conversion.pipelines import SCHEDULER
-from miniflux.errors import CheckpointError, InputError, TokenizerError
+from miniflux.conversion.pipelines import SCHEDULER, in_index
+from miniflux.errors import CheckpointError, InputError
 from miniflux.families import FAMILIES
 from miniflux.inspection import describe, fits
 from miniflux.memory.compute import choose_device, choose_dtype
@@ -202,11 +202,7 @@ def _chat_tokenizer(path: Path, form: ChatForm) -> ChatTokenizer:
     """The tokenizer in a folder, or in the language model's own file, as Mistral's has it for ComfyUI."""
     if not path.name.lower().endswith((*SAFETENSORS, *GGUF)):
         return load_chat_tokenizer(path, form)
-    source = open_tensors(path)
-    if TEKKEN_TENSOR not in source:
-        raise TokenizerError(f"{path}: holds no tokenizer ({TEKKEN_TENSOR})")
-    content = source[TEKKEN_TENSOR]
-    return chat_tokenizer(tekken_of(content.view(torch.uint8).numpy().tobytes(), f"{path}: {TEKKEN_TENSOR}"), form)
+    return chat_tokenizer(tekken_of(tekken_in(path), f"{path}: {TEKKEN_TENSOR}"), form)
 
 
 def _tiny(chosen: Variant, path: Path | None, device: torch.device, opened: Opened) -> TinyDecoder | None:
@@ -292,23 +288,12 @@ def _variant_in(transformer: Path, folder: Path, opened: Opened) -> Variant:
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
     index = json_object(folder / "model_index.json")
-    known = next((one for one in like(config) if one.file == transformer.name), _in_index(like(config), index))
+    known = next((one for one in like(config) if one.file == transformer.name), in_index(like(config), index))
     if known.transformer != config:
         name = folder.resolve().name if transformer.is_dir() else transformer.stem
         known = replace(known, name=name, repository="", file=transformer.name, transformer=config)
     scheduler = json_object(folder / "scheduler" / "scheduler_config.json")
     return _scheduled(known, scheduler, folder) if scheduler and isinstance(config, Flux1Config) else known
-
-
-def _in_index(variants: list[Variant], index: Mapping[str, Any]) -> Variant:
-    """Of variants with one config the one that a pipeline's index tells, else the first: klein and klein base have the
-    same tensors, and need other steps and guidance."""
-    fitting = variants
-    if "is_distilled" in index:
-        fitting = [one for one in fitting if (one.cfg is None) == bool(index["is_distilled"])]
-    once = index.get("_class_name") == "Flux2KleinKVPipeline"
-    fitting = [one for one in fitting if one.once == once] or fitting
-    return (fitting or variants)[0]
 
 
 def _scheduled(known: Variant, scheduler: Mapping[str, Any], folder: Path) -> Variant:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from miniflux.checkpoints.by_name import Found, found_by_name
@@ -21,7 +22,8 @@ from miniflux.checkpoints.folders import Model, path_of, walk
 from miniflux.checkpoints.formats.reading import contents_of
 from miniflux.checkpoints.layouts import detect
 from miniflux.checkpoints.networks import BY_KIND, NETWORKS, PIPELINE, TRANSFORMERS
-from miniflux.errors import CheckpointError
+from miniflux.checkpoints.networks.causal_lm import TEKKEN_TENSOR
+from miniflux.errors import CheckpointError, TokenizerError
 from miniflux.strictjson import json_of
 
 # What all-in-one files carry beside the networks, by the last part of the key, and why nothing is lost without it.
@@ -217,6 +219,18 @@ def transformer_of(source: TensorSource) -> TensorSource:
 def open_part(path: str | Path, kind: type[nn.Module]) -> TensorSource:
     """The tensors of one network in a file, an index of shards, or a folder; see `Opened.part`."""
     return Opened().part(path_of(path), kind)
+
+
+def tekken_in(path: Path) -> bytes:
+    """`tekken.json`, from a language model's file that has it among its tensors.
+
+    Raises:
+        TokenizerError: there is none.
+    """
+    source = open_tensors(path)
+    if TEKKEN_TENSOR not in source:
+        raise TokenizerError(f"{path}: holds no tokenizer ({TEKKEN_TENSOR})")
+    return source[TEKKEN_TENSOR].view(torch.uint8).numpy().tobytes()
 
 
 FOLDERS = tuple(dict.fromkeys(network.folder for network in PIPELINE))  # of diffusers' pipelines

@@ -18,17 +18,20 @@ from miniflux.checkpoints.networks import BY_KIND, is_transformer, networks_of
 from miniflux.checkpoints.writing import size_of
 from miniflux.conversion.inputs import Input, Inputs
 from miniflux.conversion.pipelines import (
-    INDEX,
+    INDEX_FILE,
     SCHEDULER_FILE,
-    TOKENIZERS,
+    WHOLE,
     copied,
     scheduler,
     tokenizers_of,
+    variant_in,
 )
 from miniflux.conversion.tensors import Target, Targets
 from miniflux.conversion.tokenizer_files import Content
 from miniflux.errors import InputError
+from miniflux.models.causal_lm import CausalLm
 from miniflux.models.flux1 import Flux1
+from miniflux.models.flux2 import Flux2
 from miniflux.models.transformer import Transformer
 from miniflux.variants import VARIANTS, variant_of
 
@@ -187,8 +190,8 @@ def extras(
         packed = {item.label for net in networks for item in net.tensors if _is_packed(item)}
         if layout == DIFFUSERS and packed:
             missing["weights that are not packed"] = f"miniflux opens {', '.join(sorted(packed))}, diffusers does not"
-        if layout == DIFFUSERS and not missing:
-            made["model_index.json"] = INDEX
+        if missing:
+            made.pop(INDEX_FILE, None)
     return made, missing
 
 
@@ -210,18 +213,32 @@ def _config(part: Input, diffusers: bool) -> Content:
 
 
 def _pipeline(found: Inputs, layout: str | None) -> tuple[dict[str, Content], dict[str, str]]:
-    """Tokenizers and scheduler of a model, and what it lacks to be a whole one."""
+    """Tokenizers, scheduler and index of a model, and what it lacks to be a whole one."""
     kinds = {type(part.network): part for part in found.networks}
-    if Flux1 not in kinds and any(is_transformer(part.network) for part in found.networks):
-        return {}, {"tokenizers, scheduler and index": "are written for FLUX.1 alone: copy them"}
-    config = cast(Flux1, kinds[Flux1].network).config if Flux1 in kinds else None
-    tokenizers = tokenizers_of(found.root, config)
-    made = copied(tokenizers)
-    whole = networks_of(VARIANTS["flux1-dev"]).values()
-    missing = {one.word: "not in what was converted" for one in whole if one.kind not in kinds}
+    drawing = next((part for part in found.networks if is_transformer(part.network)), None)
+    other = Flux2 if CausalLm in kinds else Flux1
+    whole = WHOLE[other if drawing is None else type(drawing.network)]
+    config = None if drawing is None else cast(Transformer, drawing.network).config
+    chosen = VARIANTS[whole.like]
+    if drawing is not None and config is not None:
+        chosen = variant_in(found.root, drawing.source.files[0].path.name, config)
+    tokenizers = tokenizers_of(found.root, config, whole)
+    made = copied(tokenizers, whole, chosen.chat)
+    missing = {one.word: "not in what was converted" for one in networks_of(chosen).values() if one.kind not in kinds}
     missing |= {
-        name: f"not in {found.root}, nor where weights are looked for" for name in TOKENIZERS if name not in tokenizers
+        name: f"not in {found.root}, nor where weights are looked for"
+        for name in whole.tokenizers
+        if name not in tokenizers
     }
+    lm = kinds.get(CausalLm)
+    if lm is not None and cast(CausalLm, lm.network).config.layers_read:
+        missing["the rest of the language model"] = (
+            f"its last layers are not in {lm.source}, and transformers wants them"
+        )
+    if layout == DIFFUSERS:
+        missing |= whole.never
     if config is not None and (layout == DIFFUSERS or (found.root / SCHEDULER_FILE).is_file()):
-        made[SCHEDULER_FILE] = scheduler(found.root, config)
+        made[SCHEDULER_FILE] = scheduler(found.root, config, whole)
+    if layout == DIFFUSERS and not missing:
+        made[INDEX_FILE] = whole.index(chosen)
     return made, missing

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from miniflux.conversion.tokenizer_files import Content, tokenizer_files
+from torch import nn
+
+from miniflux.checkpoints.configs import json_object
+from miniflux.conversion.tokenizer_files import Content, chat_tokenizer_files, tokenizer_files
+from miniflux.models.flux1 import Flux1
+from miniflux.models.flux2 import Flux2
+from miniflux.models.flux3 import Flux3
 from miniflux.models.transformer import TransformerConfig
-from miniflux.variants import VARIANTS, like, variant_of
+from miniflux.sampling.schedules import FLUX3_SHIFT
+from miniflux.text.chat import ChatForm
+from miniflux.variants import VARIANTS, Variant, like, variant_of
 from miniflux.weights.finding import found_parts
+
+log = logging.getLogger(__name__)
 
 # Settings of diffusers' scheduler that `flux1_schedule` has built in: where they differ, pictures would.
 SCHEDULER: dict[str, Any] = {
@@ -25,12 +38,14 @@ SCHEDULER: dict[str, Any] = {
     "use_exponential_sigmas": False,
     "use_beta_sigmas": False,
 }
+INDEX_FILE = "model_index.json"
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
+EULER = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
 # What each component of a FluxPipeline is, as (library, class).
-INDEX: dict[str, Any] = {
+FLUX1_INDEX: dict[str, Any] = {
     "_class_name": "FluxPipeline",
     "_diffusers_version": "0.30.0",
-    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "scheduler": EULER,
     "text_encoder": ["transformers", "CLIPTextModel"],
     "text_encoder_2": ["transformers", "T5EncoderModel"],
     "tokenizer": ["transformers", "CLIPTokenizer"],
@@ -38,30 +53,128 @@ INDEX: dict[str, Any] = {
     "transformer": ["diffusers", "FluxTransformer2DModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
-TOKENIZERS = {"tokenizer": "clip_tokenizer", "tokenizer_2": "t5_tokenizer"}
+# Of both kinds of Flux2Pipeline. Mistral is the half of its release that reads.
+FLUX2_INDEX: dict[str, Any] = {
+    "_diffusers_version": "0.42.1",
+    "scheduler": EULER,
+    "transformer": ["diffusers", "Flux2Transformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKLFlux2"],
+}
 
 
-def tokenizers_of(root: Path, config: TransformerConfig | None) -> dict[str, Path]:
-    """The folders of the tokenizers that belong to a model, by their names in diffusers' layout: in its own folder,
-    else where those of its variant are found; without those that are nowhere."""
+@dataclass(frozen=True)
+class Whole:
+    """What makes a whole pipeline of a kind of transformer.
+
+    Attributes:
+        like: a variant that has its parts.
+        tokenizers: the folders of its tokenizers -> our names of them.
+        index: `model_index.json` of a variant.
+        scheduler: settings of its scheduler, from whether its schedule is shifted by the size of pictures.
+        never: what diffusers wants and is never written, with the reason.
+    """
+
+    like: str
+    tokenizers: dict[str, str]
+    index: Callable[[Variant], dict[str, Any]]
+    scheduler: Callable[[bool], dict[str, Any]]
+    never: dict[str, str] = field(default_factory=dict[str, str])
+
+
+def _by_size(shifts: bool) -> dict[str, Any]:
+    return {"shift": 3.0 if shifts else 1.0, "use_dynamic_shifting": shifts}
+
+
+def _flux2_index(variant: Variant) -> dict[str, Any]:
+    assert variant.lm is not None
+    if not variant.lm.qk_norm:
+        encoder, words = ["transformers", "MistralForCausalLM"], ["transformers", "PreTrainedTokenizerFast"]
+        return {"_class_name": "Flux2Pipeline", **FLUX2_INDEX, "text_encoder": encoder, "tokenizer": words}
+    kind = "Flux2KleinKVPipeline" if variant.once else "Flux2KleinPipeline"
+    encoder, words = ["transformers", "Qwen3ForCausalLM"], ["transformers", "Qwen2TokenizerFast"]
+    return {
+        "_class_name": kind,
+        "is_distilled": variant.cfg is None,
+        **FLUX2_INDEX,
+        "text_encoder": encoder,
+        "tokenizer": words,
+    }
+
+
+LM_TOKENIZER = {"tokenizer": "lm_tokenizer"}
+WHOLE: dict[type[nn.Module], Whole] = {
+    Flux1: Whole(
+        "flux1-dev",
+        {"tokenizer": "clip_tokenizer", "tokenizer_2": "t5_tokenizer"},
+        lambda variant: FLUX1_INDEX,
+        _by_size,
+    ),
+    Flux2: Whole("flux2-klein-4b", LM_TOKENIZER, _flux2_index, _by_size),
+    Flux3: Whole(
+        "flux3-klein",
+        LM_TOKENIZER,
+        lambda variant: {},
+        lambda shifts: {"shift": FLUX3_SHIFT, "use_dynamic_shifting": False},
+        {
+            "the index of a pipeline": "diffusers reads prompts with all of Qwen3-VL, its half that sees pictures and "
+            "its processor included: copy text_encoder, tokenizer and modular_model_index.json from the release"
+        },
+    ),
+}
+
+
+def in_index(variants: list[Variant], index: Mapping[str, Any]) -> Variant:
+    """Of variants with one config the one that a pipeline's index tells, else the first: klein and klein base have the
+    same tensors, and need other steps and guidance."""
+    fitting = variants
+    if "is_distilled" in index:
+        fitting = [one for one in fitting if (one.cfg is None) == bool(index["is_distilled"])]
+    once = index.get("_class_name") == "Flux2KleinKVPipeline"
+    fitting = [one for one in fitting if one.once == once] or fitting
+    return (fitting or variants)[0]
+
+
+def variant_in(root: Path, file: str, config: TransformerConfig) -> Variant:
+    """The variant that is converted, or the one that is most like it: by the name of its file, else by the index beside
+    it. Where neither tells which of several it is, the first; and that is said."""
+    alike = like(config)
+    named = next((one for one in alike if one.file == file), None)
+    index = json_object(root / INDEX_FILE)
+    chosen = named or in_index(alike, index)
+    if named is None and not index and len(alike) > 1:
+        others = [one.name for one in alike if (one.cfg is None, one.once) != (chosen.cfg is None, chosen.once)]
+        if others:
+            log.warning(
+                "%s: taken for %s; %s has the same tensors. Its file's own name, or model_index.json beside it, tells",
+                root,
+                chosen.name,
+                ", ".join(others),
+            )
+    return chosen
+
+
+def tokenizers_of(root: Path, config: TransformerConfig | None, whole: Whole) -> dict[str, Path]:
+    """Where the tokenizers are that belong to a model, by the names of their folders in diffusers' layout: in its own
+    folder, else where those of its variant are found; without those that are nowhere."""
     known = None if config is None else variant_of(config)
-    found, _ = found_parts(known or VARIANTS["flux1-dev"], [root])
+    found, _ = found_parts(known or VARIANTS[whole.like], [root])
     if known is None:  # others' tokenizers need not fit
         found = {part: path for part, path in found.items() if path.parent == root}
-    return {name: found[part] for name, part in TOKENIZERS.items() if part in found}
+    return {name: found[part] for name, part in whole.tokenizers.items() if part in found}
 
 
-def copied(tokenizers: dict[str, Path]) -> dict[str, Content]:
+def copied(tokenizers: dict[str, Path], whole: Whole, form: ChatForm | None) -> dict[str, Content]:
     """The files of tokenizers' folders, by their places in the new folder."""
     made: dict[str, Content] = {}
-    for name, folder in tokenizers.items():
-        made |= {f"{name}/{file}": content for file, content in tokenizer_files(folder, TOKENIZERS[name]).items()}
+    for name, path in tokenizers.items():
+        part = whole.tokenizers[name]
+        files = tokenizer_files(path, part) if form is None else chat_tokenizer_files(path, form)
+        made |= {f"{name}/{file}": content for file, content in files.items()}
     return made
 
 
-def scheduler(root: Path, config: TransformerConfig) -> Content:
+def scheduler(root: Path, config: TransformerConfig, whole: Whole) -> Content:
     """The scheduler's config of a model: that in its folder, else what is usual for its kind."""
     if (root / SCHEDULER_FILE).is_file():
         return root / SCHEDULER_FILE
-    shifts = like(config)[0].shift
-    return {**SCHEDULER, "num_train_timesteps": 1000, "shift": 3.0 if shifts else 1.0, "use_dynamic_shifting": shifts}
+    return {**SCHEDULER, "num_train_timesteps": 1000, **whole.scheduler(like(config)[0].shift)}

@@ -17,14 +17,18 @@ from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, process
 from tokenizers.models import Unigram
 
 from miniflux.checkpoints.folders import entries
+from miniflux.checkpoints.opened import tekken_in
 from miniflux.errors import CheckpointError
 from miniflux.strictjson import json_file
+from miniflux.text.chat import ChatForm
 from miniflux.text.special import CLIP_END, CLIP_START, T5_END, T5_PAD, T5_UNKNOWN
+from miniflux.text.tekken import TEKKEN, from_tekken, tekken_of
 
 Content = Path | str | dict[str, Any]
 """A file to be copied, a text, or what becomes JSON."""
 
-CLIP_LENGTH, T5_LENGTH = 77, 512
+CLIP_LENGTH, T5_LENGTH, MOST = 77, 512, 131_072  # tokens; the last of a language model
+TEMPLATE = "chat_template.jinja"
 EXTRA_IDS = 100  # `<extra_id_99>` ... `<extra_id_0>`, behind the pieces of T5's model
 CLIP_TOKENS = {"bos_token": CLIP_START, "eos_token": CLIP_END, "pad_token": CLIP_END, "unk_token": CLIP_END}
 T5_TOKENS = {"eos_token": T5_END, "pad_token": T5_PAD, "unk_token": T5_UNKNOWN}
@@ -49,6 +53,57 @@ def tokenizer_files(folder: Path, part: str) -> dict[str, Content]:
             made["tokenizer.json"] = t5_tokenizer(folder / "spiece.model")
         missing = _about("T5Tokenizer", T5_LENGTH, T5_TOKENS)
     return {**missing, **made}
+
+
+def chat_tokenizer_files(path: Path, form: ChatForm) -> dict[str, Content]:
+    """The files of a language model's tokenizer: those that are there, `tokenizer.json` of Mistral's `tekken.json`, and
+    what transformers wants beside it: special tokens, the side of padding, and how prompts become chats.
+
+    Args:
+        path: their folder, or the language model's file that has its tokenizer in it.
+
+    Raises:
+        CheckpointError, TokenizerError: a file cannot be read.
+    """
+    made: dict[str, Content] = {}
+    if path.is_dir():
+        made = {file.name: file for file in entries(path) if file.is_file()}
+    if "tokenizer.json" not in made and not {"vocab.json", "merges.txt"} <= set(made):
+        tekken = from_tekken(path / TEKKEN) if path.is_dir() else tekken_of(tekken_in(path), str(path))
+        made["tokenizer.json"] = tekken.to_str(pretty=True)
+    if "tokenizer_config.json" not in made:
+        kind = "PreTrainedTokenizerFast"
+        about = {"tokenizer_class": kind, "pad_token": form.pad, "padding_side": form.side, "model_max_length": MOST}
+        made["tokenizer_config.json"] = about
+    told = made["tokenizer_config.json"]
+    if isinstance(told, Path) and "chat_template" not in json_file(told) and TEMPLATE not in made:
+        made[TEMPLATE] = chat_template(form)
+    elif not isinstance(told, Path):
+        made.setdefault(TEMPLATE, chat_template(form))
+    return made
+
+
+def chat_template(form: ChatForm) -> str:
+    """The form in the words of transformers' templates, for a message of the user behind one of the system, or alone.
+    Texts are strings, or lists of parts of a message."""
+
+    def quoted(text: str) -> str:
+        return json.dumps(text, ensure_ascii=False)
+
+    prompt = "{{ m.content if m.content is string else m.content | map(attribute='text') | join('') }}"
+    before, after = form.before, form.after
+    marks = [mark for mark in ("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]") if mark in before]
+    if not marks:
+        return (
+            "{% for m in messages %}{{ " + quoted(before) + " }}" + prompt + "{{ " + quoted(after) + " }}{% endfor %}"
+        )
+    begin, _ = before.split(marks[0])
+    _, user = before.split(marks[1])
+    return (
+        "{{ " + quoted(begin) + " }}{% for m in messages %}{% if m.role == 'system' %}"
+        "{{ " + quoted(marks[0]) + " }}" + prompt + "{{ " + quoted(marks[1]) + " }}"
+        "{% else %}{{ " + quoted(user) + " }}" + prompt + "{{ " + quoted(after) + " }}{% endif %}{% endfor %}"
+    )
 
 
 def _about(kind: str, length: int, tokens: dict[str, str]) -> dict[str, Content]:
