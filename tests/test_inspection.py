@@ -18,7 +18,7 @@ import miniflux
 from miniflux.checkpoints import convert, inspect, layouts_of, open_tensors, save, to_layout
 from miniflux.checkpoints.configs import config_of_transformer, in_header
 from miniflux.checkpoints.loading import bare
-from miniflux.checkpoints.networks import BY_CONFIG, NETWORKS
+from miniflux.checkpoints.networks import BY_CONFIG, BY_KIND, NETWORKS
 from miniflux.errors import CheckpointError
 from miniflux.inspection import describe, fits
 from miniflux.lora import attach, merge_files, read
@@ -29,7 +29,8 @@ from miniflux.models.flux1 import Flux1, Flux1Config
 from miniflux.models.flux2 import Flux2
 from miniflux.models.flux3 import Flux3
 from miniflux.models.t5 import T5Encoder
-from miniflux.variants import VARIANTS
+from miniflux.models.vision import ClipVision, SiglipVision
+from miniflux.variants import CLIP_VIT_L14, VARIANTS
 from miniflux.weights.finding import BUNDLED
 from tests.checkpoints.raw import sparse
 from tests.tiny import AUTOENCODER, CLIP, FLUX1, FLUX2, FLUX2_AUTOENCODER, FLUX3, LM, T5
@@ -142,7 +143,7 @@ def test_networks_of_other_sizes(module: nn.Module, layout: str, tmp_path: Path)
     if type(module) in OTHER_SIZES:
         assert (part.variant, part.problems) == (OTHER_SIZES[type(module)], [])
     else:
-        assert part.variant.startswith("none known; closest is ") and part.problems
+        assert part.variant.startswith("of another size than ") and not part.problems
 
 
 def test_problems_are_listed(manifest: Manifest, tmp_path: Path) -> None:
@@ -308,3 +309,46 @@ def test_an_empty_name_is_not_the_folder_we_are_in(call: Callable[[str], Any]) -
     """Python's `Path("")` is `.`."""
     with pytest.raises(CheckpointError, match="the name of a file or folder is empty"):
         call("")
+
+
+@pytest.mark.parametrize(
+    ("network", "said"),
+    [
+        (CausalLm(LM), "of another size than flux2-klein-9b or flux2-klein-base-9b"),
+        (CausalLm(replace(LM, qk_norm=False)), "of another size than flux2-dev: vocab_size 50 instead of 131072, "),
+        (Flux2Autoencoder(FLUX2_AUTOENCODER), "of another size than flux2-dev or "),
+        (T5Encoder(T5), "of another size than "),
+    ],
+    ids=["Qwen3", "Mistral", "autoencoder", "T5"],
+)
+def test_other_sizes_are_one_line(network: nn.Module, said: str, tmp_path: Path) -> None:
+    """Of a network that fits the sizes in its own file, though no variant has them; and one that does not fit has one
+    line for each kind of problem."""
+    tensors = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    (part,) = inspect(tmp_path / "a.safetensors").parts
+    assert part.network == type(network).__name__ and part.problems == []
+    assert part.variant.startswith(said) and " instead of " in part.variant and len(str(part).splitlines()) <= 8
+    lost = [key for key in tensors if key.endswith("weight") and key not in BY_KIND[type(network)].signs][1:8]
+    save_file({key: tensor for key, tensor in tensors.items() if key not in lost}, tmp_path / "b.safetensors")
+    (part,) = inspect(tmp_path / "b.safetensors").parts
+    assert 0 < len(part.problems) <= 12 and any(" more" in problem for problem in part.problems)
+
+
+@pytest.mark.parametrize("bare", [False, True], ids=["vision_model", "without prefix"])
+@pytest.mark.parametrize("kind", [SiglipVision, ClipVision])
+def test_vision_towers_are_named(kind: Any, bare: bool, tmp_path: Path) -> None:
+    """Alone in a file; beside CLIP's half for texts that is what the file is for."""
+    clip = kind is ClipVision
+    tower = kind(
+        replace(CLIP_VIT_L14, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    )
+    tensors = {key.removeprefix("vision_model.") if bare else key: t for key, t in tower.state_dict().items()}
+    save_file({key: tensor.clone() for key, tensor in tensors.items()}, tmp_path / "a.safetensors")
+    (part,) = inspect(tmp_path / "a.safetensors").parts
+    assert part.network == ("CLIP vision" if clip else "SigLIP") and part.problems == []
+    assert "width 16, patches of 14 pixels" in part.variant
+    if clip and not bare:
+        save_file({**tensors, **ClipTextEncoder(CLIP).state_dict()}, tmp_path / "whole.safetensors")
+        (part,) = inspect(tmp_path / "whole.safetensors").parts
+        assert part.network == "ClipTextEncoder"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from miniflux.checkpoints.by_name import Found
-from miniflux.checkpoints.configs import config_of_transformer, in_header, transformer_config
+from miniflux.checkpoints.configs import config_in, config_of_transformer, in_header, transformer_config
 from miniflux.checkpoints.files import Entry, Selection, TensorSource, open_tensors
 from miniflux.checkpoints.folders import path_of, unread
 from miniflux.checkpoints.formats.encodings import accepted
@@ -21,8 +21,8 @@ from miniflux.checkpoints.formats.reading import contents_of, format_of, formats
 from miniflux.checkpoints.loading import bare, compare, is_finite
 from miniflux.checkpoints.networks import BY_KIND, NETWORKS, TRANSFORMERS, networks_of
 from miniflux.checkpoints.opened import FOLDERS, known_in, models_in, network_of, parts_of
-from miniflux.checkpoints.report import LoadReport, not_needed
-from miniflux.errors import CheckpointError, LoraError
+from miniflux.checkpoints.report import FEW, LoadReport, not_needed
+from miniflux.errors import CheckpointError, ConfigError, LoraError
 from miniflux.lora.files import is_lora, read, what_is
 from miniflux.lora.models import fitting_models
 from miniflux.models.transformer import TransformerConfig
@@ -40,14 +40,14 @@ class Part:
     Attributes:
         network: the class of a network that pipelines are made of (`Flux1`, `Flux2`, `Flux3`, `Autoencoder`,
             `Flux2Autoencoder`, `ClipTextEncoder`, `T5Encoder`, `CausalLm`) or of `TinyDecoder`; `LoRA`; what steers:
-            `ControlNet`, `IP-Adapter`, `Redux`, `SigLIP`; or `unknown`.
+            `ControlNet`, `IP-Adapter`, `Redux`, `SigLIP`, `CLIP vision`; or `unknown`.
         variant: the released model it belongs to, a description of its sizes, or the model it is closest to.
         layout: naming of its tensors; of LoRA files, the dialect.
         format: what the file is called after: the format that most of its bytes are in.
         formats: number of tensors by format, or by dtype where they are not packed.
         tensors, parameters, bytes: how many, how large.
         problems: what does not fit the network it seems to be, is missing beside it, or is wrong with its data (if they
-            were read), one line each.
+            were read), one line each; of many of a kind the first, and how many follow.
         redundant: tensors that published files carry and the network does not need, with the reason.
     """
 
@@ -216,7 +216,13 @@ def _recognise(source: TensorSource) -> tuple[str, str, str, list[str], dict[str
         network, variant, layout, problems = _lora(source) or ("unknown", what_is(source) or "unknown", "unknown", [])
         return network, variant, layout, problems, {}
     names, report = _closest(kind, source)
-    problems = [f"{what}: {key}" for what, keys in report.problems.items() for key in keys]
+    if report.problems and (other := _of_another_size(kind, source)):
+        return kind.__name__, *other
+    problems = [
+        f"{what}: {key}"
+        for what, keys in report.problems.items()
+        for key in (keys if len(keys) <= FEW else [f"{keys[0]} and {len(keys) - 1} more"])
+    ]
     if not names:
         return kind.__name__, describe(source), report.layout, problems, report.redundant
     known = " or ".join(names)
@@ -247,6 +253,35 @@ def _closest(kind: type[nn.Module], source: TensorSource) -> tuple[list[str], Lo
     usual = [config for config in best if record.usual(config, source.entries)]
     best = stated or usual or best
     return [name for config in best for name in names.get(config, ())], reports[best[0]]
+
+
+def _of_another_size(kind: type[nn.Module], source: TensorSource) -> tuple[str, str, list[str], dict[str, str]] | None:
+    """Of a network whose file tells its sizes, and fits them, though no variant has them: in how many it differs from
+    the closest, its layout, no problems, and what is not needed. None if it does not fit."""
+    record = BY_KIND[kind]
+    if record.telling or record.sizes is None:
+        return None
+    known: dict[Any, list[str]] = {}
+    for variant in VARIANTS.values():
+        if (config := record.of(variant)) is not None:
+            known.setdefault(config, []).append(variant.name)
+    found: list[tuple[list[str], list[str], Any]] = []
+    for config, names in known.items():
+        try:
+            own = config_in(contents_of(source).entries, source.metadata, config)
+        except (CheckpointError, ConfigError):
+            continue
+        values = [(one.name, getattr(own, one.name), getattr(config, one.name)) for one in fields(own)]
+        found.append(([f"{name} {a} instead of {b}" for name, a, b in values if a != b], names, own))
+    if not found:
+        return None
+    other, names, own = min(found, key=lambda one: len(one[0]))
+    report = compare(bare(kind, own), source)
+    if report.problems or not other:
+        return None
+    more = f" and {len(other) - FEW} more" if len(other) > FEW else ""
+    said = f"of another size than {' or '.join(names)}: {', '.join(other[:FEW])}{more}"
+    return said, report.layout, [], report.redundant
 
 
 def _wrong(report: LoadReport) -> int:

@@ -26,7 +26,7 @@ from miniflux.errors import CheckpointError, ConfigError
 from miniflux.inspection import describe
 from miniflux.models.ip_adapter import XlabsIPAdapter
 from miniflux.models.redux import Redux
-from miniflux.models.vision import SiglipVision, VisionConfig
+from miniflux.models.vision import ClipVision, SiglipVision, VisionConfig
 from miniflux.variants import CLIP_VIT_L14, SIGLIP_SO400M, VARIANTS
 from miniflux.weights.origin import stamps
 
@@ -62,7 +62,7 @@ def load(
     folder = next((place / name for name in FOLDERS if (place / name).is_dir()), place)
     source = _opened(folder)
     kind = next((found.what.kind for found in known_in(source) if not found.prefix), None)
-    if kind is None or kind is SiglipVision:
+    if kind in (None, SiglipVision, ClipVision):
         found = network_of(source)
         what = found.__name__ if found else describe(source)
         raise CheckpointError(f"{folder}: expected a ControlNet, Redux or an IP-Adapter, found {what}")

@@ -43,6 +43,8 @@ def found_by_name(entries: Mapping[str, Entry]) -> list[Found]:
             outer = any(prefix.startswith(at) for at, one in found.items() if one.what.named is known.named)
             if key != prefix + spelling.signs[0] or (prefix and not prefix.endswith(".")) or prefix in found or outer:
                 continue
+            if (prefix and spelling.alone) or any(prefix + sign in entries for sign in spelling.without):
+                continue
             if all(prefix + sign in entries for sign in spelling.signs):
                 found[prefix] = Found(known, spelling.layout, prefix, _named(known, spelling, prefix, entries))
     return list(found.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -82,7 +83,8 @@ def _told(metadata: Mapping[str, str]) -> dict[str, Any]:
 def _sizes(shapes: Shapes, default: CausalLmConfig) -> dict[str, Any]:
     vocabulary, width = shapes["model.embed_tokens.weight"]
     at = "model.layers.0.self_attn"
-    head = shapes[f"{at}.q_norm.weight"][0] if f"{at}.q_norm.weight" in shapes else default.head_dim
+    rows = shapes[f"{at}.k_proj.weight"][0]
+    head = shapes[f"{at}.q_norm.weight"][0] if f"{at}.q_norm.weight" in shapes else math.gcd(rows, default.head_dim)
     layers = there = count(shapes, r"model\.layers\.(\d+)\.")
     read = default.layers_read if (default.layers_read or 0) < layers else None
     if LAST_NORM not in shapes:  # nobody needs it where the last layers are cut off
@@ -93,7 +95,7 @@ def _sizes(shapes: Shapes, default: CausalLmConfig) -> dict[str, Any]:
         "intermediate_size": shapes["model.layers.0.mlp.gate_proj.weight"][0],
         "num_hidden_layers": there,
         "num_attention_heads": shapes[f"{at}.q_proj.weight"][0] // head,
-        "num_key_value_heads": shapes[f"{at}.k_proj.weight"][0] // head,
+        "num_key_value_heads": rows // head,
         "head_dim": head,
         "qk_norm": f"{at}.q_norm.weight" in shapes,
         "tie_word_embeddings": "lm_head.weight" not in shapes,

@@ -17,12 +17,12 @@ from miniflux.models.controlnet import ControlNet
 from miniflux.models.flux2_controlnet import Flux2ControlNet
 from miniflux.models.ip_adapter import InstantxIPAdapter, XlabsIPAdapter
 from miniflux.models.redux import Redux
-from miniflux.models.vision import SiglipVision
+from miniflux.models.vision import ClipVision, SiglipVision
 from miniflux.variants import REDUX_SIZES, SIGLIP_SIZES
 
 Released = Mapping[Any, Any]
 STEERS = "for conditions.load"
-XLABS, INSTANTX, TRANSFORMERS = "XLabs", "InstantX", "transformers"
+XLABS, INSTANTX, TRANSFORMERS, WITHOUT_PREFIX = "XLabs", "InstantX", "transformers", "without prefix"
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,15 @@ class Spelling:
         layout: the naming of its tensors.
         signs: keys that tell it apart; all must be there, behind one prefix.
         rows: its own names and these, of all that `Known.named` looks at; none if they are its own.
+        without: keys of which none may be there: of a larger network that it is a half of.
+        alone: whether only keys without a prefix count.
     """
 
     layout: str
     signs: tuple[str, ...]
     rows: tuple[Row, ...] = ()
+    without: tuple[str, ...] = ()
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,13 @@ def _siglip(shapes: Shapes, released: Released) -> str:
     return known or f"a SigLIP of width {width}, patches of {patch} pixels, {tokens} tokens"
 
 
+def _clip_vision(shapes: Shapes, released: Released) -> str:
+    width, patch = shapes["vision_model.embeddings.patch_embedding.weight"][0::3]
+    tokens, _ = _matrix(shapes, "vision_model.embeddings.position_embedding.weight")
+    known = released.get((width, patch, tokens))
+    return known or f"a CLIP vision tower of width {width}, patches of {patch} pixels, {tokens} tokens"
+
+
 def _redux(shapes: Shapes, released: Released) -> str:
     known = released.get((_matrix(shapes, "redux_up.weight")[1], _matrix(shapes, "redux_down.weight")[0]))
     return known or "a Redux image encoder of another size"
@@ -96,6 +107,8 @@ def _matrix(shapes: Shapes, name: str) -> tuple[int, int]:
     return rows, columns
 
 
+TOWER = (row("vision_model.**", "**"),)
+TOKENS = "text_model.embeddings.token_embedding.weight"  # a whole CLIP, whose half for texts is loaded
 TEXT = row("txt_in.*", "context_embedder.*")
 SINGLE = row("single_blocks.{i}.**", "single_transformer_blocks.{i}.**")
 
@@ -146,5 +159,24 @@ KNOWN = (
         kind=InstantxIPAdapter,
     ),
     Known("Redux", _redux, (Spelling(ORIGINAL, ("redux_up.weight", "redux_down.weight")),), REDUX_SIZES, kind=Redux),
-    Known("SigLIP", _siglip, (Spelling(TRANSFORMERS, ("vision_model.head.probe",)),), SIGLIP_SIZES, kind=SiglipVision),
+    Known(
+        "SigLIP",
+        _siglip,
+        (
+            Spelling(TRANSFORMERS, ("vision_model.head.probe",)),
+            Spelling(WITHOUT_PREFIX, ("head.probe", "embeddings.patch_embedding.weight"), TOWER, alone=True),
+        ),
+        SIGLIP_SIZES,
+        kind=SiglipVision,
+    ),
+    Known(
+        "CLIP vision",
+        _clip_vision,
+        (
+            Spelling(TRANSFORMERS, ("vision_model.pre_layrnorm.weight",), without=(TOKENS,)),
+            Spelling(WITHOUT_PREFIX, ("pre_layrnorm.weight", "embeddings.class_embedding"), TOWER, alone=True),
+        ),
+        {(1024, 14, 257): "CLIP ViT-L/14, image encoder of IP-Adapters"},
+        kind=ClipVision,
+    ),
 )
