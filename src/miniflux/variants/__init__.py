@@ -467,6 +467,15 @@ VARIANTS: dict[str, Variant] = {
             steps=4,
             guidance=None,
         ),
+        replace(
+            _NANO,
+            name="nano-fill",
+            file="flux1-nano-fill.safetensors",
+            transformer=replace(NANO_DEV, in_channels=384),
+            guidance=30.0,
+            mag_ratios=(),
+        ),
+        replace(_NANO, name="nano-kontext", file="flux1-nano-kontext.safetensors", guidance=2.5, mag_ratios=()),
     )
 }
 ALIASES = {"nano": "nano-dev"}

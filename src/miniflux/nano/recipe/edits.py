@@ -198,7 +198,7 @@ KINDS: dict[str, Callable[[scenes.Scene, random.Random], tuple[scenes.Scene, str
     "resize": resized,
     "background": repainted,
 }
-OFTEN = {"replace": 6, "move": 4, "recolour": 3}  # learned long after the others, which count once
+OFTEN = {"replace": 5, "move": 5, "recolour": 3, "remove": 3}  # learned long after the others, which count once
 ALONE = ("move", "resize")  # of a single shape
 MAKING = ("recolour", "replace")  # where another pair comes of it
 

@@ -5,19 +5,23 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from PIL import Image
 
 import miniflux
+from miniflux.conditions import Reference
 from miniflux.conditions.masks import feathered, outpainted
 from miniflux.nano import scenes
+from miniflux.nano.recipe import edits
 from miniflux.nano.recipe.realism import PROMPTS as LIT_PROMPTS
 
 GAP = 4  # white pixels between pictures
 SEED = 2026
 SIZES = ((64, 64), (96, 96), (192, 64), (96, 160), (192, 128), (192, 192))
+INSTRUCTIONS = ("make it a star", "make it white", "move it to the left", "remove it")
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 SIZED_PROMPTS = ("a large yellow star on a purple background", "a red square on a white background",
                  "a green ring left of a white heart on a black background")  # fmt: skip
@@ -51,6 +55,26 @@ def conditions_sheet() -> Image.Image:
     return sheet([[first, *changed], [first, grey(spot), *inside], [wide, grey(border), *outside]])
 
 
+def editing_sheet() -> Image.Image:
+    """A row of nano-fill: a picture, its hole, and what three sentences make of it; three rows of nano-kontext: a
+    picture, and what the instructions make of it."""
+    fill, kontext = miniflux.load("nano-fill"), miniflux.load("nano-kontext")
+    rng, rows = random.Random(SEED), list[list[Image.Image]]()
+    scene = scenes.two_objects(rng)
+    before = scenes.render(scene, 128, 128)
+    hole = edits.around(scene.shapes[0], 128, 128, rng)
+    told = ("a white heart", "a red circle", edits.described(replace(scene, shapes=scene.shapes[1:])))
+    mask = torch.from_numpy(hole)
+    filled = [fill.generate(words, seed=SEED, image=before, mask=mask).images[0] for words in told]
+    rows.append([before, grey(mask), *filled])
+    for _ in range(3):
+        scene = scenes.one_object(rng)
+        before = scenes.render(scene, 128, 128)
+        steered = [Reference(before)]
+        rows.append([before, *(kontext.generate(one, seed=SEED, conditions=steered).images[0] for one in INSTRUCTIONS)])
+    return sheet(rows)
+
+
 def grey(mask: torch.Tensor) -> Image.Image:
     """A mask (H, W) as a picture."""
     return Image.fromarray((mask * 255).byte().numpy()).convert("RGB")
@@ -59,6 +83,7 @@ def grey(mask: torch.Tensor) -> Image.Image:
 def main() -> None:
     folder = Path(sys.argv[1])
     conditions_sheet().save(folder / "conditions.png")
+    editing_sheet().save(folder / "nano-editing.png")
     pipe = miniflux.load("nano")
     rng = random.Random(SEED)
     wanted = [(scenes.two_objects if i % 2 else scenes.one_object)(rng, held_out=i % 3 == 0) for i in range(40)]
