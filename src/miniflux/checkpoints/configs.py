@@ -218,7 +218,8 @@ def stated(metadata: Mapping[str, str], default: Config) -> Config:
 def _told(record: Network, metadata: Mapping[str, str], default: Config) -> Config:
     """A config with what the header of a file tells of it in others' words."""
     try:
-        return checked(replace(default, **record.told(metadata)))
+        told = record.told(metadata)
+        return checked(replace(default, **told)) if told else default
     except (ValueError, TypeError, ArithmeticError) as error:
         raise CheckpointError(f"the header: not a {type(default).__name__}: {error}") from error
 
