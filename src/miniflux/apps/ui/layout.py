@@ -206,10 +206,10 @@ def build(site: Site) -> Controls:
                 )
                 made["draw"] = gr.Button("Draw", variant="primary", elem_id="mf-draw")
             with gr.Column(elem_id="mf-settings"):
-                made |= _longer(site, usable)
                 made |= _model(site, usable, drawn)
                 made |= _sampling(site, usable)
                 made |= _shape(site, usable)
+                made |= _longer(site, usable)
                 made |= _pictures(site, usable, drawn)
                 made |= _more(usable)
                 made |= _many()
