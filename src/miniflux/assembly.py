@@ -24,7 +24,7 @@ from miniflux.checkpoints.networks import BY_KIND, TRANSFORMERS, networks_of
 from miniflux.checkpoints.networks.causal_lm import TEKKEN_TENSOR
 from miniflux.checkpoints.opened import Opened, layout_in, network_of, parts_of, tekken_in, transformer_of
 from miniflux.conditions import fill_channels
-from miniflux.conversion.pipelines import SCHEDULER, in_index
+from miniflux.conversion.pipelines import SCHEDULER
 from miniflux.errors import CheckpointError, InputError
 from miniflux.families import FAMILIES
 from miniflux.inspection import describe, fits
@@ -50,9 +50,10 @@ from miniflux.text import (
 )
 from miniflux.text.chat import chat_tokenizer
 from miniflux.text.tekken import tekken_of
-from miniflux.variants import ALIASES, UNPUBLISHED, VARIANTS, Variant, like, variant
+from miniflux.variants import ALIASES, UNPUBLISHED, VARIANTS, Variant, variant
 from miniflux.weights.finding import TOKENIZERS, Files, find
 from miniflux.weights.origin import Origin, stamped
+from miniflux.weights.which import which
 
 log = logging.getLogger(__name__)
 
@@ -276,7 +277,8 @@ def _transformer_in(folder: Path) -> Path:
 
 
 def _variant_in(transformer: Path, folder: Path, opened: Opened) -> Variant:
-    """What a transformer's file holds, read from its keys and shapes, never from its name."""
+    """What a transformer's file holds, read from its keys and shapes; its name only tells models with the same tensors
+    apart."""
     source = transformer_of(opened.source(transformer))
     kind = network_of(source) or next(iter(parts_of(source)), None)
     if kind is None or BY_KIND[kind].part != "transformer":
@@ -287,8 +289,9 @@ def _variant_in(transformer: Path, folder: Path, opened: Opened) -> Variant:
         config = config_of_transformer(contents_of(source).entries, source.metadata, axes)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
-    index = json_object(folder / "model_index.json")
-    known = next((one for one in like(config) if one.file == transformer.name), in_index(like(config), index))
+    found = which(config, source.metadata, transformer.name, folder)
+    found.warn(transformer)
+    known = found.variant
     if known.transformer != config:
         name = folder.resolve().name if transformer.is_dir() else transformer.stem
         known = replace(known, name=name, repository="", file=transformer.name, transformer=config)

@@ -28,6 +28,7 @@ from miniflux.lora.models import fitting_models
 from miniflux.models.transformer import TransformerConfig
 from miniflux.variants import VARIANTS
 from miniflux.weights.finding import TOKENIZERS
+from miniflux.weights.which import which
 
 Entries = Mapping[str, Entry]
 LORA = "LoRA"
@@ -216,6 +217,8 @@ def _recognise(source: TensorSource) -> tuple[str, str, str, list[str], dict[str
         network, variant, layout, problems = _lora(source) or ("unknown", what_is(source) or "unknown", "unknown", [])
         return network, variant, layout, problems, {}
     names, report = _closest(kind, source)
+    if len(names) > 1 and BY_KIND[kind].part == "transformer":
+        names = _told(names, source)
     if report.problems and (other := _of_another_size(kind, source)):
         return kind.__name__, *other
     problems = [
@@ -253,6 +256,14 @@ def _closest(kind: type[nn.Module], source: TensorSource) -> tuple[list[str], Lo
     usual = [config for config in best if record.usual(config, source.entries)]
     best = stated or usual or best
     return [name for config in best for name in names.get(config, ())], reports[best[0]]
+
+
+def _told(names: list[str], source: TensorSource) -> list[str]:
+    """Of variants with the same tensors the one that a transformer's header, name or pipeline tells; else all."""
+    file = source.files[0].path
+    folder = file.parent.parent if file.parent.name in FOLDERS else file.parent
+    found = which(VARIANTS[names[0]].transformer, source.metadata, file.name, folder)
+    return [found.variant.name] if found.told else names
 
 
 def _of_another_size(kind: type[nn.Module], source: TensorSource) -> tuple[str, str, list[str], dict[str, str]] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,6 @@ import miniflux
 from miniflux.checkpoints import convert, save
 from miniflux.checkpoints.layouts import from_layout
 from miniflux.checkpoints.networks import BY_KIND
-from miniflux.conversion.pipelines import variant_in
 from miniflux.models.causal_lm import CausalLm
 from miniflux.testing import tiny
 from miniflux.text.chat import ChatForm, ChatText, chat_tokenizer, load_tokenizer
@@ -133,18 +131,6 @@ def test_parts_of_flux3(name: str, tokenizer: Callable[[str], Path], tmp_path: P
     same_weights(after.transformer, theirs)
     same_weights(after.autoencoder, vae)
     same_picture(before, after)
-
-
-def test_what_cannot_be_told_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """klein and its base have the same tensors: without a name or an index it is taken for the first."""
-    base = variant("flux2-klein-base-4b")
-    with caplog.at_level(logging.WARNING):
-        assert variant_in(tmp_path, base.file, base.transformer) == base and not caplog.text
-        (tmp_path / "model_index.json").write_text(json.dumps({"is_distilled": False}))
-        assert variant_in(tmp_path, "mine.safetensors", base.transformer) == base and not caplog.text
-        (tmp_path / "model_index.json").unlink()
-        assert variant_in(tmp_path, "mine.safetensors", base.transformer).name == "flux2-klein-4b"
-    assert "taken for flux2-klein-4b; flux2-klein-base-4b has the same tensors" in caplog.text
 
 
 def test_a_language_model_that_is_cut_off_makes_no_pipeline(tokenizer: Callable[[str], Path], tmp_path: Path) -> None:

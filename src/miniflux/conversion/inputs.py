@@ -18,7 +18,7 @@ from miniflux.checkpoints.formats.scaled import METADATA
 from miniflux.checkpoints.gguf import GGUF_OWN
 from miniflux.checkpoints.layouts import counterparts, own_shapes
 from miniflux.checkpoints.loading import bare, fetch, filling_for
-from miniflux.checkpoints.networks import BY_CONFIG, BY_KIND, NETWORKS
+from miniflux.checkpoints.networks import BY_CONFIG, BY_KIND, NETWORKS, is_transformer
 from miniflux.checkpoints.networks.causal_lm import LAST_NORM
 from miniflux.checkpoints.opened import Opened, known_in, models_in, network_of, parts_of
 from miniflux.errors import CheckpointError
@@ -26,6 +26,7 @@ from miniflux.lora.files import is_lora, what_is
 from miniflux.models.causal_lm import CausalLmConfig
 from miniflux.models.tiny_autoencoder import TinyDecoder
 from miniflux.variants import VARIANTS
+from miniflux.weights.which import MODEL, Which, which
 
 # Of a source's header: what is told anew, or no more true.
 NOT_CARRIED = ("format", METADATA)
@@ -44,6 +45,7 @@ class Input:
         metadata: of its file, for the header of the new one.
         config: the `config.json` beside it, if there is one.
         untold: what of its config is not in the file, and was guessed; empty if nothing.
+        which: which model it is, of a transformer.
     """
 
     network: nn.Module
@@ -54,6 +56,7 @@ class Input:
     metadata: dict[str, str]
     config: Path | None = None
     untold: str = ""
+    which: Which | None = None
 
     @property
     def word(self) -> str:
@@ -188,8 +191,14 @@ def _input(kind: type[nn.Module], source: TensorSource, path: Path, model: Model
     metadata = {key: value for key, value in metadata.items() if key not in others}  # of networks in the same file
     if not untold:
         metadata |= own_header
-    in_folder = place != path and not together
-    return Input(network, source, filling_for(network, source).layout, in_folder, together, metadata, beside, untold)
+    found = None
+    if is_transformer(network):
+        root = path if path.is_dir() else path.parent
+        found = which(config, source.metadata, source.files[0].path.name, root)
+        if found.told and found.others:
+            metadata[MODEL] = found.variant.name
+    layout, in_folder = filling_for(network, source).layout, place != path and not together
+    return Input(network, source, layout, in_folder, together, metadata, beside, untold, found)
 
 
 def _config(kind: type[nn.Module], source: TensorSource, folder: Path | None) -> tuple[Any, str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from miniflux.checkpoints.configs import json_object
 from miniflux.checkpoints.formats import Format
@@ -18,13 +18,11 @@ from miniflux.checkpoints.networks import BY_KIND, is_transformer, networks_of
 from miniflux.checkpoints.writing import size_of
 from miniflux.conversion.inputs import Input, Inputs
 from miniflux.conversion.pipelines import (
-    INDEX_FILE,
     SCHEDULER_FILE,
     WHOLE,
     copied,
     scheduler,
     tokenizers_of,
-    variant_in,
 )
 from miniflux.conversion.tensors import Target, Targets
 from miniflux.conversion.tokenizer_files import Content
@@ -33,7 +31,8 @@ from miniflux.models.causal_lm import CausalLm
 from miniflux.models.flux1 import Flux1
 from miniflux.models.flux2 import Flux2
 from miniflux.models.transformer import Transformer
-from miniflux.variants import VARIANTS, variant_of
+from miniflux.variants import VARIANTS
+from miniflux.weights.which import INDEX_FILE
 
 
 @dataclass
@@ -96,11 +95,11 @@ def outputs(
         ]
         made = [
             file
-            for network, own in zip(networks, folders, strict=True)
-            for file in _shards(network, several, own, shard)
+            for network, part, own in zip(networks, found, folders, strict=True)
+            for file in _shards(network, part, several, own, shard)
         ]
     else:
-        made = _shards(networks[0], several, True, shard)
+        made = _shards(networks[0], found[0], several, True, shard)
     for file in made:
         for network in {id(net): net for net, _ in file.items}.values():
             for form in {item.encoding for net, item in file.items if net is network}:
@@ -115,13 +114,13 @@ def _prefix(network: Targets) -> str:
     return prefix if all(item.key.startswith(prefix) for item in network.tensors) else ""
 
 
-def _shards(network: Targets, several: bool, folders: bool, shard: int) -> list[Output]:
+def _shards(network: Targets, part: Input, several: bool, folders: bool, shard: int) -> list[Output]:
     """The file or the shards of one network in a folder: named as in diffusers' folders, or a single file."""
     record = BY_KIND[type(network.network)]
     place, stem = record.folder, record.stem
     ending = ".gguf" if network.gguf else ".safetensors"
     if not folders:
-        return [Output(_single(network.network) + ending, [(network, item) for item in network.tensors])]
+        return [Output(_single(part) + ending, [(network, item) for item in network.tensors])]
     shards: list[list[Target]] = [[]]
     size = 0
     for item in network.tensors:
@@ -139,13 +138,12 @@ def _shards(network: Targets, several: bool, folders: bool, shard: int) -> list[
     ]
 
 
-def _single(network: nn.Module) -> str:
+def _single(part: Input) -> str:
     """What people call the single file of a network."""
-    record = BY_KIND[type(network)]
-    if record.single:
-        return record.single
-    known = variant_of(cast(Transformer, network).config)
-    return Path(known.file).stem if known else record.title.lower().replace(".", "")
+    record = BY_KIND[type(part.network)]
+    if part.which is not None and part.which.variant.transformer == cast(Transformer, part.network).config:
+        return Path(part.which.variant.file).stem
+    return record.single or record.title.lower().replace(".", "")
 
 
 def extras(
@@ -220,8 +218,9 @@ def _pipeline(found: Inputs, layout: str | None) -> tuple[dict[str, Content], di
     whole = WHOLE[other if drawing is None else type(drawing.network)]
     config = None if drawing is None else cast(Transformer, drawing.network).config
     chosen = VARIANTS[whole.like]
-    if drawing is not None and config is not None:
-        chosen = variant_in(found.root, drawing.source.files[0].path.name, config)
+    if drawing is not None and drawing.which is not None:
+        drawing.which.warn(found.root)
+        chosen = drawing.which.variant
     tokenizers = tokenizers_of(found.root, config, whole)
     made = copied(tokenizers, whole, chosen.chat)
     missing = {one.word: "not in what was converted" for one in networks_of(chosen).values() if one.kind not in kinds}

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from miniflux.checkpoints.configs import json_object
 from miniflux.conversion.tokenizer_files import Content, chat_tokenizer_files, tokenizer_files
 from miniflux.models.flux1 import Flux1
 from miniflux.models.flux2 import Flux2
@@ -20,8 +18,6 @@ from miniflux.sampling.schedules import FLUX3_SHIFT
 from miniflux.text.chat import ChatForm
 from miniflux.variants import VARIANTS, Variant, like, variant_of
 from miniflux.weights.finding import found_parts
-
-log = logging.getLogger(__name__)
 
 # Settings of diffusers' scheduler that `flux1_schedule` has built in: where they differ, pictures would.
 SCHEDULER: dict[str, Any] = {
@@ -38,7 +34,6 @@ SCHEDULER: dict[str, Any] = {
     "use_exponential_sigmas": False,
     "use_beta_sigmas": False,
 }
-INDEX_FILE = "model_index.json"
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
 EULER = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
 # What each component of a FluxPipeline is, as (library, class).
@@ -121,36 +116,6 @@ WHOLE: dict[type[nn.Module], Whole] = {
         },
     ),
 }
-
-
-def in_index(variants: list[Variant], index: Mapping[str, Any]) -> Variant:
-    """Of variants with one config the one that a pipeline's index tells, else the first: klein and klein base have the
-    same tensors, and need other steps and guidance."""
-    fitting = variants
-    if "is_distilled" in index:
-        fitting = [one for one in fitting if (one.cfg is None) == bool(index["is_distilled"])]
-    once = index.get("_class_name") == "Flux2KleinKVPipeline"
-    fitting = [one for one in fitting if one.once == once] or fitting
-    return (fitting or variants)[0]
-
-
-def variant_in(root: Path, file: str, config: TransformerConfig) -> Variant:
-    """The variant that is converted, or the one that is most like it: by the name of its file, else by the index beside
-    it. Where neither tells which of several it is, the first; and that is said."""
-    alike = like(config)
-    named = next((one for one in alike if one.file == file), None)
-    index = json_object(root / INDEX_FILE)
-    chosen = named or in_index(alike, index)
-    if named is None and not index and len(alike) > 1:
-        others = [one.name for one in alike if (one.cfg is None, one.once) != (chosen.cfg is None, chosen.once)]
-        if others:
-            log.warning(
-                "%s: taken for %s; %s has the same tensors. Its file's own name, or model_index.json beside it, tells",
-                root,
-                chosen.name,
-                ", ".join(others),
-            )
-    return chosen
 
 
 def tokenizers_of(root: Path, config: TransformerConfig | None, whole: Whole) -> dict[str, Path]:
