@@ -60,6 +60,13 @@ def model(folder: Path, name: str, *, writes: bool = True) -> Path:
     return folder
 
 
+def shelf(folder: Path, names: tuple[str, ...]) -> Path:
+    """A folder of such models, each in a folder of its name; only the language model of FLUX.2 dev can write."""
+    for name in names:
+        model(folder / name, name, writes=name == "flux2-dev")
+    return folder
+
+
 def lora(path: Path, name: str) -> Path:
     """A LoRA for one layer of the transformer of such a model."""
     layer = "single_blocks.0.linear2" if name.startswith("flux2") else "single_blocks.0.attn_out"

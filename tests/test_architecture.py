@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "conditions": CORE | {"families", "pictures"},
     # Files and memory
     "checkpoints": {"models", "variants", "disk", "strictjson"},
-    "weights": {"checkpoints", "variants", "disk"},
+    "weights": {"checkpoints", "models", "variants", "disk"},
     "lora": {"checkpoints", "weights", "models", "variants", "text", "checks", "disk", "strictjson"},
     "memory": {"checkpoints", "models", "sampling"},
     "inspection": {"checkpoints", "lora", "models", "variants", "weights"},

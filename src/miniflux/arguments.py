@@ -360,12 +360,11 @@ def size_for(
         given = image.shape[-1] * scale, image.shape[-2] * scale
     else:
         given = image.size
-    if any(side % multiple for side in given) or (width or given[0], height or given[1]) != given:
-        wanted = f"{width or given[0]}x{height or given[1]}"
-        raise InputError(
-            f"the image is {given[0]}x{given[1]}, to be drawn at {wanted}: resize it to the size wanted, multiples of "
-            f"{multiple}"
-        )
+    size, wanted = "x".join(map(str, given)), f"{width or given[0]}x{height or given[1]}"
+    if any(side % multiple for side in given):
+        raise InputError(f"the image is {size}: resize it to multiples of {multiple}")
+    if size != wanted:
+        raise InputError(f"the image is {size}, to be drawn at {wanted}: resize it to that")
     return given
 
 

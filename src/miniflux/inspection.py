@@ -235,11 +235,7 @@ def _recognise(source: TensorSource) -> tuple[str, str, str, list[str], dict[str
 
 def _closest(kind: type[nn.Module], source: TensorSource) -> tuple[list[str], LoadReport]:
     """The variants that a file fits best, none if it has sizes of its own, and what does not fit."""
-    names: dict[Any, list[str]] = {}  # of the variants that share a config
-    record = BY_KIND[kind]
-    for variant in VARIANTS.values():
-        if (config := record.of(variant)) is not None:
-            names.setdefault(config, []).append(variant.name)
+    record, names = BY_KIND[kind], _by_config(kind)
     candidates = list(names)
     if record.telling:
         try:
@@ -258,6 +254,15 @@ def _closest(kind: type[nn.Module], source: TensorSource) -> tuple[list[str], Lo
     return [name for config in best for name in names.get(config, ())], reports[best[0]]
 
 
+def _by_config(kind: type[nn.Module]) -> dict[Any, list[str]]:
+    """Of each config that variants have of a network, their names."""
+    names: dict[Any, list[str]] = {}
+    for variant in VARIANTS.values():
+        if (config := BY_KIND[kind].of(variant)) is not None:
+            names.setdefault(config, []).append(variant.name)
+    return names
+
+
 def _told(names: list[str], source: TensorSource) -> list[str]:
     """Of variants with the same tensors the one that a transformer's header, name or pipeline tells; else all."""
     file = source.files[0].path
@@ -272,12 +277,8 @@ def _of_another_size(kind: type[nn.Module], source: TensorSource) -> tuple[str, 
     record = BY_KIND[kind]
     if record.telling or record.sizes is None:
         return None
-    known: dict[Any, list[str]] = {}
-    for variant in VARIANTS.values():
-        if (config := record.of(variant)) is not None:
-            known.setdefault(config, []).append(variant.name)
     found: list[tuple[list[str], list[str], Any]] = []
-    for config, names in known.items():
+    for config, names in _by_config(kind).items():
         try:
             own = config_in(contents_of(source).entries, source.metadata, config)
         except (CheckpointError, ConfigError):

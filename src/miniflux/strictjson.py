@@ -30,7 +30,7 @@ def json_of(text: bytes, what: str, most: int = MAX_JSON, marks: int = MAX_MARKS
     Args:
         what: a name for the text, which messages begin with.
         most: bytes that are read.
-        marks: brackets and commas that are read.
+        marks: brackets and commas that are read; the text may take memory in proportion.
 
     Raises:
         CheckpointError: it is too large, not UTF-8, not JSON, or gives a key twice.
@@ -43,7 +43,7 @@ def json_of(text: bytes, what: str, most: int = MAX_JSON, marks: int = MAX_MARKS
         decoded = text.decode("utf-8")
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{what} is no JSON: not UTF-8 at byte {error.start}") from error
-    if sys.getsizeof(decoded) > MAX_MEMORY * max(1, marks // MAX_MARKS):
+    if sys.getsizeof(decoded) > MAX_MEMORY * marks // MAX_MARKS:
         raise CheckpointError(f"{what} has {len(decoded):,} characters, some of which take four bytes; it is not read")
     try:
         return json.loads(decoded, object_pairs_hook=_object, parse_int=_whole)

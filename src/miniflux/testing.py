@@ -59,7 +59,7 @@ def tiny(
 
     Args:
         variant: a name, see `miniflux.variants.names()`. The defaults are its own, but for the size (64 pixels) and the
-            text (32 tokens); its name is `tiny-` and that.
+            text (32 tokens, beside those of a chat's form); its name is `tiny-` and that.
         seed: of the weights.
         device, dtype: where and in what it computes; as of `miniflux.load`.
 

@@ -89,7 +89,7 @@ def test_blends_are_told_from_their_parts() -> None:
 
 def test_jumps_are_about_those_of_a_run() -> None:
     """Half of them are the run's own, each goes down, the last one to 0."""
-    levels, (now, then) = flux3_schedule(4), successors.jumps(4000)
+    levels, (now, then) = flux3_schedule(4), successors.jumps(4000, 4)
     assert bool((then < now).all()) and float(now.max()) <= 1
     ends = torch.tensor(levels[1:])
     assert bool(((then[:, None] - ends).abs().min(1).values < 1e-6).all())

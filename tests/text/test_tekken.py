@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from miniflux.errors import TokenizerError
@@ -70,15 +70,18 @@ def test_ids_are_those_of_a_plain_loop(file: Path, tokens: list[bytes], text: st
     """And the text comes back."""
     ranks = {token: rank for rank, token in enumerate(tokens[:-20])}
     tokenizer = load_tokenizer(file)
-    if any(name in text for name in SPECIAL):
-        return
+    assume(not any(name in text for name in SPECIAL))
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     assert ids == expected(text, ranks)
     assert tokenizer.decode(ids, skip_special_tokens=False) == text
 
 
-@pytest.mark.parametrize("text", [prompt["text"] for prompt in reference.prompts()])
-def test_ids_of_seventy_prompts(file: Path, tokens: list[bytes], text: str) -> None:
+PLAIN = [text for prompt in reference.prompts() if not {"<", "["} & set(text := prompt["text"])]
+"""Prompts that spell no special token."""
+
+
+@pytest.mark.parametrize("text", PLAIN)
+def test_ids_of_prompts(file: Path, tokens: list[bytes], text: str) -> None:
     """Unicode, emoji, control characters, in the form of dev's chat: special tokens have numbers of their own."""
     ranks = {token: rank for rank, token in enumerate(tokens[:-20])}
     form = dev_form()
@@ -87,8 +90,6 @@ def test_ids_of_seventy_prompts(file: Path, tokens: list[bytes], text: str) -> N
         SPECIAL.index(name) for name in ("<s>", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]")
     )
     said = form.before.removeprefix("<s>[SYSTEM_PROMPT]").removesuffix("[/SYSTEM_PROMPT][INST]")
-    if "<" in text or "[" in text:
-        pytest.skip("spells special tokens")
     wanted = [bos, system, *expected(said, ranks), end, inst, *expected(text, ranks), close]
     assert read.tokens(text) == wanted and read.pad == SPECIAL.index("<pad>") == 11
 

@@ -35,7 +35,9 @@ def add(commands: Any) -> None:
         "target", type="path", metavar="OUT", help="ends in .safetensors or .gguf; without ending a folder"
     )
     convert.add_argument(
-        "--layout", metavar="NAME", help="original, diffusers or all-in-one; default: that of the source"
+        "--layout",
+        metavar="NAME",
+        help="original, diffusers, all-in-one (FLUX.1), llama.cpp (T5, language models); default: that of the source",
     )
     convert.add_argument(
         "--format", metavar="NAME", help="how weights are stored; default: as they are, packed ones too"

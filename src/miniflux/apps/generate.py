@@ -84,7 +84,7 @@ def add(commands: Any) -> None:
         "--size", type=arguments.size, metavar="WxH", help="in pixels, multiples of 16 (else rounded up)"
     )
     generate.add_argument("--images", type=int, default=1, metavar="N", help="pictures per prompt")
-    generate.add_argument("--t5-length", type=int, metavar="N", help="text tokens the T5 encoder reads")
+    generate.add_argument("--t5-length", type=int, metavar="N", help="text tokens that T5 or a language model reads")
     generate.add_argument(
         "--padding",
         default="released",
@@ -401,9 +401,7 @@ def _draw(options: argparse.Namespace, pipe: Pipeline, call: _Call) -> None:
     with tqdm(unit="step", leave=False, disable=not sys.stderr.isatty()) as bar:
         for i, prompt in enumerate(call.prompts):
             if i % TEXTS_AHEAD == 1:  # not before the first picture, whose call checks everything
-                for text in dict.fromkeys(
-                    call.prompts[i : i + TEXTS_AHEAD]
-                ):  # one by one: each may have its own length
+                for text in dict.fromkeys(call.prompts[i : i + TEXTS_AHEAD]):  # one by one, each in its own length
                     pipe.text.encode([call.text(text)], options.t5_length, options.padding)
             about = {"index": i + 1, "seed": call.seed + i, "prompt": prompt}
 
@@ -470,9 +468,10 @@ def _guide(options: argparse.Namespace, known: Variant | None) -> Cfg | None:
     scale, own = options.cfg, None if known is None else known.cfg
     shaped = options.guidance_method is not None or options.window is not None
     if scale is None and own is None:
-        for flag in ("negative", "guidance_method", "window") if known is not None else ():
-            if getattr(options, flag) is not None:
-                raise InputError(f"--{flag.replace('_', '-')} has no effect without --cfg X")
+        for name in ("negative", "guidance_method", "window"):
+            if known is not None and getattr(options, name) is not None:
+                flag = name.replace("_", "-")
+                raise InputError(f"--{flag} has no effect without --cfg X: {known.name} is drawn without it")
         return None
     if scale is None and not shaped:
         return None  # that of the model, which --guidance may make stronger

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,28 +66,19 @@ def written(options: argparse.Namespace, prompts: Iterable[str], seed: int) -> d
         WeightsNotFoundError, CheckpointError, TokenizerError: it cannot write, and what is missing.
         InputError: a prompt is too long for it, or it answers nothing.
     """
-    import torch
-
-    from miniflux.upsampling import load_upsampler, write
+    from miniflux.upsampling import borrowed, write
 
     if options.upsample is None:
         return {}
-    upsampler = load_upsampler(options.upsample, dtype=options.dtype, device=options.device)
-    further: dict[str, Any] = {
-        name: value
-        for name, value in (
-            ("system", None if options.upsample_system is None else _told(options.upsample_system)),
-            ("temperature", options.upsample_temperature),
-            ("max_new_tokens", options.upsample_tokens),
-        )
-        if value is not None
+    told = {
+        "system": None if options.upsample_system is None else _told(options.upsample_system),
+        "temperature": options.upsample_temperature,
+        "max_new_tokens": options.upsample_tokens,
     }
+    further: dict[str, Any] = {name: value for name, value in told.items() if value is not None}
     found: dict[str, Written] = {}
-    for prompt in dict.fromkeys(prompts):
-        found[prompt] = write(upsampler, prompt, Path(options.upsample).resolve().name, seed=seed, **further)
-        console.say(f"{prompt!r} is drawn as {found[prompt].text!r}")
-    del upsampler
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    with borrowed(options.upsample, dtype=options.dtype, device=options.device) as upsampler:
+        for prompt in dict.fromkeys(prompts):
+            found[prompt] = write(upsampler, prompt, Path(options.upsample).resolve().name, seed=seed, **further)
+            console.say(f"{prompt!r} is drawn as {found[prompt].text!r}")
     return found

@@ -193,8 +193,10 @@ def path_of(given: str | Path) -> Path:
     """The path that somebody gives; an empty text would be the folder we are in, which nobody means by it.
 
     Raises:
-        CheckpointError: it is empty.
+        CheckpointError: it is empty, or no path.
     """
+    if not isinstance(given, str | os.PathLike):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise CheckpointError(f"expected the path of a file or folder, got {type(given).__name__}")
     if not str(given):
         raise CheckpointError("the name of a file or folder is empty")
     return Path(given)

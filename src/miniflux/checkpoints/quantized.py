@@ -151,9 +151,8 @@ class QuantizedLinear(nn.Module):
         return F.linear(x, self._weight(x), None if self.bias is None else self.bias.to(x.dtype))
 
     def _weight(self, x: Tensor) -> Tensor:
-        if (
-            self.stored[0].format is PLAIN and len(self.stored) == 1 and not (self.swapped or self.paired)
-        ):  # a LoRA is merged into it
+        moved = self.swapped or self.paired
+        if self.stored[0].format is PLAIN and len(self.stored) == 1 and not moved:  # a LoRA is merged into it
             weight = self.parts(0)[WEIGHT]
             if weight.dtype == x.dtype:
                 return weight

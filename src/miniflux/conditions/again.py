@@ -26,13 +26,8 @@ NETWORKS = {
     "IPAdapter": (XlabsIPAdapter, InstantxIPAdapter),
 }
 KINDS = {"Control": Control, "Reference": Reference, "ControlNet": ControlNet, "Redux": Redux, "IPAdapter": IPAdapter}
-PICTURES = (
-    "picture",
-    "pictures",
-    "negative",
-    "image",
-    "mask",
-)  # settings that are the SHA-256 of a picture, or of several
+# Settings that are the SHA-256 of a picture, or of several.
+PICTURES = ("picture", "pictures", "negative", "image", "mask")
 
 
 def again(

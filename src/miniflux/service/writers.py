@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from miniflux.errors import InputError, MinifluxError
 from miniflux.service.catalogue import Catalogue
 from miniflux.settings.strict import shown
-from miniflux.upsampling import Written, check_upsampler, load_upsampler, write
+from miniflux.upsampling import Written, borrowed, check_upsampler, write
 from miniflux.upsampling.rewriting import MAX_NEW
 from miniflux.weights.origin import stamps
 
@@ -42,13 +40,17 @@ class Writers:
         return found, unable
 
     def _reason(self, place: Path) -> str:
+        """Why it cannot write; empty if it can."""
         try:
             files = stamps(place)
-            if place not in self._known or self._known[place][0] != files:
-                self._known[place] = files, ""
-                check_upsampler(place)
         except MinifluxError as error:
-            self._known[place] = self._known.get(place, (None, ""))[0], str(error).partition("\n")[0]
+            return _line(error)
+        if place not in self._known or self._known[place][0] != files:
+            try:
+                check_upsampler(place)
+                self._known[place] = files, ""
+            except MinifluxError as error:
+                self._known[place] = files, _line(error)
         return self._known[place][1]
 
     def write(
@@ -68,13 +70,10 @@ class Writers:
         found, _ = self.listed()
         if name not in found:
             raise InputError(f"language model {shown(name)} is not here; there are {', '.join(found) or 'none'}")
-        with self._lock:
-            upsampler = load_upsampler(found[name], device=self.device, dtype=self.dtype)
-            try:
-                options = {"temperature": temperature, "max_new_tokens": max_new_tokens}
-                return write(upsampler, prompt, name, system=system, **options)  # pyright: ignore[reportArgumentType]
-            finally:
-                del upsampler
-                gc.collect()
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+        with self._lock, borrowed(found[name], device=self.device, dtype=self.dtype) as upsampler:
+            options: dict[str, Any] = {"temperature": temperature, "max_new_tokens": max_new_tokens}
+            return write(upsampler, prompt, name, system=system, **options)
+
+
+def _line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

@@ -13,12 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import BPE
 from tokenizers.normalizers import NFC
-from tokenizers.pre_tokenizers import ByteLevel, Split
-from tokenizers.pre_tokenizers import Sequence as PreTokenizers
 from torch import Tensor, nn
 
 from miniflux.errors import InputError, TokenizerError
@@ -27,7 +24,7 @@ from miniflux.strictjson import json_file
 from miniflux.text.decoding import repaired
 from miniflux.text.encoding import Padding, Read, TextReader, warn_if_cut
 from miniflux.text.tekken import TEKKEN, from_tekken
-from miniflux.text.tokenizers import bounded, from_json
+from miniflux.text.tokenizers import bounded, byte_words, from_json
 
 # Contractions, words with a mark before them, single digits, runs of other marks, ends of lines, spaces
 # (`tokenization_qwen2.py` of transformers).
@@ -155,11 +152,13 @@ class ChatTokenizer:
             length: tokens in all instead of that.
 
         Raises:
-            InputError: there is no prompt, or it holds half a character.
+            InputError: there is no prompt, it holds half a character, or the length is not one of the form's windows.
         """
         rows = [self.tokens(prompt) for prompt in prompts]
         if not rows:
             raise InputError("no prompt was given")
+        if self.form.length is None and length is not None and length % self.form.multiple:
+            raise InputError(f"a prompt is read in windows of {self.form.multiple} tokens, got a length of {length}")
         window = length or self.form.length
         if window is None:
             window = min(MAX_WINDOW, self.form.multiple * math.ceil(max(map(len, rows)) / self.form.multiple))
@@ -181,7 +180,11 @@ def load_chat_tokenizer(path: str | Path, form: ChatForm) -> ChatTokenizer:
     Raises:
         TokenizerError: it is of another model than the form is for.
     """
-    return chat_tokenizer(load_tokenizer(path), form)
+    tokenizer = load_tokenizer(path)
+    try:
+        return chat_tokenizer(tokenizer, form)
+    except TokenizerError as error:
+        raise TokenizerError(f"{path}: {error}") from None
 
 
 def chat_tokenizer(tokenizer: Tokenizer, form: ChatForm) -> ChatTokenizer:
@@ -224,10 +227,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def qwen_pipeline(tokenizer: Tokenizer) -> Tokenizer:
     """Give a bare BPE model Qwen's text cleaning (NFC) and word splitting."""
     tokenizer.normalizer = NFC()  # pyright: ignore
-    tokenizer.pre_tokenizer = PreTokenizers(  # pyright: ignore
-        [Split(Regex(QWEN_WORDS), behavior="isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    return tokenizer
+    return byte_words(tokenizer, QWEN_WORDS)
 
 
 def _qwen(folder: Path) -> Tokenizer:
@@ -235,7 +235,6 @@ def _qwen(folder: Path) -> Tokenizer:
     lines = bounded(folder / "merges.txt").read_text("utf-8").splitlines()
     pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version:")]
     tokenizer = qwen_pipeline(Tokenizer(BPE(json_file(folder / "vocab.json"), [(a, b) for a, b in pairs])))
-    tokenizer.decoder = ByteLevelDecoder()  # pyright: ignore
     added = json_file(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
     for number, about in sorted(added.items(), key=lambda item: int(item[0])):
         token = AddedToken(about["content"], normalized=False, special=bool(about.get("special")))

@@ -13,14 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel, Split
-from tokenizers.pre_tokenizers import Sequence as PreTokenizers
 
 from miniflux.errors import CheckpointError, TokenizerError
 from miniflux.strictjson import json_of, open_regular, shown
+from miniflux.text.tokenizers import byte_words
 
 TEKKEN = "tekken.json"
 MAX_BYTES, MAX_MARKS = 40_000_000, 2_000_000  # Mistral-Small's has 19 MB, and four marks for each of 150,000 tokens
@@ -130,12 +128,7 @@ def _tokenizer(special: list[str], ranks: Mapping[bytes, int], pattern: str) -> 
         halves = [(token[:at], token[at:]) for at in range(1, len(token))]
         made = [(ranks[a], ranks[b], a, b) for a, b in halves if a in ranks and b in ranks]
         pairs += [(spelled[a], spelled[b]) for _, _, a, b in sorted(made)]
-    tokenizer = Tokenizer(BPE(vocabulary, pairs, ignore_merges=True))
-    words = Split(Regex(pattern), behavior="isolated")
-    tokenizer.pre_tokenizer = PreTokenizers(  # pyright: ignore
-        [words, ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    tokenizer.decoder = ByteLevelDecoder()  # pyright: ignore
+    tokenizer = byte_words(Tokenizer(BPE(vocabulary, pairs, ignore_merges=True)), pattern)
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
     return tokenizer
 

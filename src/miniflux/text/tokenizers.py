@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Regex, Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.normalizers import NFC, Lowercase, Replace
 from tokenizers.normalizers import Sequence as Normalizers
@@ -67,6 +68,15 @@ class TextTokenizer:
                 ids = [*ids[: max_length - 1], self.end]
             rows.append(ids + [self.pad] * (max_length - len(ids)))
         return torch.tensor(rows, dtype=torch.long).reshape(len(rows), max_length)
+
+
+def byte_words(tokenizer: Tokenizer, pattern: str) -> Tokenizer:
+    """Give a bare BPE model words that a pattern splits off, as bytes, and the way back."""
+    words = Split(Regex(pattern), behavior="isolated")
+    bytewise = ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = PreTokenizers([words, bytewise])  # pyright: ignore
+    tokenizer.decoder = ByteLevelDecoder()  # pyright: ignore
+    return tokenizer
 
 
 def clip_pipeline(tokenizer: Tokenizer) -> Tokenizer:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from miniflux.upsampling.loading import load_upsampler
 from miniflux.upsampling.rewriting import MAX_NEW, SYSTEM, Upsampler, system_text
 
 
@@ -61,3 +67,17 @@ def write(
     text = upsampler.rewrite(prompt, system=told, **options)
     digest = None if told is None else hashlib.sha256(told.encode()).hexdigest()
     return Written(text, prompt, model, digest, float(temperature), seed, max_new_tokens)
+
+
+@contextmanager
+def borrowed(folder: str | Path, *, device: str | None = None, dtype: str | None = None) -> Generator[Upsampler]:
+    """A language model for as long as it is wanted: whole ones are large, and go before anything else is loaded.
+    Arguments and errors as of `load_upsampler`."""
+    upsampler = load_upsampler(folder, device=device, dtype=dtype)
+    try:
+        yield upsampler
+    finally:
+        del upsampler
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

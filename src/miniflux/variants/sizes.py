@@ -235,4 +235,5 @@ CLIP_VIT_L14 = VisionConfig(  # `vision_config` of openai/clip-vit-large-patch14
     projection_dim=768,
 )
 SIGLIP_SIZES: dict[tuple[int, int, int], str] = {(1152, 14, 729): "SigLIP so400m patch14 384, image encoder of Redux"}
+CLIP_VISION_SIZES: dict[tuple[int, int, int], str] = {(1024, 14, 257): "CLIP ViT-L/14, image encoder of IP-Adapters"}
 REDUX_SIZES: dict[tuple[int, int], str] = {(1152, 4096): "flux1-redux-dev, image encoder of FLUX.1"}

@@ -17,7 +17,7 @@ from miniflux.replay import replay
 from miniflux.sampling import guide
 from miniflux.settings import AtLevels, Request
 from tests.apps.ui.test_handlers import ANN, People
-from tests.small_models import lora, model
+from tests.small_models import lora, model, shelf
 
 NAMES = ("flux2-dev", "flux2-klein-4b", "flux2-klein-base-4b", "flux3-klein", "flux3-klein-base")
 OF_A_METHOD = ("scale", "negative", "window_from", "window_to")
@@ -25,16 +25,13 @@ PHOTO = Image.fromarray(np.random.default_rng(2).integers(0, 256, (67, 90, 3), n
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    for name in NAMES:
-        model(folder / name, name, writes=name == "flux2-dev")
-    return folder
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shelf(tmp_path_factory.mktemp("models"), NAMES)
 
 
 @pytest.fixture(scope="module")
-def people(shelf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[People]:
-    with opened(tmp_path_factory.mktemp("site"), shelf=str(shelf)) as site:
+def people(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[People]:
+    with opened(tmp_path_factory.mktemp("site"), shelf=str(models)) as site:
         yield People(site)
 
 
@@ -86,7 +83,7 @@ def drawn(people: People, **other: Any) -> Any:
 
 
 def test_a_base_model_draws_what_the_command_line_draws(
-    people: People, listed: dict[str, str], shelf: Path, tmp_path: Path
+    people: People, listed: dict[str, str], models: Path, tmp_path: Path
 ) -> None:
     """With its own CFG and a negative prompt; the method none is no CFG at all."""
     base: dict[str, Any] = {"model": listed["flux2-klein-base-4b"], "prompt": "a cat", "negative": "a dog"}
@@ -195,8 +192,8 @@ def test_who_cannot_write_is_said(tmp_path: Path) -> None:
         assert told["writer"]["visible"] and told["rewrite"]["visible"] and not told["unable"]["visible"]
 
 
-def test_a_page_of_a_base_model_begins_with_its_method(shelf: Path, tmp_path: Path) -> None:
-    path = shelf / "flux3-klein-base"
+def test_a_page_of_a_base_model_begins_with_its_method(models: Path, tmp_path: Path) -> None:
+    path = models / "flux3-klein-base"
     with opened(tmp_path / "site", first=str(path)) as site:
         c = People(site).c
         assert (c.method.value, c.scale.value, c.steps.value) == ("cfg", 4.0, 50)

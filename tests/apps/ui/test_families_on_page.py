@@ -17,7 +17,7 @@ from miniflux.apps.ui.launch import Page, served
 from miniflux.apps.ui.site import opened
 from miniflux.replay import replay
 from tests.apps.ui.conftest import Tab, browser
-from tests.small_models import lora, model
+from tests.small_models import lora, shelf
 
 pytestmark = pytest.mark.browser
 
@@ -25,20 +25,17 @@ NAMES = ("flux2-dev", "flux2-klein-4b", "flux2-klein-base-4b", "flux3-klein")
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    for name in NAMES:
-        model(folder / name, name, writes=name == "flux2-dev")
-    return folder
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shelf(tmp_path_factory.mktemp("models"), NAMES)
 
 
 @pytest.fixture(scope="module")
-def shelved(shelf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+def shelved(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     """A page of its own, with the models in its list."""
     folder = tmp_path_factory.mktemp("page")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(folder / "uploads"))
-        with opened(folder, waiting=3, shelf=str(shelf)) as site, served(site, port=None) as page:
+        with opened(folder, waiting=3, shelf=str(models)) as site, served(site, port=None) as page:
             yield page
 
 
@@ -108,7 +105,7 @@ def test_each_model_brings_its_controls(shelved: Page, family: Tab) -> None:
 
 
 def test_a_base_model_with_a_negative_prompt_and_a_lora(
-    shelved: Page, family: Tab, shelf: Path, tmp_path: Path
+    shelved: Page, family: Tab, models: Path, tmp_path: Path
 ) -> None:
     """Drawn, used, drawn again from the cache, with another seed, and the same bytes from the saved file."""
     style = lora(tmp_path / "style.safetensors", "flux2-klein-base-4b")

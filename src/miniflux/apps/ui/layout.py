@@ -178,9 +178,10 @@ class Controls:
 
     @property
     def keeping(self) -> dict[str, Any]:
-        """The components that are as they were left when the page is loaded again; LoRAs see to it themselves."""
+        """The components that are as they were left when the page is loaded again; LoRAs see to it themselves, and
+        references are gone then, with the wish to be as large as one."""
         more = ("lock", "aspect", "prompts", "x", "x_values", "y", "y_values", "told", "heat")
-        return {name: it for name, it in self.settings.items() if name != "loras"} | {
+        return {name: it for name, it in self.settings.items() if name not in ("loras", "as_reference")} | {
             name: getattr(self, name) for name in more
         }
 

@@ -18,7 +18,7 @@ from miniflux.models.flux2_controlnet import Flux2ControlNet
 from miniflux.models.ip_adapter import InstantxIPAdapter, XlabsIPAdapter
 from miniflux.models.redux import Redux
 from miniflux.models.vision import ClipVision, SiglipVision
-from miniflux.variants import REDUX_SIZES, SIGLIP_SIZES
+from miniflux.variants import CLIP_VISION_SIZES, REDUX_SIZES, SIGLIP_SIZES
 
 Released = Mapping[Any, Any]
 STEERS = "for conditions.load"
@@ -75,18 +75,16 @@ def _flux2_controlnet(shapes: Shapes, released: Released) -> str:
     return f"FLUX.2 ControlNet, {count(shapes, r'control_transformer_blocks[.]([^.]*)')} blocks"
 
 
-def _siglip(shapes: Shapes, released: Released) -> str:
-    width, patch = shapes["vision_model.embeddings.patch_embedding.weight"][0::3]
-    tokens, _ = _matrix(shapes, "vision_model.embeddings.position_embedding.weight")
-    known = released.get((width, patch, tokens))
-    return known or f"a SigLIP of width {width}, patches of {patch} pixels, {tokens} tokens"
+def _tower(kind: str) -> Callable[[Shapes, Released], str]:
+    """The name of a vision tower of a kind."""
 
+    def named(shapes: Shapes, released: Released) -> str:
+        width, patch = shapes["vision_model.embeddings.patch_embedding.weight"][0::3]
+        tokens, _ = _matrix(shapes, "vision_model.embeddings.position_embedding.weight")
+        known = released.get((width, patch, tokens))
+        return known or f"a {kind} of width {width}, patches of {patch} pixels, {tokens} tokens"
 
-def _clip_vision(shapes: Shapes, released: Released) -> str:
-    width, patch = shapes["vision_model.embeddings.patch_embedding.weight"][0::3]
-    tokens, _ = _matrix(shapes, "vision_model.embeddings.position_embedding.weight")
-    known = released.get((width, patch, tokens))
-    return known or f"a CLIP vision tower of width {width}, patches of {patch} pixels, {tokens} tokens"
+    return named
 
 
 def _redux(shapes: Shapes, released: Released) -> str:
@@ -161,7 +159,7 @@ KNOWN = (
     Known("Redux", _redux, (Spelling(ORIGINAL, ("redux_up.weight", "redux_down.weight")),), REDUX_SIZES, kind=Redux),
     Known(
         "SigLIP",
-        _siglip,
+        _tower("SigLIP"),
         (
             Spelling(TRANSFORMERS, ("vision_model.head.probe",)),
             Spelling(WITHOUT_PREFIX, ("head.probe", "embeddings.patch_embedding.weight"), TOWER, alone=True),
@@ -171,12 +169,12 @@ KNOWN = (
     ),
     Known(
         "CLIP vision",
-        _clip_vision,
+        _tower("CLIP vision tower"),
         (
             Spelling(TRANSFORMERS, ("vision_model.pre_layrnorm.weight",), without=(TOKENS,)),
             Spelling(WITHOUT_PREFIX, ("pre_layrnorm.weight", "embeddings.class_embedding"), TOWER, alone=True),
         ),
-        {(1024, 14, 257): "CLIP ViT-L/14, image encoder of IP-Adapters"},
+        CLIP_VISION_SIZES,
         kind=ClipVision,
     ),
 )

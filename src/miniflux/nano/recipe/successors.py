@@ -92,8 +92,7 @@ def successor_autoencoder(autoencoder: Autoencoder, config: Flux2AutoencoderConf
         assert made.bn.running_mean is not None and made.bn.running_var is not None
         made.bn.running_mean.fill_(sizes.shift_factor)
         made.bn.running_var.fill_(sizes.scale_factor**-2 - EPS)
-    missing, unknown = made.load_state_dict(autoencoder.state_dict(), strict=False)
-    assert not unknown and all("quant_conv" in name or name.startswith("bn.") for name in missing)
+    made.load_state_dict({**made.state_dict(), **autoencoder.state_dict()})  # what it has not is as made above
     return made.eval().requires_grad_(False)
 
 
@@ -171,14 +170,17 @@ class Teacher:
     ) -> Tensor:
         """Its velocity, or where `target` (B,) is a lower noise level, the mean one on the way there."""
         text, way = self.encoders(captions, SHORT), sigmas - target
-        steps = SUBSTEPS if bool((way > 0).any()) else 1
-        start, flux = x, compiled(self.flux) if size in (SMALL, MAIN) else self.flux
-        for i in range(steps):
-            v = velocity(flux, x, size, sigmas - way * i / steps, text, guidance=strength).float()
-            if steps == 1:
-                return v
-            x = x - (way / steps)[:, None, None] * v
-        return (start - x) / way[:, None, None]
+        flux = compiled(self.flux) if size in (SMALL, MAIN) else self.flux
+
+        def slope(y: Tensor, at: Tensor) -> Tensor:
+            return velocity(flux, y, size, at, text, guidance=strength).float()
+
+        if not bool(way.any()):
+            return slope(x, sigmas)
+        y = x
+        for i in range(SUBSTEPS):
+            y = y - (way / SUBSTEPS)[:, None, None] * slope(y, sigmas - way * i / SUBSTEPS)
+        return (x - y) / way[:, None, None]
 
 
 def taught_loss(
@@ -191,7 +193,7 @@ def taught_loss(
     if flow_map(student):
         strength = torch.full_like(strength, SCHNELL_GUIDANCE)  # is built in
         if rng.random() < JUMPS:
-            sigmas, target = jumps(len(x0))
+            sigmas, target = jumps(len(x0), student.variant.steps)
     x = mix(x0, torch.randn_like(x0), sigmas)
     wanted = teacher(captions, x, size, sigmas, strength, target)
     v = student(captions, x, size, sigmas, strength, target)
@@ -216,9 +218,9 @@ def flow_map(student: Student) -> bool:
     return bool(getattr(student.variant.transformer, "flow_map", False))
 
 
-def jumps(batch: int, steps: int = 4) -> tuple[Tensor, Tensor]:
+def jumps(batch: int, steps: int) -> tuple[Tensor, Tensor]:
     """Noise levels (B,) and those that are jumped to: about those of a run of so many steps."""
-    even = (torch.randint(steps, (batch,)) + torch.rand(batch) * 0.5).clamp(max=steps - 0.5)
+    even = torch.randint(steps, (batch,)) + torch.rand(batch) * 0.5
     even = torch.where(torch.rand(batch) < 0.5, even.floor(), even)  # the run's own, half of the time
 
     def shifted(t: Tensor) -> Tensor:
