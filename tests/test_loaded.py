@@ -6,6 +6,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -240,7 +241,7 @@ CHANGES: dict[str, tuple[Callable[[Pipeline], Undo], str, str]] = {
     "another end of text": (lambda p: swapped(p.text.t5_tokenizer, "end", 3), "t5_tokenizer", "t5_tokenizer"),
     "a patched encode": (lambda p: swapped(p.text, "encode", p.text.encode), "t5", "text: is another one"),
     "another variant": (
-        lambda p: swapped(p, "variant", miniflux.variants.replace(p.variant, name="nano", shift=not p.variant.shift)),
+        lambda p: swapped(p, "variant", replace(p.variant, name="nano", shift=not p.variant.shift)),
         "",
         "variant",
     ),
