@@ -26,6 +26,7 @@ FILES_AND_MEMORY = {"checkpoints", "weights", "lora", "memory"}
 LIBRARY = BELOW | CORE | FILES_AND_MEMORY | {
     "conditions",
     *("arguments", "plan", "settings", "result", "cache", "loaded", "inspection", "conversion", "assembly", "drawing"),
+    "batching",
     *("pipeline", "steering", "upsampling", "root"),
 }  # fmt: skip
 MAY_IMPORT = {
@@ -55,6 +56,7 @@ MAY_IMPORT = {
     "cache": {"plan", "checkpoints", "weights", "sampling", "checks"},
     "loaded": {"checkpoints", "weights", "lora", "models", "text", "variants"},
     "drawing": CORE | {"plan", "conditions", "cache", "result", "memory", "pictures"},
+    "batching": {"plan", "cache", "memory"},
     "pipeline": LIBRARY - {"pipeline", "settings", "inspection", "conversion", "root"},
     "testing": LIBRARY,
     "root": LIBRARY | {"testing"},  # miniflux/__init__.py

@@ -30,11 +30,13 @@ from miniflux.families import FAMILIES
 from miniflux.inspection import describe, fits
 from miniflux.memory.compute import choose_device, choose_dtype
 from miniflux.memory.ledger import Placed, Run, resident_size
-from miniflux.memory.modes import Memory, check_mode, choose
+from miniflux.memory.modes import MODES, Memory, check_mode, choose
 from miniflux.memory.modulation import ahead_of
 from miniflux.memory.streaming import Streamed, offload, partitioned, stream
 from miniflux.models.autoencoder import Autoencoder, Flux2Autoencoder
 from miniflux.models.causal_lm import CausalLmConfig
+from miniflux.models.compiler import check_compiler
+from miniflux.models.compiling import compile_blocks
 from miniflux.models.flux1 import Flux1Config
 from miniflux.models.tiny_autoencoder import TinyDecoder
 from miniflux.models.transformer import Transformer
@@ -78,10 +80,13 @@ def assemble(
     dtype: str | torch.dtype | None,
     memory: str,
     modulation_ahead: bool,
+    compile: bool,
 ) -> Assembled:
     """The parts of a pipeline, loaded and on their device; arguments and errors as of `miniflux.load`."""
     check_mode(memory)
     place = choose_device(device)
+    if compile:
+        check_compiler("compile=True", place)
     started, process = time.monotonic(), resident_size()
 
     # 1. Which model, and where its files are.
@@ -127,6 +132,12 @@ def assemble(
     run = Run(width=chosen.size, height=chosen.size, text_tokens=usual, calls=chosen.steps)
     parts = {name: part for name, (part, _) in built.items()}
     mode, placed = choose(memory, parts, run, place, compute, process)
+    if compile and MODES[mode][0] != "resident":
+        stay = " or ".join(name for name, (transformer, _) in MODES.items() if transformer == "resident")
+        raise InputError(
+            f"compile=True wants weights that stay where they compute: memory {stay}, got {mode}"
+            + (", the first mode that fits into what is free" if memory == "auto" else "")
+        )
 
     # 5. Assign from the files, or have the weights come and go.
     streamed = {name: _filled(placed[name], held, place) for name, (_, held) in built.items()}
@@ -143,6 +154,8 @@ def assemble(
         ahead_of(transformer) if transformer is not None and modulation_ahead else None,
     )
     networks: dict[str, Any] = {name: part.plan.network for name, part in placed.items()}
+    if compile:
+        compile_blocks(networks["transformer"])
     assembled = Assembled(
         chosen,
         networks["transformer"],

@@ -195,6 +195,13 @@ class ResultCache:
                 self._making.discard(key)
                 self._change.notify_all()
 
+    def __contains__(self, key: str) -> bool:
+        """Whether there is a picture of this key; it may still turn out to be damaged."""
+        if self.folder is not None:
+            return (self.folder / (key + ENDING)).is_file()
+        with self._change:
+            return key in self._memory
+
     def get(self, key: str) -> Drawn | None:
         """The picture of a key; None if it is not there, or damaged."""
         if self.folder is None:

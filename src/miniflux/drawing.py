@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 from typing import Any, Protocol, cast
 
 import torch
@@ -23,11 +24,16 @@ from miniflux.models.flux1 import run_block
 from miniflux.models.layers import attention
 from miniflux.models.transformer import Transformer
 from miniflux.pictures import from_image
-from miniflux.plan import Plan, Watcher
+from miniflux.plan import Plan, Watchers
 from miniflux.result import psnr, to_image
 from miniflux.sampling import Bill, Moment, Told, Words, add_noise, denoise, initial_noise, step_noise, varied_noise
 from miniflux.sampling.denoising import model_calls
 from miniflux.text import TextReader
+
+
+def of_each(shared: Tensor, count: int) -> Tensor:
+    """What all pictures of a batch share (1, ...), for each of them (count, ...)."""
+    return shared.expand(count, *shared.shape[1:])
 
 
 class Parts(Protocol):
@@ -67,33 +73,51 @@ class Drawing:
         self.parts, self.plan = parts, plan
         self.begun: _Begun | None = None
 
-    def draw(self, i: int, watcher: Watcher) -> Drawn:
-        """Picture i.
+    def together(self, pictures: Sequence[int], divisor: int) -> list[int]:
+        """Those of the pictures, from the first on, that can be drawn with it: their words are of one length, which
+        divides so."""
+        begun = self.begun = self.begun or self._begin()
+        first, *others = pictures
+        lengths = {i: begun.texts[i // self.plan.images].txt.shape[1] for i in pictures}
+        same = takewhile(lambda i: lengths[i] == lengths[first] and not lengths[i] % divisor, others)
+        return [first, *same]
+
+    def draw(self, pictures: Sequence[int], watchers: Watchers) -> list[Drawn]:
+        """Pictures of these numbers, all in one batch.
 
         Raises:
             MinifluxError: the numbers overflowed in this dtype.
         """
         plan = self.plan
         begun = self.begun = self.begun or self._begin()
-        noise, start = self._noise(i), begun.added.start
+        noise, start = torch.cat([self._noise(i) for i in pictures]), begun.added.start
         begin = noise if start is None else add_noise(start, 0.0, plan.levels[0], noise)
-        moment, bill = self._denoise(plan, begun, i, begin, noise, watcher)
-        tokens = moment.picture if moment.step < moment.steps else moment.x
-        image = self._image(tokens, begun.added)
-        about: dict[str, Any] = {}
-        if watcher.replaced:
-            about["replaced"] = True
-        if plan.resume is not None:
-            about["resumed"] = plan.resume.step
-        if plan.cache is not None:
-            about["cache"] = {**plan.cache_described(), "evaluated": bill.evaluated, "skipped": bill.skipped}
+        moments, bill = self._denoise(plan, begun, pictures, begin, noise, watchers)
+        finished: list[Drawn] = []
+        for moment, replaced in zip(moments, watchers.replaced, strict=True):
+            tokens = moment.picture if moment.step < moment.steps else moment.x
+            image = self._image(tokens, begun.added)
+            about: dict[str, Any] = {}
+            if len(pictures) > 1:
+                about["batch"] = len(pictures)
+            if replaced:
+                about["replaced"] = True
+            if plan.resume is not None:
+                about["resumed"] = plan.resume.step
+            if plan.cache is not None:
+                about["cache"] = {**plan.cache_described(), "evaluated": bill.evaluated, "skipped": bill.skipped}
+            finished.append(Drawn(image, self._unpacked(moment.x).cpu(), about, moment))
         if plan.check_cache:
-            exact, _ = self._denoise(replace(plan, cache=None), begun, i, begin, noise, Watcher(0, 1))
-            about["cache"] |= {
-                "latent_l2": float((moment.x - exact.x).norm() / exact.x.norm()),
-                "psnr": psnr(image, self._image(exact.x, begun.added)),
+            ((exact,), _), (drawn,) = (
+                self._denoise(replace(plan, cache=None), begun, pictures, begin, noise, Watchers(pictures)),
+                finished,
+            )
+            x = moments[0].x
+            drawn.about["cache"] |= {
+                "latent_l2": float((x - exact.x).norm() / exact.x.norm()),
+                "psnr": psnr(drawn.image, self._image(exact.x, begun.added)),
             }
-        return Drawn(image, self._unpacked(moment.x).cpu(), about, moment)
+        return finished
 
     def _begin(self) -> _Begun:
         """T5's tokens and CLIP's summary of all texts, and the latents of the picture to change."""
@@ -135,24 +159,24 @@ class Drawing:
         return replace(added, tokens=None, ids=None, wraps=(remembering(kept), *added.wraps))
 
     def _denoise(
-        self, plan: Plan, begun: _Begun, i: int, begin: Tensor, noise: Tensor, watch: Watcher
-    ) -> tuple[Moment, Bill]:
-        """The last moment of one picture's run, and what it cost."""
-        bill, added, memory = Bill(), begun.added, self.parts.memory
+        self, plan: Plan, begun: _Begun, pictures: Sequence[int], begin: Tensor, noise: Tensor, watch: Watchers
+    ) -> tuple[list[Moment], Bill]:
+        """The last moment of each picture's run, and what all cost."""
+        bill, added, memory, count = Bill(), begun.added, self.parts.memory, len(pictures)
         device, dtype, model = self.parts.device, self.parts.dtype, self.parts.transformer
         arguments: dict[str, Any] = {
             "img": plan.family.pack(begin).to(device, dtype),
-            "img_ids": plan.family.image_ids(1, plan.rows, plan.columns).to(device),
-            "img_cond": None if added.channels is None else added.channels.to(device, dtype),
-            "img_cond_seq": None if added.tokens is None else added.tokens.to(device, dtype),
-            "img_cond_seq_ids": None if added.ids is None else added.ids.to(device),
-            "txt": begun.texts[i // plan.images],
+            "img_ids": plan.family.image_ids(count, plan.rows, plan.columns).to(device),
+            "img_cond": None if added.channels is None else of_each(added.channels.to(device, dtype), count),
+            "img_cond_seq": None if added.tokens is None else of_each(added.tokens.to(device, dtype), count),
+            "img_cond_seq_ids": None if added.ids is None else of_each(added.ids.to(device), count),
+            "txt": Words.joined([begun.texts[i // plan.images] for i in pictures]),
             "timesteps": plan.levels,
             "guidance": plan.guidance,
             "method": plan.method,
             "guide": plan.guide,
-            "negative": begun.negative,
-            "empty": begun.empty,
+            "negative": None if begun.negative is None else Words.joined([begun.negative] * count),
+            "empty": None if begun.empty is None else Words.joined([begun.empty] * count),
             "resume": plan.resume,
             "stop": plan.stop,
         }
@@ -175,7 +199,7 @@ class Drawing:
                 model,
                 **arguments,
                 callback=watch if added.keep is None else kept,
-                rng=step_noise([plan.seed + i]),
+                rng=step_noise([plan.seed + i for i in pictures]),
                 cache=plan.cache,
                 bill=bill,
                 run=plan.run or run_block,
@@ -183,8 +207,7 @@ class Drawing:
                 attend=plan.attend or attention,
                 velocity=velocity if added.hears else plan.family.velocity,
             )
-        assert watch.moment is not None
-        return watch.moment, bill
+        return watch.moments, bill
 
     def _words(self, prompts: Sequence[str]) -> tuple[Words, ...]:
         """Embeddings of each prompt, in the dtype and on the device of the transformer."""

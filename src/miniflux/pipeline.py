@@ -30,6 +30,7 @@ from miniflux.arguments import (
     warn_of_result,
 )
 from miniflux.assembly import assemble
+from miniflux.batching import ROWS, Batches, at_once, check_batch, fitting
 from miniflux.cache import Drawn, ResultCache, not_keyed, picture_key, result_cache
 from miniflux.conditions import Condition
 from miniflux.drawing import Drawing
@@ -41,10 +42,11 @@ from miniflux.memory.ledger import Run, activations
 from miniflux.memory.modes import Memory
 from miniflux.memory.shortage import Fits, told
 from miniflux.models.autoencoder import Autoencoder, Flux2Autoencoder
+from miniflux.models.compiling import is_compiled
 from miniflux.models.flux1 import Attend, RunBlock
 from miniflux.models.tiny_autoencoder import TinyDecoder
 from miniflux.models.transformer import Transformer
-from miniflux.plan import Plan, Watcher
+from miniflux.plan import Plan, Steps, Watchers
 from miniflux.result import Result, checked_output, to_image
 from miniflux.sampling import (
     Moment,
@@ -146,11 +148,12 @@ class Pipeline:
         run: RunBlock | None = None,
         wraps: Sequence[Wrap] = (),
         attend: Attend | None = None,
+        batch: int | None = None,
     ) -> Result:
         """Draw.
 
-        Pictures are drawn one after the other, each from its own seed, so a picture does not depend on its neighbours
-        and memory is that of one.
+        Each picture is drawn from its own seed and does not depend on its neighbours. Small ones are drawn several at
+        once, see `batch`.
 
         Args:
             prompt: one prompt, or several for several pictures.
@@ -192,6 +195,10 @@ class Pipeline:
                 caches and guides work around them. `settings` then says so, and the result cache keeps nothing.
             wraps: functions that make of what runs a block another one, each around those before it and all around
                 `run`, see `sampling.denoise`.
+            batch: pictures that are drawn together at most, with memory for all of them; 1 for one after the other.
+                None for as many as are faster so and fit, see `batching`: large ones are not, and a callback, `watch`,
+                `run`, `wraps` and `attend` then see one picture at a time. A picture of a batch is the one that is
+                drawn alone, if need be but for rounding; its `settings` say how many were drawn at once.
 
         Numbers may be those of numpy and torch.
 
@@ -231,7 +238,9 @@ class Pipeline:
             run=run,
             wraps=wraps,
             attend=attend,
+            batch=batch,
         )
+        check_batch(plan)
         check_channels(self.transformer, plan.conditions)
         warn_of_result(self.variant, plan.width, plan.height, plan.levels)
 
@@ -241,31 +250,36 @@ class Pipeline:
         said = {**self._described(), **plan.described(), **({"changed": summary(changed)} if changed else {})}
         unkeyed = None if self.results is None else not_keyed(plan, said, files, callback is not None)
 
-        # 3. Each picture on its own: text, noise from its seed, denoising, decoding - unless it was drawn before.
-        work, needs, fits = Drawing(self, plan), plan.needs(self.device), self._fits()
+        settings = [{**said, **plan.described_picture(i)} for i in range(plan.total)]
+        results = self.results if unkeyed is None else None
+        keys = [] if results is None else [picture_key(about, files) for about in settings]
 
-        def draw(i: int) -> Drawn:
+        # 3. Every picture from its own seed: text, noise, denoising, decoding - unless it was drawn before.
+        work, needs, fits, done = Drawing(self, plan), plan.needs(self.device), self._fits(), Steps(plan, progress)
+        looked_at = bool(plan.wrapped) or callback is not None or watch is not None
+        most = at_once(plan, looked_at, self.transformer.config.hidden_size, needs)
+
+        def draw(wanted: Sequence[int]) -> list[Drawn]:
             with self._watched(needs, fits):
                 if not work.begun:
                     fits.check(needs)
-                return work.draw(i, Watcher(i, plan.total, progress, callback, watch))
+                together = work.together(wanted[:most], 1 if batch else ROWS)
+                together = together[: fitting(len(together), batch, needs, fits)]
+            with self._watched(replace(needs, batch=len(together) * needs.batch), fits):
+                return work.draw(together, Watchers(together, partial(done.reached, wanted[0]), callback, watch))
 
-        keys: list[str] = []
+        batches = Batches(plan.total, draw, lambda i: results is None or keys[i] not in results)
         pictures: list[Drawn] = []
-        settings: list[dict[str, Any]] = []
-        for i in range(plan.total):
-            about = {**said, **plan.described_picture(i)}
-            if self.results is None or unkeyed is not None:
-                pictures.append(draw(i))
-                about |= pictures[i].about | ({} if unkeyed is None else {"not_cached": unkeyed})
+        for i, about in enumerate(settings):
+            if results is None:
+                picture, cached = batches.picture(i), {} if unkeyed is None else {"not_cached": unkeyed}
             else:
-                keys.append(picture_key(about, files))
-                picture, cached = self.results.once(keys[i], partial(draw, i), partial(plan.tell, progress, i))
-                if cached:
-                    plan.tell(progress, i + 1)
-                pictures.append(picture)
-                about |= picture.about | {"cached": cached}
-            settings.append(about)
+                picture, was = results.once(keys[i], partial(batches.picture, i), partial(done.reached, i, 0))
+                cached = {"cached": was}
+                if was:
+                    done.reached(i + 1, 0)
+            pictures.append(picture)
+            about |= picture.about | cached
         latents = torch.cat([picture.latents for picture in pictures])
         moment = pictures[0].moment if plan.total == 1 else None
         return Result([picture.image for picture in pictures], latents, settings, moment, files, tuple(keys))
@@ -315,6 +329,7 @@ class Pipeline:
             "memory": "resident" if self.memory is None else self.memory.mode,
             "threads": torch.get_num_threads(),
             "loras": described(self),
+            **({"compiled": True} if is_compiled(self.transformer) else {}),
         }
 
     def _files(self, changed: Sequence[str], conditions: Sequence[Condition] = ()) -> tuple[tuple[str, Stamp], ...]:
@@ -353,6 +368,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     memory: str = "auto",
     modulation_ahead: bool = True,
+    compile: bool = False,
     cache: ResultCache | str | Path | None = None,
 ) -> Pipeline:
     """Put a pipeline together from files.
@@ -371,11 +387,13 @@ def load(
             every new prompt; offload: the blocks' wait in RAM, in the precision of the file; stream: in the file;
             auto: the first of these that fits into what is free.
         modulation_ahead: with blocks that come and go, compute the modulations of all steps before the first.
+        compile: have `torch.compile` make programs of the transformer's blocks, with the first picture; other prompts
+            and sizes use the same ones. Weights must stay where they compute (resident or text-freed).
         cache: a folder for pictures, or a `ResultCache`: what was drawn before, of the same things, is not drawn again;
             `settings` say which. Hashes of all weights are computed for it, once per file.
 
     Raises:
-        InputError: an unknown variant, device, dtype or memory mode.
+        InputError: an unknown variant, device, dtype or memory mode, or nothing can be compiled here.
         WeightsNotFoundError: files are missing; all of them are named.
         OutOfMemoryError: the weights do not fit.
         CheckpointError: a file does not hold what it should.
@@ -383,6 +401,12 @@ def load(
     results = result_cache(cache)
     with told(f"loading {name_or_path}", lambda: "memory='stream' takes the least"):
         parts = assemble(
-            name_or_path, weights=weights, device=device, dtype=dtype, memory=memory, modulation_ahead=modulation_ahead
+            name_or_path,
+            weights=weights,
+            device=device,
+            dtype=dtype,
+            memory=memory,
+            modulation_ahead=modulation_ahead,
+            compile=compile,
         )
     return Pipeline(**parts._asdict(), results=results)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
@@ -79,6 +79,7 @@ class Plan:
         steps_asked: what was asked for, or what the variant was made for.
         levels: the noise levels that are gone through.
         run, wraps, attend: functions of the caller's in place of, and around, those that run a block and attend.
+        batch: pictures that are drawn together at most; None for what is fastest.
     """
 
     prompts: list[str]
@@ -112,6 +113,7 @@ class Plan:
     run: RunBlock | None
     wraps: tuple[Wrap, ...]
     attend: Attend | None
+    batch: int | None
 
     @classmethod
     def of(
@@ -145,6 +147,7 @@ class Plan:
         run: RunBlock | None = None,
         wraps: Sequence[Wrap] = (),
         attend: Attend | None = None,
+        batch: int | None = None,
     ) -> Plan:
         """Resolve a call. Needs no weights: whoever wants to know what a call will do asks here.
 
@@ -248,6 +251,7 @@ class Plan:
             run=run,
             wraps=wraps,
             attend=attend,
+            batch=None if batch is None else whole("batch", batch, 1, MAX_IMAGES),
         )
 
     @property
@@ -356,11 +360,6 @@ class Plan:
             "variation": None if varied is None else list(varied),
         }
 
-    def tell(self, progress: Progress | None, done: int) -> None:
-        """Tell how many of all pictures are done, in steps."""
-        if progress is not None:
-            progress(done * self.levels.steps, self.total * self.levels.steps)
-
     def cache_described(self) -> dict[str, Any]:
         name = next(name for name, kind in CACHES.items() if kind is type(self.cache))
         return {"name": name, **{f.name: _listed(getattr(self.cache, f.name)) for f in fields(self.cache)}}  # pyright: ignore
@@ -419,29 +418,57 @@ def _listed(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value  # pyright: ignore[reportUnknownArgumentType]
 
 
-@dataclass
-class Watcher:
-    """Tells the caller's functions about every step of one picture, and keeps the last moment."""
+class Steps:
+    """Tells the caller how many steps of a call are done, never fewer than before."""
 
-    index: int
-    total: int
-    progress: Progress | None = None
-    callback: Callback | None = None
-    watch: Watch | None = None
-    moment: Moment | None = None
-    replaced: bool = False
+    def __init__(self, plan: Plan, progress: Progress | None) -> None:
+        self.each, self.total, self.progress, self.done = plan.levels.steps, plan.total, progress, 0
+
+    def reached(self, pictures: int, more: int) -> None:
+        """So many pictures, and so many steps of others."""
+        self.done = max(self.done, pictures * self.each + more)
+        if self.progress is not None:  # even where it is nothing new: it may raise to stop
+            self.progress(self.done, self.total * self.each)
+
+
+class Watchers:
+    """Tells the caller's functions about every step of pictures that are drawn together, and keeps their last moments.
+
+    Attributes:
+        moments: one for each picture.
+        replaced: which pictures have latents that the callback returned.
+    """
+
+    def __init__(
+        self,
+        pictures: Sequence[int],
+        progress: Callable[[int], None] | None = None,
+        callback: Callback | None = None,
+        watch: Watch | None = None,
+    ) -> None:
+        self.pictures, self.progress, self.callback, self.watch = pictures, progress, callback, watch
+        self.moments: list[Moment] = []
+        self.replaced = [False] * len(pictures)
 
     def __call__(self, moment: Moment) -> Tensor | None:
-        replacement = None if self.callback is None else self.callback(self.index, moment)
+        self.moments = moment.rows()
+        replaced = [self._told(place) for place in range(len(self.pictures))]
+        if self.progress is not None:
+            for one in range(1, len(self.pictures) + 1):
+                self.progress(len(self.pictures) * (moment.step - 1) + one)
+        return torch.cat([moment.x for moment in self.moments]) if any(replaced) else None
+
+    def _told(self, place: int) -> bool:
+        """Whether the callback returned other latents for the picture at this place of the batch."""
+        index, moment = self.pictures[place], self.moments[place]
+        replacement = None if self.callback is None else self.callback(index, moment)
         if replacement is not None and getattr(replacement, "shape", None) != moment.x.shape:
             given = shown(getattr(replacement, "shape", replacement))
             raise InputError(f"callback must return None or latents {tuple(moment.x.shape)}, got {given}")
         if replacement is not None and not isinstance(replacement, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InputError(f"callback must return None or a torch tensor, got {type(replacement).__name__}")
-        self.moment = moment if replacement is None else replace(moment, x=replacement.to(moment.x))
-        self.replaced |= replacement is not None
+        if replacement is not None:
+            self.moments[place], self.replaced[place] = replace(moment, x=replacement.to(moment.x)), True
         if self.watch is not None:
-            self.watch(self.index, self.moment)
-        if self.progress is not None:
-            self.progress(self.index * moment.steps + moment.step, self.total * moment.steps)
-        return replacement
+            self.watch(index, self.moments[place])
+        return replacement is not None

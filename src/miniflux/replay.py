@@ -258,10 +258,20 @@ def _loaded(record: Record, model: str | Path, weights: str | Path | None, devic
             device = str(choose_device(record.device))
         except InputError:  # which is said after the run
             log.warning("there is no device %s here", strict.shown(record.device))
-    pipe = load(model, weights=weights, device=device, dtype=request.dtype)
+    pipe = _opened(record, model, weights=weights, device=device, dtype=request.dtype)
     if record.dtype and str(pipe.dtype).removeprefix("torch.") != record.dtype:  # what suits a device may change
-        pipe = load(model, weights=weights, device=pipe.device, dtype=record.dtype)
+        pipe = _opened(record, model, weights=weights, device=pipe.device, dtype=record.dtype)
     return pipe
+
+
+def _opened(record: Record, model: str | Path, **options: Any) -> Pipeline:
+    """A pipeline, compiled if that of the record was and it can be here."""
+    if record.compiled:
+        try:
+            return load(model, compile=True, **options)
+        except InputError as error:  # which is said after the run
+            log.warning("%s", error)
+    return load(model, **options)
 
 
 def _in_order(records: Sequence[Record], networks: Sequence[Steering]) -> list[Steering]:
@@ -376,6 +386,8 @@ def _unlike(record: Record, result: Result) -> list[str]:
     for name, then in (("device", record.device), ("dtype", record.dtype), ("threads", record.threads)):
         if then and then != about[name] and not (name == "threads" and about["device"] != "cpu"):
             told.append(f"made with {name} {then}, this is {about[name]}")
+    if record.compiled != bool(about.get("compiled")):
+        told.append(f"made {'with' if record.compiled else 'without'} compiled blocks, and this is not")
     sigmas = about["sigmas"]
     pairs = zip(record.sigmas, sigmas, strict=False)
     if record.sigmas and (len(sigmas) != len(record.sigmas) or any(abs(a - b) > NEAR for a, b in pairs)):

@@ -8,15 +8,23 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
 from torch.testing import assert_close
 
 from miniflux.models import layers
 from miniflux.models.layers import (
+    Affine,
     Modulation,
     QKNorm,
     RMSNorm,
+    Shift,
+    ShiftedNorm,
+    SwiGLU,
+    TanhGELU,
     apply_rope,
     attention,
+    heads,
     rope_rotations,
     timestep_embedding,
 )
@@ -87,9 +95,9 @@ def test_rope_angles_are_exact_far_out() -> None:
     pe = rope_rotations(torch.full((1, 1, 3), float(position)), AXES, THETA)
     angle = position * THETA ** (-2 / 6)
     cos, sin = math.cos(angle), math.sin(angle)
-    assert pe.shape == (1, 1, 1, sum(AXES) // 2, 2, 2)
+    assert pe.shape == (1, 1, 1, sum(AXES) // 2, 2)
     assert pe.dtype == torch.float32
-    assert_close(pe[0, 0, 0, 3], torch.tensor([[cos, -sin], [sin, cos]]), rtol=0, atol=1e-7)
+    assert_close(pe[0, 0, 0, 3], torch.tensor([cos, sin]), rtol=0, atol=1e-7)
 
 
 def test_rope_for_devices_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,12 +164,13 @@ def test_rms_norm_statistic_is_float32() -> None:
 
 
 def test_qk_norm() -> None:
-    """Queries and keys have their own scales and come back in the dtype of the values."""
-    norm, q, k = randomise(QKNorm(8)), randn(1, 2, 3, 8, seed=1), randn(1, 2, 3, 8, seed=2)
-    normed_q, normed_k = norm(q, k, q.bfloat16())
-    assert normed_q.dtype == normed_k.dtype == torch.bfloat16
-    assert_close(normed_q, norm.query_norm(q).bfloat16())
-    assert_close(normed_k, norm.key_norm(k).bfloat16())
+    """Queries and keys have their own scales; values stay as they are."""
+    norm, qkv = randomise(QKNorm(8)), randn(2, 3, 48, seed=1)
+    q, k, v = (x.unflatten(-1, (2, 8)).transpose(1, 2) for x in qkv.split(16, dim=-1))
+    found = heads(qkv, 2, norm)
+    assert [x.shape for x in found] == [(2, 2, 3, 8)] * 3
+    for actual, expected in zip(found, (norm.query_norm(q), norm.key_norm(k), v), strict=True):
+        assert_close(actual, expected)
     assert not torch.equal(norm.query_norm(k), norm.key_norm(k))
 
 
@@ -179,8 +188,30 @@ def test_modulation_order(double: bool, parts: int) -> None:
         for j, value in enumerate(values):
             start = 6.0 * i + 2 * j
             assert_close(value, torch.tensor([start, start + 1]).expand(3, 1, 2))
-        x = randn(3, 4, 2)
-        assert_close(part(x), x * (1 + part.scale) + part.shift)
+
+
+@pytest.mark.parametrize("pictures", [1, 3])
+def test_shifted_norm_closed_form(pictures: int) -> None:
+    """(1 + scale) * (x - mean) / sqrt(variance + eps) + shift, of one picture and of several."""
+    x, shift, scale, gate = randn(pictures, 4, 6), *(randn(pictures, 1, 6, seed=i) for i in range(1, 4))
+    centred = x - x.mean(dim=-1, keepdim=True)
+    normed = centred / (centred.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt()
+    assert_close(ShiftedNorm(6)(x, Affine(shift, scale)), (1 + scale) * normed + shift)
+    assert_close(Shift(shift, scale, gate).added(x, normed), x + gate * normed)
+
+
+@pytest.mark.parametrize("kind", [TanhGELU, SwiGLU])
+def test_activations_are_the_same_in_place(kind: type[nn.Module]) -> None:
+    """With gradients their input is left alone; without, it is the memory of the result, to the same bits."""
+    x = randn(2, 3, 8)
+    given, expected = x.clone(), kind()(x)
+    assert torch.equal(given, x)
+    with torch.no_grad():
+        found = kind()(x)
+    assert torch.equal(found, expected)
+    assert found.data_ptr() == x.data_ptr()
+    reference = F.gelu(given, approximate="tanh") if kind is TanhGELU else F.silu(given[..., :4]) * given[..., 4:]
+    assert_close(found, reference)
 
 
 def test_modulation_applies_silu() -> None:

@@ -96,7 +96,7 @@ def test_every_field_is_read_and_written() -> None:
     names = {f.name for f in fields(Request)}
     assert set(READ) == names
     arguments = set(Pipeline.generate.__annotations__) - {"return"}
-    watching = {"progress", "callback", "watch", "resume", "check_cache", "run", "wraps", "attend"}
+    watching = {"progress", "callback", "watch", "resume", "check_cache", "run", "wraps", "attend", "batch"}
     assert arguments - watching == names - {"model", "loras", "dtype"}
 
 

@@ -36,7 +36,7 @@ def look(
 
     def run(name: str, block: Any, streams: tuple[Tensor, ...], context: tuple[Any, ...]) -> tuple[Tensor, ...]:
         def attend(q: Tensor, k: Tensor, v: Tensor, pe: Tensor, mask: Tensor | None = None) -> Tensor:
-            kept[name] = (k.to(device), v.to(device), pe.to(device))
+            kept[name] = (k.to(device, copy=True), v.to(device, copy=True), pe.to(device))
             return attention(q, k, v, pe, mask)
 
         return run_block(name, block, streams, (*context[:-1], attend))

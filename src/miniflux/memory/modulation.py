@@ -20,6 +20,7 @@ from torch import Tensor
 from miniflux.checkpoints.networks.flux1 import MODULATION
 from miniflux.memory.streaming import Chain, Streamed
 from miniflux.models.flux1 import Flux1
+from miniflux.models.layers import apart
 from miniflux.sampling.forwards import Told, flux1_conditioning
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class Ahead:
         """In here the modulations of these calls of the network are known. Rows that no run needs are dropped at the
         next run's beginning, so that the next picture of a prompt finds its own."""
         vecs = (flux1_conditioning(self.network, call) for call in calls)
-        inputs = {_key(x): x for x in map(F.silu, vecs)}
+        inputs = {_key(x): x for vec in vecs for x in apart(F.silu(vec))}
         try:
             with self._lock:
                 self._runs.append(set(inputs))

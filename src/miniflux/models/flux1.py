@@ -24,11 +24,12 @@ from miniflux.models.layers import (
     Modulation,
     QKNorm,
     SelfAttention,
+    ShiftedNorm,
     SingleStream,
+    TanhGELU,
     attention,
     checked_axes,
     key_mask,
-    plain_norm,
     rope_rotations,
     timestep_embedding,
 )
@@ -94,7 +95,7 @@ class Flux1Config:
 
 
 def _mlp(dim: int, hidden: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim))
+    return nn.Sequential(nn.Linear(dim, hidden), TanhGELU(), nn.Linear(hidden, dim))
 
 
 class DoubleStreamBlock(DoubleStream):
@@ -104,19 +105,19 @@ class DoubleStreamBlock(DoubleStream):
         super().__init__()
         dim, mlp_dim = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
         self.img_mod = Modulation(dim, double=True)
-        self.img_norm1 = plain_norm(dim)
+        self.img_norm1 = ShiftedNorm(dim)
         self.img_attn = SelfAttention(dim, config.num_heads, config.qkv_bias)
-        self.img_norm2 = plain_norm(dim)
+        self.img_norm2 = ShiftedNorm(dim)
         self.img_mlp = _mlp(dim, mlp_dim)
         self.txt_mod = Modulation(dim, double=True)
-        self.txt_norm1 = plain_norm(dim)
+        self.txt_norm1 = ShiftedNorm(dim)
         self.txt_attn = SelfAttention(dim, config.num_heads, config.qkv_bias)
-        self.txt_norm2 = plain_norm(dim)
+        self.txt_norm2 = ShiftedNorm(dim)
         self.txt_mlp = _mlp(dim, mlp_dim)
 
     def modulated(self, img: Tensor, vec: Tensor) -> Tensor:
         """What the attention of the image tokens begins with."""
-        return self.img_mod(vec)[0](self.img_norm1(img))
+        return self.img_norm1(img, self.img_mod(vec)[0])
 
     def forward(
         self,
@@ -141,8 +142,8 @@ class SingleStreamBlock(SingleStream):
         self.linear1 = nn.Linear(dim, dim * 3 + mlp_dim)  # qkv and the first MLP layer
         self.linear2 = nn.Linear(dim + mlp_dim, dim)  # attention projection and the second MLP layer
         self.norm = QKNorm(dim // config.num_heads)
-        self.pre_norm = plain_norm(dim)
-        self.mlp_act = nn.GELU(approximate="tanh")
+        self.pre_norm = ShiftedNorm(dim)
+        self.mlp_act = TanhGELU()
         self.modulation = Modulation(dim, double=False)
         self.split = (3 * dim, mlp_dim)
 

@@ -25,12 +25,12 @@ from miniflux.models.layers import (
     QKNorm,
     SelfAttention,
     Shift,
+    ShiftedNorm,
     SingleStream,
     SwiGLU,
     attention,
     checked_axes,
     key_mask,
-    plain_norm,
     rope_rotations,
     timestep_embedding,
 )
@@ -107,18 +107,18 @@ class DoubleStreamBlock(DoubleStream):
     def __init__(self, config: BlockSizes) -> None:
         super().__init__()
         dim = config.hidden_size
-        self.img_norm1 = plain_norm(dim)
+        self.img_norm1 = ShiftedNorm(dim)
         self.img_attn = SelfAttention(dim, config.num_heads, qkv_bias=False, bias=False)
-        self.img_norm2 = plain_norm(dim)
+        self.img_norm2 = ShiftedNorm(dim)
         self.img_mlp = _mlp(config)
-        self.txt_norm1 = plain_norm(dim)
+        self.txt_norm1 = ShiftedNorm(dim)
         self.txt_attn = SelfAttention(dim, config.num_heads, qkv_bias=False, bias=False)
-        self.txt_norm2 = plain_norm(dim)
+        self.txt_norm2 = ShiftedNorm(dim)
         self.txt_mlp = _mlp(config)
 
     def modulated(self, img: Tensor, img_mods: list[Shift]) -> Tensor:
         """What the attention of the image tokens begins with."""
-        return img_mods[0](self.img_norm1(img))
+        return self.img_norm1(img, img_mods[0])
 
     def forward(
         self,
@@ -144,7 +144,7 @@ class SingleStreamBlock(SingleStream):
         self.linear1 = nn.Linear(dim, 3 * dim + 2 * mlp, bias=False)  # qkv, and both halves of SwiGLU
         self.linear2 = nn.Linear(dim + mlp, dim, bias=False)  # attention projection and the second MLP layer
         self.norm = QKNorm(dim // config.num_heads)
-        self.pre_norm = plain_norm(dim)
+        self.pre_norm = ShiftedNorm(dim)
         self.mlp_act = SwiGLU()
         self.split = (3 * dim, 2 * mlp)
 

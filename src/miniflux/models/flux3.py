@@ -24,10 +24,10 @@ from miniflux.models.layers import (
     Modulation,
     QKNorm,
     Shift,
+    ShiftedNorm,
     SwiGLU,
     attention,
     checked_axes,
-    plain_norm,
     rope_rotations,
     timestep_embedding,
 )
@@ -90,14 +90,18 @@ class Parts:
     lengths: tuple[int, ...]
     shifts: tuple[Shift, ...]
 
-    def shifted(self, x: Tensor) -> Tensor:
-        """Shift and scale a normalised `x` (B, tokens, hidden)."""
-        return torch.cat([shift(part) for shift, part in zip(self.shifts, x.split(self.lengths, 1), strict=True)], 1)
+    def shifted(self, norm: ShiftedNorm, x: Tensor) -> Tensor:
+        """Norm, shift and scale `x` (B, tokens, hidden)."""
+        return joined([norm(part, shift) for part, shift in zip(self.of(x), self.shifts, strict=True)])
 
-    def gated(self, x: Tensor) -> Tensor:
-        """What of `x` (B, tokens, hidden) is added to the residual stream."""
-        parts = zip(self.shifts, x.split(self.lengths, 1), strict=True)
-        return torch.cat([shift.gate * part for shift, part in parts], 1)
+    def added(self, x: Tensor, change: Tensor) -> Tensor:
+        """x + gate * change, each (B, tokens, hidden)."""
+        parts = zip(self.of(x), self.of(change), self.shifts, strict=True)
+        return joined([shift.added(part, its) for part, its, shift in parts])
+
+    def of(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The parts of `x` (B, tokens, hidden)."""
+        return x.split(self.lengths, dim=1)
 
 
 class StreamBlock(nn.Module):
@@ -113,18 +117,18 @@ class StreamBlock(nn.Module):
         self.mlp_in = nn.Linear(dim, 2 * mlp, bias=False)  # both halves of SwiGLU
         self.mlp_act = SwiGLU()
         self.mlp_out = nn.Linear(mlp, dim, bias=False)
-        self.pre_norm = plain_norm(dim)
+        self.pre_norm = ShiftedNorm(dim)
 
     def forward(self, x: Tensor, parts: Parts, pe: Tensor, attend: Attend = attention) -> Tensor:
         """One block. x (B, tokens, hidden) -> new x."""
-        h = parts.shifted(self.pre_norm(x))
+        h = parts.shifted(self.pre_norm, x)
         q, k, v = (
             rearrange(linear(h), "B L (H D) -> B H L D", H=self.num_heads)
             for linear in (self.q_proj, self.k_proj, self.v_proj)
         )
         # Norm and rotation are both in float32, with one rounding after them.
         attn = attend(self.norm.query_norm(q.float()), self.norm.key_norm(k.float()), v, pe, None)
-        return x + parts.gated(self.attn_out(attn) + self.mlp_out(self.mlp_act(self.mlp_in(h))))
+        return parts.added(x, self.attn_out(attn) + self.mlp_out(self.mlp_act(self.mlp_in(h))))
 
 
 class Flux3(nn.Module):
@@ -222,6 +226,11 @@ class Flux3(nn.Module):
         for i, block in enumerate(self.single_blocks):
             (x,) = run(f"single_blocks.{i}", block, (x,), (parts, pe, attend))
         return self.final_layer["image"](x[:, txt.shape[1] : txt.shape[1] + img.shape[1]], now)
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """Parts (B, tokens, hidden) one after the other; a single one as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def _blocks(config: Flux3Config, count: int) -> nn.ModuleList:

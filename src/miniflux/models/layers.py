@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from miniflux.errors import ConfigError
@@ -36,25 +35,34 @@ def rope_rotations(ids: Tensor, axes_dim: Sequence[int], theta: float) -> Tensor
         theta: base of the frequencies.
 
     Returns:
-        (B, 1, L, D / 2, 2, 2): the matrix [[cos, -sin], [sin, cos]] for each pair of channels; 1 stands for the heads.
+        (B, 1, L, D / 2, 2): cosine and sine of the angle by which each pair of channels turns; 1 stands for the heads.
     """
     device = ids.device
-    positions = (ids.cpu() if device.type in NO_FLOAT64 else ids).to(torch.float64)
-    angles: list[Tensor] = []
-    for axis, dim in enumerate(axes_dim):
-        exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim
-        angles.append(positions[..., axis, None] * theta**-exponents)
-    angle = torch.cat(angles, dim=-1)
-    cos, sin = angle.cos(), angle.sin()
-    matrices = rearrange(torch.stack([cos, -sin, sin, cos], dim=-1), "B L D (i j) -> B 1 L D i j", i=2, j=2)
-    return matrices.float().to(device)
+    positions = (ids.cpu() if device.type in NO_FLOAT64 else ids).double()
+    angle = positions @ frequencies(axes_dim, theta).to(positions.device)
+    return torch.stack((angle.cos(), angle.sin()), dim=-1).unsqueeze(1).float().to(device)
+
+
+def frequencies(axes_dim: Sequence[int], theta: float) -> Tensor:
+    """(A, D / 2), float64: of each axis theta^(-2i / dim) at its own channels, and 0 elsewhere."""
+    each = [theta ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)[None] for dim in axes_dim]
+    return torch.block_diag(*each)
 
 
 def apply_rope(x: Tensor, pe: Tensor) -> Tensor:
-    """Rotate neighbouring channel pairs of `x` (B, H, L, D) by the matrices `pe` (B, 1, L, D / 2, 2, 2), in float32."""
-    pairs = rearrange(x.float(), "B H L (D j) -> B H L D 1 j", j=2)
-    rotated = pe[..., 0] * pairs[..., 0] + pe[..., 1] * pairs[..., 1]
-    return rearrange(rotated, "B H L D i -> B H L (D i)").to(x.dtype)
+    """Turn neighbouring channel pairs of `x` (B, H, L, D) by `pe` (B, 1, L, D / 2, 2), in float32."""
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # which makes one kernel of real products, and none of complex ones
+        (a, b), (cos, sin) = pairs.unbind(-1), pe.unbind(-1)
+        turned = torch.stack((cos * a - sin * b, sin * a + cos * b), dim=-1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(pe))
+    return turned.flatten(-2).to(x.dtype)
+
+
+def rotated(q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys, rotated, in the dtype of the values; arguments as of `attention`."""
+    return apply_rope(q, pe[:, :, -q.shape[2] :]).to(v), apply_rope(k, pe).to(v)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, pe: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -68,9 +76,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pe: Tensor, mask: Tensor | None =
     Returns:
         (B, L, H * D), heads side by side.
     """
-    q, k = apply_rope(q, pe[:, :, -q.shape[2] :]), apply_rope(k, pe)
-    x = F.scaled_dot_product_attention(q.to(v), k.to(v), v, attn_mask=mask)
-    return rearrange(x, "B H L D -> B L (H D)")
+    q, k = rotated(q, k, v, pe)
+    x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return x.transpose(1, 2).flatten(2)
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0, time_factor: float = 1000.0) -> Tensor:
@@ -90,6 +98,19 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0, time_f
     return torch.cat([args.cos(), args.sin()], dim=-1).to(t.dtype)
 
 
+def apart(x: Tensor) -> tuple[Tensor, ...]:
+    """Rows (B, C) as they go through a linear: on a CPU one at a time, because BLAS rounds the product of a single row
+    otherwise than those of several, and a picture must not depend on its neighbours. All at once in training."""
+    together = torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu"
+    return (x,) if together or len(x) == 1 else x.split(1)
+
+
+def by_row(linear: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`linear(x)` of (B, C), see `apart`."""
+    rows = [linear(row) for row in apart(x)]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
 class MLPEmbedder(nn.Module):
     """Two linears with a SiLU between: lifts time, guidance or the pooled text to the hidden size."""
 
@@ -99,11 +120,18 @@ class MLPEmbedder(nn.Module):
         self.out_layer = nn.Linear(hidden_dim, hidden_dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out_layer(F.silu(self.in_layer(x)))
+        return by_row(self.out_layer, F.silu(by_row(self.in_layer, x)))
+
+
+def unit_rms(x: Tensor, eps: float) -> Tensor:
+    """x / rms(x) over the last axis, the statistic in float32 at least (arXiv 1910.07467). As fast as it gets on a CPU:
+    `F.rms_norm` takes longer."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    return (x * torch.rsqrt(norm.square() / x.shape[-1] + eps)).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale over the last axis, the statistic in float32 (arXiv 1910.07467)."""
+    """x / rms(x) * scale over the last axis."""
 
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -111,9 +139,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        rrms = torch.rsqrt(x32.square().mean(dim=-1, keepdim=True) + self.eps)
-        return (x32 * rrms).to(x.dtype) * self.scale
+        return unit_rms(x, self.eps) * self.scale
 
 
 class QKNorm(nn.Module):
@@ -124,30 +150,68 @@ class QKNorm(nn.Module):
         self.query_norm = RMSNorm(dim)
         self.key_norm = RMSNorm(dim)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised (q, k), in the dtype of `v`."""
-        return self.query_norm(q).to(v), self.key_norm(k).to(v)
+    def forward(self, qk: Tensor) -> Tensor:
+        """Queries and keys (B, L, 2, H, D), normalised together."""
+        scale = torch.stack((self.query_norm.scale, self.key_norm.scale))
+        return unit_rms(qk, self.query_norm.eps) * scale.unsqueeze(1)
+
+
+def heads(qkv: Tensor, number: int, norm: QKNorm) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, L, 3 * H * D) -> normalised q, k and plain v, each (B, H, L, D)."""
+    qk, v = qkv.unflatten(-1, (3, number, -1)).split((2, 1), dim=2)
+    q, k, v = (x.transpose(1, 2) for x in (*norm(qk).unbind(2), v.squeeze(2)))
+    return q, k, v
+
+
+class TanhGELU(nn.Module):
+    """GELU by its tanh formula (arXiv 1606.08415, section 2); in place of what comes out of a linear, unless a gradient
+    needs that: fresh memory costs more than the formula."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return F.gelu(x, approximate="tanh")
+        return torch.ops.aten.gelu_(x, approximate="tanh")
 
 
 class SwiGLU(nn.Module):
-    """silu(a) * b for the two halves a and b of the last axis (arXiv 2002.05202)."""
+    """silu(a) * b for the two halves a and b of the last axis (arXiv 2002.05202); in place of a, likewise."""
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = x.chunk(2, dim=-1)
-        return F.silu(a) * b
+        if torch.is_grad_enabled():
+            return F.silu(a) * b
+        return F.silu(a, inplace=True).mul_(b)
 
 
 @dataclass(frozen=True)
-class Shift:
-    """What adaLN does around one sub-layer: x -> x + gate * f((1 + scale) * norm(x) + shift). Each (B, 1, hidden)."""
+class Affine:
+    """(1 + scale) * x + shift; each (B, 1, hidden)."""
 
     shift: Tensor
     scale: Tensor
+
+
+@dataclass(frozen=True)
+class Shift(Affine):
+    """What adaLN does around one sub-layer: x -> x + gate * f((1 + scale) * norm(x) + shift). Each (B, 1, hidden)."""
+
     gate: Tensor
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Shift and scale a normalised `x` (B, L, hidden)."""
-        return (1 + self.scale) * x + self.shift
+    def added(self, x: Tensor, change: Tensor) -> Tensor:
+        """x + gate * change, each (B, L, hidden)."""
+        return torch.addcmul(x, self.gate, change)
+
+
+class ShiftedNorm(nn.Module):
+    """The layer norm of adaLN, which has no weights of its own, and what is done to its result."""
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.shape, self.eps = (dim,), eps
+
+    def forward(self, x: Tensor, mod: Affine) -> Tensor:
+        """(1 + scale) * norm(x) + shift, of x (B, L, hidden)."""
+        return torch.addcmul(mod.shift, 1 + mod.scale, F.layer_norm(x, self.shape, eps=self.eps))
 
 
 class Modulation(nn.Module):
@@ -160,7 +224,7 @@ class Modulation(nn.Module):
 
     def forward(self, vec: Tensor) -> list[Shift]:
         """`vec` (B, hidden) -> one `Shift` (single), or two: attention, MLP (double)."""
-        chunks = self.lin(F.silu(vec))[:, None, :].chunk(3 * self.parts, dim=-1)
+        chunks = by_row(self.lin, F.silu(vec)).unsqueeze(1).chunk(3 * self.parts, dim=-1)
         return [Shift(*chunks[3 * i : 3 * i + 3]) for i in range(self.parts)]
 
 
@@ -176,14 +240,7 @@ class SelfAttention(nn.Module):
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, L, hidden) -> normalised q, k and plain v, each (B, H, L, D)."""
-        q, k, v = rearrange(self.qkv(x), "B L (K H D) -> K B H L D", K=3, H=self.num_heads)
-        q, k = self.norm(q, k, v)
-        return q, k, v
-
-
-def plain_norm(dim: int) -> nn.LayerNorm:
-    """adaLN brings its own shift and scale, so the norm has none."""
-    return nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        return heads(self.qkv(x), self.num_heads, self.norm)
 
 
 class LastLayer(nn.Module):
@@ -191,13 +248,13 @@ class LastLayer(nn.Module):
 
     def __init__(self, dim: int, out_channels: int, bias: bool = True) -> None:
         super().__init__()
-        self.norm_final = plain_norm(dim)
+        self.norm_final = ShiftedNorm(dim)
         self.linear = nn.Linear(dim, out_channels, bias=bias)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim, bias=bias))
 
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(vec)[:, None, :].chunk(2, dim=-1)
-        return self.linear((1 + scale) * self.norm_final(x) + shift)
+        shift, scale = by_row(self.adaLN_modulation, vec).unsqueeze(1).chunk(2, dim=-1)
+        return self.linear(self.norm_final(x, Affine(shift, scale)))
 
 
 def checked_axes(axes_dim: Sequence[int], hidden_size: int, num_heads: int) -> tuple[int, ...]:
@@ -251,18 +308,18 @@ class DoubleStream(nn.Module):
         img_mod1, img_mod2 = img_mods
         txt_mod1, txt_mod2 = txt_mods
 
-        img_q, img_k, img_v = self.img_attn.heads(img_mod1(self.img_norm1(img)))
-        txt_q, txt_k, txt_v = self.txt_attn.heads(txt_mod1(self.txt_norm1(txt)))
+        img_q, img_k, img_v = self.img_attn.heads(self.img_norm1(img, img_mod1))
+        txt_q, txt_k, txt_v = self.txt_attn.heads(self.txt_norm1(txt, txt_mod1))
         q = torch.cat((txt_q, img_q), dim=2)
         k = torch.cat((txt_k, img_k), dim=2)
         v = torch.cat((txt_v, img_v), dim=2)
         attn = attend(q, k, v, pe, mask)
         txt_attn, img_attn = attn[:, : txt.shape[1]], attn[:, txt.shape[1] :]
 
-        img = img + img_mod1.gate * self.img_attn.proj(img_attn)
-        img = img + img_mod2.gate * self.img_mlp(img_mod2(self.img_norm2(img)))
-        txt = txt + txt_mod1.gate * self.txt_attn.proj(txt_attn)
-        txt = txt + txt_mod2.gate * self.txt_mlp(txt_mod2(self.txt_norm2(txt)))
+        img = img_mod1.added(img, self.img_attn.proj(img_attn))
+        img = img_mod2.added(img, self.img_mlp(self.img_norm2(img, img_mod2)))
+        txt = txt_mod1.added(txt, self.txt_attn.proj(txt_attn))
+        txt = txt_mod2.added(txt, self.txt_mlp(self.txt_norm2(txt, txt_mod2)))
         return img, txt
 
 
@@ -279,8 +336,14 @@ class SingleStream(nn.Module):
 
     def mix(self, x: Tensor, mod: Shift, pe: Tensor, mask: Tensor | None, attend: Attend) -> Tensor:
         """x (B, T + L, hidden) -> new x."""
-        qkv, mlp = self.linear1(mod(self.pre_norm(x))).split(self.split, dim=-1)
-        q, k, v = rearrange(qkv, "B L (K H D) -> K B H L D", K=3, H=self.num_heads)
-        q, k = self.norm(q, k, v)
-        attn = attend(q, k, v, pe, mask)
-        return x + mod.gate * self.linear2(torch.cat((attn, self.mlp_act(mlp)), dim=-1))
+        y = self.linear1(self.pre_norm(x, mod))
+        qkv, mlp = y.split(self.split, dim=-1)
+        q, k, v = heads(qkv, self.num_heads, self.norm)
+        attn, mlp = attend(q, k, v, pe, mask), self.mlp_act(mlp)
+        if torch.is_grad_enabled():
+            both = torch.cat((attn, mlp), dim=-1)
+        else:  # the place of v, which is done with, is beside the MLP's
+            dim = attn.shape[-1]
+            y[..., 2 * dim : 3 * dim] = attn
+            both = y[..., 2 * dim : 3 * dim + mlp.shape[-1]]
+        return mod.added(x, self.linear2(both))

@@ -47,6 +47,18 @@ class Moment:
     state: State = field(repr=False)
     memory: Tensor | None = field(repr=False)
 
+    def rows(self) -> list[Moment]:
+        """The moment of each picture of a batch."""
+        if len(self.x) == 1:
+            return [self]
+
+        def of(i: int) -> Moment:
+            row = slice(i, i + 1)
+            memory = None if self.memory is None else self.memory[row]
+            return replace(self, x=self.x[row], picture=self.picture[row], state=self.state.row(i), memory=memory)
+
+        return [of(i) for i in range(len(self.x))]
+
 
 Wrap = Callable[[RunBlock], RunBlock]
 """From what runs a block to what does so in its place: looks on, adds, or leaves the block out."""

@@ -59,6 +59,11 @@ class State:
         """Steps still to be made, this one among them."""
         return math.inf if self.steps is None else self.steps - self.step
 
+    def row(self, i: int) -> State:
+        """What is remembered of picture i of a batch."""
+        kept, past = (x[i : i + 1] for x in self.kept), ((sigma, x[i : i + 1]) for sigma, x in self.past)
+        return replace(self, kept=tuple(kept), past=tuple(past), twin=None if self.twin is None else self.twin.row(i))
+
     def asking(self, sigma: float, *kept: Tensor) -> State:
         return replace(self, ask=sigma, kept=kept)
 

@@ -19,9 +19,9 @@ TAKEN = (
 )
 """Settings that are fields of `Request`, under the same name and with the same meaning."""
 FACTS = (
-    *("version", "torch", "model", "model_path", "dtype", "dtype_asked", "device", "threads", "memory"),
+    *("version", "torch", "model", "model_path", "dtype", "dtype_asked", "device", "threads", "memory", "compiled"),
     *("loras", "files", "steps", "steps_asked", "sigmas", "guidance", "guide", "cache"),
-    *("cached", "not_cached", "replaced", "resumed", "changed", "wrapped", "conditions", "sheet", "upsampled"),
+    *("cached", "not_cached", "batch", "replaced", "resumed", "changed", "wrapped", "conditions", "sheet", "upsampled"),
 )
 UPSAMPLED = ("prompt", "model", "system", "temperature", "seed", "max_new_tokens")
 """What is said of a prompt that a language model wrote, see `miniflux.upsampling.Written`."""
@@ -59,6 +59,7 @@ class Record:
     Attributes:
         request: what makes it again.
         version, torch, device, dtype, threads: what it was made with; empty, or 0, if the file does not say.
+        compiled: whether compiled blocks drew it.
         sigmas: its noise levels.
         files: what it was made from; empty if the file does not say.
         doubts: why drawing it again may give another picture, a line each.
@@ -72,6 +73,7 @@ class Record:
     device: str = ""
     dtype: str = ""
     threads: int = 0
+    compiled: bool = False
     sigmas: tuple[float, ...] = ()
     files: tuple[FileFact, ...] = ()
     doubts: tuple[str, ...] = ()
@@ -99,6 +101,9 @@ def record_of(value: object) -> Record:
     loras, doubts = _loras(about, files)
     if about.get("replaced"):
         doubts.append("a callback replaced its latents on the way")
+    others = strict.integer("batch", about.get("batch") or 1) - 1
+    if others:
+        doubts.append(f"it was drawn in one batch with {others} more, which may round otherwise")
     for name in strict.items("wrapped", about.get("wrapped") or [], 3):
         doubts.append(f"a function of the caller's was given as {strict.text('wrapped', name, 100)}")
     steered = [
@@ -131,6 +136,7 @@ def record_of(value: object) -> Record:
         device=strict.text("device", about.get("device", "")),
         dtype=strict.text("dtype", about.get("dtype", "")),
         threads=strict.integer("threads", about.get("threads", 0)),
+        compiled=bool(about.get("compiled")),
         sigmas=sigmas,
         files=files,
         doubts=tuple(doubts),
