@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
 from torch.testing import assert_close
 
+from miniflux.checkpoints import save
 from miniflux.errors import ConfigError, InputError
-from miniflux.models.autoencoder import Autoencoder, AutoencoderConfig
+from miniflux.models import autoencoder
+from miniflux.models.autoencoder import Autoencoder, AutoencoderConfig, Upsample, normalised, pointwise, side_by_side
 from tests.tiny import AUTOENCODER, randn, randomise, shapes
 
 
@@ -98,3 +105,79 @@ def test_config_refuses_contradictions(change: dict, message: str) -> None:
 def test_config_from_lists_is_hashable() -> None:
     """Configs read from JSON hold lists; the frozen config must not."""
     assert hash(replace(AUTOENCODER, ch_mult=[1, 2, 2])) == hash(AUTOENCODER)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    batch=st.integers(1, 2),
+    channels=st.integers(1, 5),
+    height=st.integers(1, 7),
+    width=st.integers(1, 7),
+    places=st.sampled_from([1, 8, 512]),
+)
+def test_doubling_with_a_quarter_of_the_products(
+    batch: int, channels: int, height: int, width: int, places: int
+) -> None:
+    """It is the convolution of the doubled tensor, of which the plain way is taken in float64."""
+    upsample = Upsample(channels)
+    x = torch.randn(batch, channels, height, width)
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+        patch.setattr(autoencoder, "PLACES", places)
+        found = upsample(x)
+    enlarged = x.repeat_interleave(2, 2).repeat_interleave(2, 3).double()
+    weight, bias = upsample.conv.weight.detach().double(), upsample.conv.bias
+    assert bias is not None
+    assert_close(found, F.conv2d(enlarged, weight, bias.detach().double(), padding=1).float(), atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_norms_of_many_places_are_exact() -> None:
+    """As exact with the channels of a place side by side as otherwise, where torch's own is a hundred times less so."""
+    norm = nn.GroupNorm(4, 8, eps=1e-6)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = torch.randn(2, 8, 512, 512) + 3
+    expected = F.group_norm(x.double(), 4, norm.weight.double(), norm.bias.double(), eps=1e-6).float()
+    found = normalised(norm, side_by_side(x))
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert_close(found, expected, atol=2e-6, rtol=0)
+
+
+@torch.inference_mode()
+def test_a_convolution_of_one_place_is_a_linear() -> None:
+    conv, x = nn.Conv2d(6, 5, 1), torch.randn(2, 6, 3, 4)
+    assert_close(pointwise(conv, x), conv(x))
+
+
+def test_ways_of_inference_are_those_of_training(model: Autoencoder) -> None:
+    """Where autograd records, every operation is torch's own; the results are the same, and in whatever order in memory
+    the input lies, the output lies as everybody expects."""
+    pixels = randn(2, 3, 16, 24)
+    recorded = model(pixels)
+    with torch.inference_mode():
+        found = model(pixels)
+        assert torch.equal(model(pixels.contiguous(memory_format=torch.channels_last)), found)
+    assert_close(found, recorded.detach(), rtol=0, atol=1e-5)
+    assert found.is_contiguous() and recorded.is_contiguous()
+    recorded.square().mean().backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
+    model.zero_grad()
+
+
+def test_gradients_are_those_of_numbers() -> None:
+    """What is added in place and activated in place must not spoil what autograd remembers."""
+    tiny = replace(AUTOENCODER, ch=4, ch_mult=(1, 2), z_channels=1, num_groups=2)
+    model = randomise(Autoencoder(tiny)).double().requires_grad_(False)
+    pixels = torch.randn(1, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(model, (pixels,))
+
+
+def test_working_leaves_the_weights_and_their_file_as_they_were(tmp_path: Path) -> None:
+    """The order in memory is that of what flows through; a file of the weights knows nothing of it."""
+    model = randomise(Autoencoder(AUTOENCODER))
+    save(model, tmp_path / "before.safetensors")
+    with torch.inference_mode():
+        model(randn(1, 3, 16, 16))
+    assert all(tensor.is_contiguous() for tensor in model.state_dict().values())
+    save(model, tmp_path / "after.safetensors")
+    assert (tmp_path / "after.safetensors").read_bytes() == (tmp_path / "before.safetensors").read_bytes()

@@ -203,13 +203,13 @@ def test_shifted_norm_closed_form(pictures: int) -> None:
 @pytest.mark.parametrize("kind", [TanhGELU, SwiGLU])
 def test_activations_are_the_same_in_place(kind: type[nn.Module]) -> None:
     """With gradients their input is left alone; without, it is the memory of the result, to the same bits."""
-    x = randn(2, 3, 8)
-    given, expected = x.clone(), kind()(x)
-    assert torch.equal(given, x)
-    with torch.no_grad():
-        found = kind()(x)
-    assert torch.equal(found, expected)
+    given = randn(2, 3, 8)
+    trained, x = given.clone().requires_grad_(), given.clone()
+    expected, found = kind()(trained), kind()(x)
+    assert torch.equal(trained, given) and torch.equal(found, expected)
     assert found.data_ptr() == x.data_ptr()
+    expected.sum().backward()
+    assert trained.grad is not None and trained.grad.abs().min() > 0
     reference = F.gelu(given, approximate="tanh") if kind is TanhGELU else F.silu(given[..., :4]) * given[..., 4:]
     assert_close(found, reference)
 

@@ -61,7 +61,7 @@ def restore(network: nn.Module, lost: set[tuple[str, str]], base: str | Path | M
         if not their_shape_fits([tuple(p.shape) for p in parts], plan[key].how, tuple(now.shape), hidden_size(network)):
             shapes = " + ".join(str(list(p.shape)) for p in parts)
             raise CheckpointError(f"{name}: has {shapes} for {key}; expected {list(now.shape)}")
-        tensor = to_ours(parts, plan[key], tuple(now.shape)).to(now.device, now.dtype)
+        tensor = to_ours(parts, plan[key], tuple(now.shape)).to(now.device, now.dtype, copy=True)  # not of the file
         if not is_finite(tensor):
             raise CheckpointError(f"{name}: {key} is not finite (NaN or infinite)")
         found[layer, parameter] = nn.Parameter(tensor, requires_grad=False)

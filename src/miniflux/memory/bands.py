@@ -1,25 +1,39 @@
 """Large pictures through an autoencoder in bounded memory: layer by layer, a band of rows at a time.
 
 Tiles that are decoded by themselves and blended are another picture, because group norms look at all of it. Here every
-norm gets the statistics of the whole: they are summed up over the bands first. Beside weights and bands, two tensors of
-the size of the largest layer's output are in memory; what a doubling of rows and columns makes is never held whole
-before that layer, but made band by band when it is asked for. The result differs by rounding alone.
+norm gets the statistics of the whole: they are summed up over the bands first. Between those passes a layer runs over
+the bands as they come, each convolution a row behind what it reads, so that it can write over what it has read. Beside
+weights and bands, two tensors of the size of the largest layer's output are in memory; what the last doubling of rows
+and columns makes is never held whole, but made band by band when asked for. The result differs by rounding alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miniflux.models.autoencoder import AutoencoderSizes, Decoder, Encoder, ResnetBlock
+from miniflux.models.autoencoder import (
+    AutoencoderSizes,
+    Decoder,
+    Encoder,
+    ResnetBlock,
+    Upsample,
+    doubled,
+    lean,
+    pointwise,
+    scale_and_shift,
+    side_by_side,
+    sums,
+)
 
-WHOLE = 3 * 2**19  # pixels up to which a picture goes through at once: 1.5 times 1024 x 1024
-BAND = 2**16  # pixels of a band, about
+WHOLE = 2**18  # pixels up to which a picture goes through at once: 512 x 512. Larger ones are as fast in bands
+BAND = 2**14  # pixels of a band, about
 
 
 def through(network: Encoder | Decoder, x: Tensor) -> Tensor:
@@ -32,24 +46,25 @@ def through(network: Encoder | Decoder, x: Tensor) -> Tensor:
 
 
 def activations(config: AutoencoderSizes, pixels: int, itemsize: int) -> int:
-    """Bytes at the worst moment of decoding a large picture: at the last level what it is made from, and two tensors of
-    its output; before it what comes in, and two of those; and the bands at work."""
+    """Bytes at the worst moment of decoding a large picture: two tensors of the last level's output, or what comes
+    into an earlier level and two of its output; and the bands at work."""
     widths = [config.ch * mult for mult in config.ch_mult]
     before = [*widths[1:], widths[-1]]
-    last = before[0] * pixels / 4 + 2 * widths[0] * pixels
-    others = [(before[i] + 2 * widths[i]) * pixels / 4**i for i in range(1, len(widths))]
-    return int((max([last, *others]) + 6 * before[0] * BAND) * itemsize)
+    first = [before[0] / 4 + widths[0], *((before[i] + 2 * widths[i]) / 4**i for i in range(1, len(widths)))]
+    worst = max([2 * widths[0], *first])
+    return int((worst * pixels + 6 * before[0] * BAND) * itemsize)
 
 
 class Field(Protocol):
-    """A tensor (B, C, H, W) of which rows can be had."""
+    """A tensor (B, C, H, W) that can be had in bands, from above."""
 
     @property
     def height(self) -> int: ...
 
-    def rows(self, first: int, last: int) -> Tensor:
-        """Rows from `first` up to, not including, `last`."""
-        ...
+    @property
+    def width(self) -> int: ...
+
+    def bands(self) -> Iterator[Tensor]: ...
 
 
 @dataclass
@@ -62,28 +77,33 @@ class Held:
     def height(self) -> int:
         return self.tensor.shape[2]
 
-    def rows(self, first: int, last: int) -> Tensor:
-        return self.tensor[:, :, first:last]
+    @property
+    def width(self) -> int:
+        return self.tensor.shape[3]
+
+    def bands(self, places: int | None = None) -> Iterator[Tensor]:
+        """Views of it, of about so many places each."""
+        return iter(self.tensor.split(max(1, (places or BAND) // self.width), dim=2))
 
 
 @dataclass
 class Doubled:
     """What an `Upsample` makes of one: each pixel four times, then a convolution."""
 
-    conv: nn.Conv2d
-    source: Field
+    upsample: Upsample
+    source: Held
 
     @property
     def height(self) -> int:
         return 2 * self.source.height
 
-    def rows(self, first: int, last: int) -> Tensor:
-        return _convolved(self.conv, self.height, first, last, self._doubled)
+    @property
+    def width(self) -> int:
+        return 2 * self.source.width
 
-    def _doubled(self, first: int, last: int) -> Tensor:
-        small = self.source.rows(first // 2, -(-last // 2))
-        x = F.interpolate(small, scale_factor=2.0, mode="nearest")
-        return x[:, :, first % 2 : first % 2 + last - first]
+    def bands(self) -> Iterator[Tensor]:
+        for x in _windows(self.source.bands(BAND // 4), self.source.height):
+            yield doubled(self.upsample.conv, x) if lean(x) else self.upsample(x)[:, :, 2:-2]
 
 
 @dataclass
@@ -91,16 +111,22 @@ class Halved:
     """What a `Downsample` makes of one: a strided convolution, padded right and below only."""
 
     conv: nn.Conv2d
-    source: Field
+    source: Held
 
     @property
     def height(self) -> int:
         return self.source.height // 2
 
-    def rows(self, first: int, last: int) -> Tensor:
-        below = min(self.source.height, 2 * last + 1)
-        x = F.pad(self.source.rows(2 * first, below), (0, 1, 0, 2 * last + 1 - below))
-        return F.conv2d(x, self.conv.weight, self.conv.bias, stride=2)
+    @property
+    def width(self) -> int:
+        return self.source.width // 2
+
+    def bands(self) -> Iterator[Tensor]:
+        rows = max(2, BAND // self.source.width // 2 * 2)
+        for start in range(0, 2 * self.height, rows):
+            x = self.source.tensor[:, :, start : start + rows + 1]
+            x = F.pad(x, (0, 1, 0, 1 - x.shape[2] % 2))  # the last band has no row below it
+            yield F.conv2d(x, self.conv.weight, self.conv.bias, stride=2)
 
 
 @dataclass
@@ -112,108 +138,100 @@ class Statistics:
 
     @classmethod
     def of(cls, norm: nn.GroupNorm, field: Field) -> Statistics:
-        total = square = torch.zeros(())
-        count = 0
-        for x in (field.rows(first, last) for first, last in _bands(field)):
-            groups = x.reshape(len(x), norm.num_groups, -1).double()
-            total, square = total + groups.sum(-1), square + groups.square().sum(-1)
-            count += groups.shape[-1]
-        mean = total / count
-        deviation = (square / count - mean.square() + norm.eps).sqrt()
-        each = norm.num_channels // norm.num_groups
-        scale = norm.weight.double() / deviation.repeat_interleave(each, dim=1)
-        shift = norm.bias.double() - mean.repeat_interleave(each, dim=1) * scale
-        return cls(scale[..., None, None].to(norm.weight), shift[..., None, None].to(norm.weight))
+        total, square = (torch.stack(each).sum(0) for each in zip(*map(sums, field.bands()), strict=True))
+        return cls(*scale_and_shift(norm, total, square, field.height * field.width))
 
-    def active(self, x: Tensor) -> Tensor:
-        """SiLU of the normalised rows."""
-        return F.silu(torch.addcmul(self.shift, x, self.scale), inplace=True)
+    def active(self, field: Field) -> Iterator[Tensor]:
+        """SiLU of the normalised, band by band."""
+        return (F.silu(torch.addcmul(self.shift, x, self.scale), inplace=True) for x in field.bands())
 
 
 def decoded(decoder: Decoder, latent: Tensor) -> Tensor:
     """What `decoder(latent)` is, in bands."""
-    field: Field = Held(decoder.mid(decoder.beginning(latent)))
+    field: Field = Held(decoder.mid(decoder.beginning(side_by_side(latent))))
     levels = list(reversed(list(decoder.up)))
     for i, level in enumerate(levels):
         for block in cast(Any, level).block:
             field = _through(block, field)
         if hasattr(level, "upsample"):
-            grown = Doubled(cast(Any, level).upsample.conv, field)
-            field = grown if i + 2 == len(levels) else Held(_held(grown))  # before the last level it would be largest
+            field = Doubled(cast(Any, level).upsample, _held(field))
+        if i + 2 < len(levels):  # before the last level it would be largest
+            field = _held(field)
     return _ended(decoder, field)
 
 
 def encoded(encoder: Encoder, pixels: Tensor) -> Tensor:
     """What `encoder(pixels)` is, in bands."""
-    field: Field = Held(encoder.conv_in(pixels))
+    field = Held(encoder.conv_in(side_by_side(pixels)))
     for level in encoder.down:
         for block in cast(Any, level).block:
             field = _through(block, field)
         if hasattr(level, "downsample"):
-            field = Held(_held(Halved(cast(Any, level).downsample.conv, field)))
-    return encoder.ending(_ended(encoder, Held(encoder.mid(_held(field)))))
+            field = _held(Halved(cast(Any, level).downsample.conv, field))
+    return encoder.ending(_ended(encoder, Held(encoder.mid(field.tensor))))
 
 
 def _through(block: ResnetBlock, field: Field) -> Held:
-    """A residual block. It writes into what it is given where it can."""
-    if block.same_width and not isinstance(field, Held):
-        field = Held(_held(field))
-    height, first = field.height, Statistics.of(block.norm1, field)
-    inner, beside = _Filled(height), _Filled(height)
-    for start, end in _bands(field):
-        above, below = max(0, start - 1), min(height, end + 1)
-        x = field.rows(above, below)  # once for both, because it may have to be made
-        if not block.same_width:
-            beside.put(start, block.nin_shortcut(x[:, :, start - above : end - above]))
-        inner.put(start, _convolved(block.conv1, height, start, end, lambda *_, x=x: first.active(x)))
-    result = field.tensor if isinstance(field, Held) and block.same_width else beside.tensor
-    h = Held(inner.tensor)
-    second = Statistics.of(block.norm2, h)
-    for start, end in _bands(h):
-        result[:, :, start:end] += _convolved(block.conv2, height, start, end, lambda a, b: second.active(h.rows(a, b)))
-    return Held(result)
+    """A residual block. Where the width stays it is added to what is given, else it takes the place of its middle."""
+    field = _held(field) if block.same_width else field
+    inner = _gathered(_normed(block.norm1, block.conv1, field), field.height)
+    results = _normed(block.norm2, block.conv2, inner)
+    if isinstance(field, Held) and block.same_width:
+        return _added(results, field)
+    _written(results, inner.tensor)
+    return _added((pointwise(block.nin_shortcut, x) for x in field.bands()), inner)
 
 
 def _ended(network: Decoder | Encoder, field: Field) -> Tensor:
     """The last norm and convolution."""
-    statistics, found = Statistics.of(network.norm_out, field), _Filled(field.height)
-    for start, end in _bands(field):
-        rows = _convolved(network.conv_out, field.height, start, end, lambda a, b: statistics.active(field.rows(a, b)))
-        found.put(start, rows)
-    return found.tensor
+    return _gathered(_normed(network.norm_out, network.conv_out, field), field.height).tensor.contiguous()
 
 
-class _Filled:
-    """A tensor that is filled band by band."""
-
-    def __init__(self, height: int) -> None:
-        self.height, self.tensor = height, torch.empty(0)
-
-    def put(self, start: int, rows: Tensor) -> None:
-        if not start:
-            self.tensor = rows.new_empty(rows.shape[0], rows.shape[1], self.height, rows.shape[3])
-        self.tensor[:, :, start : start + rows.shape[2]] = rows
-
-
-def _held(field: Field) -> Tensor:
+def _held(field: Field) -> Held:
     """All of its rows."""
-    if isinstance(field, Held):
-        return field.tensor
-    found = _Filled(field.height)
-    for start, end in _bands(field):
-        found.put(start, field.rows(start, end))
-    return found.tensor
+    return field if isinstance(field, Held) else _gathered(field.bands(), field.height)
 
 
-def _convolved(conv: nn.Conv2d, height: int, first: int, last: int, rows: Callable[[int, int], Tensor]) -> Tensor:
-    """Rows of a 3x3 convolution, from those before and behind them, too: `rows` gives what it is made of."""
-    above, below = max(0, first - 1), min(height, last + 1)
-    x = F.pad(rows(above, below), (0, 0, above - (first - 1), last + 1 - below))
-    return F.conv2d(x, conv.weight, conv.bias, padding=(0, 1))
+def _gathered(bands: Iterator[Tensor], height: int) -> Held:
+    """Bands, one below the other."""
+    first = next(bands)
+    order = torch.channels_last if lean(first) else torch.contiguous_format
+    shape = (first.shape[0], first.shape[1], height, first.shape[3])
+    whole = torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=order)
+    _written(chain((first,), bands), whole)
+    return Held(whole)
 
 
-def _bands(field: Field) -> Iterator[tuple[int, int]]:
-    """(first, last) of every band."""
-    width = field.rows(0, 1).shape[3]
-    rows = max(2, BAND // width // 2 * 2)
-    return ((start, min(field.height, start + rows)) for start in range(0, field.height, rows))
+def _written(bands: Iterator[Tensor], whole: Tensor) -> None:
+    """Bands into the rows of a tensor."""
+    start = 0
+    for x in bands:
+        whole[:, :, start : start + x.shape[2]] = x
+        start += x.shape[2]
+
+
+def _added(bands: Iterator[Tensor], to: Held) -> Held:
+    """Bands onto the rows of a tensor."""
+    start = 0
+    for x in bands:
+        to.tensor[:, :, start : start + x.shape[2]] += x
+        start += x.shape[2]
+    return to
+
+
+def _normed(norm: nn.GroupNorm, conv: nn.Conv2d, field: Field) -> Iterator[Tensor]:
+    """Norm, SiLU and a 3x3 convolution, a row behind what is read of the field."""
+    active = Statistics.of(norm, field).active(field)
+    return (F.conv2d(x, conv.weight, conv.bias, padding=(0, 1)) for x in _windows(active, field.height))
+
+
+def _windows(bands: Iterator[Tensor], height: int) -> Iterator[Tensor]:
+    """For convolutions: the rows of all bands, and those above and below, which are shared; zeros at top and bottom."""
+    kept, seen = None, 0
+    for x in bands:
+        seen += x.shape[2]
+        above, below = x[:, :, :1], x[:, :, :1] if seen == height else x[:, :, :0]
+        x = torch.cat((torch.zeros_like(above) if kept is None else kept, x, torch.zeros_like(below)), dim=2)
+        kept = x[:, :, -2:]
+        if x.shape[2] > 2:
+            yield x

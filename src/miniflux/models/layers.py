@@ -168,7 +168,7 @@ class TanhGELU(nn.Module):
     needs that: fresh memory costs more than the formula."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
+        if x.requires_grad:
             return F.gelu(x, approximate="tanh")
         return torch.ops.aten.gelu_(x, approximate="tanh")
 
@@ -178,7 +178,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = x.chunk(2, dim=-1)
-        if torch.is_grad_enabled():
+        if x.requires_grad:
             return F.silu(a) * b
         return F.silu(a, inplace=True).mul_(b)
 
@@ -340,7 +340,7 @@ class SingleStream(nn.Module):
         qkv, mlp = y.split(self.split, dim=-1)
         q, k, v = heads(qkv, self.num_heads, self.norm)
         attn, mlp = attend(q, k, v, pe, mask), self.mlp_act(mlp)
-        if torch.is_grad_enabled():
+        if y.requires_grad or attn.requires_grad:
             both = torch.cat((attn, mlp), dim=-1)
         else:  # the place of v, which is done with, is beside the MLP's
             dim = attn.shape[-1]
