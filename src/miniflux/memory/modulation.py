@@ -20,7 +20,7 @@ from torch import Tensor
 from miniflux.checkpoints.networks.flux1 import MODULATION
 from miniflux.memory.streaming import Chain, Streamed
 from miniflux.models.flux1 import Flux1
-from miniflux.models.layers import apart
+from miniflux.models.layers import by_row
 from miniflux.sampling.forwards import Told, flux1_conditioning
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class Ahead:
         """In here the modulations of these calls of the network are known. Rows that no run needs are dropped at the
         next run's beginning, so that the next picture of a prompt finds its own."""
         vecs = (flux1_conditioning(self.network, call) for call in calls)
-        inputs = {_key(x): x for vec in vecs for x in apart(F.silu(vec))}
+        inputs = {_key(x): x for vec in vecs for x in F.silu(vec).split(1)}
         try:
             with self._lock:
                 self._runs.append(set(inputs))
@@ -81,14 +81,15 @@ class Ahead:
         for unit in self._chain.units:
             rows = self._table[unit.name]
             with self._chain.loaded(unit):
-                rows.update({key: self._plain[unit.name](x) for key, x in inputs.items() if key not in rows})
+                plain = self._plain[unit.name]
+                rows.update({key: by_row(plain, x) for key, x in inputs.items() if key not in rows})
         self._chain.free()
 
     def _look_up(self, name: str, x: Tensor) -> Tensor:
         """The output of a linear; a new tensor, because a LoRA adds to it in place."""
-        row = self._table[name].get(_key(x))
-        if row is not None:
-            return row.clone()
+        rows = [self._table[name].get(_key(row)) for row in x.split(1)]
+        if all(row is not None for row in rows):
+            return torch.cat([row for row in rows if row is not None])
         self.misses += 1
         if self._runs and self.misses == 1:
             log.warning("a conditioning vector was not foreseen: the weights of all modulations are read again for it")

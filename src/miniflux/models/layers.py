@@ -98,17 +98,16 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0, time_f
     return torch.cat([args.cos(), args.sin()], dim=-1).to(t.dtype)
 
 
-def apart(x: Tensor) -> tuple[Tensor, ...]:
-    """Rows (B, C) as they go through a linear: on a CPU one at a time, because BLAS rounds the product of a single row
-    otherwise than those of several, and a picture must not depend on its neighbours. All at once in training."""
-    together = torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu"
-    return (x,) if together or len(x) == 1 else x.split(1)
+ROWS = 4  # from so many on, a BLAS rounds the product of a row as it does without its neighbours
 
 
 def by_row(linear: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`linear(x)` of (B, C), see `apart`."""
-    rows = [linear(row) for row in apart(x)]
-    return rows[0] if len(rows) == 1 else torch.cat(rows)
+    """`linear(x)` of (B, C). On a CPU, without gradients, rows are repeated up to a multiple of `ROWS`: the product of
+    one to three would be rounded in another way, and a picture must not depend on its neighbours."""
+    missing = -len(x) % ROWS
+    if not missing or x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return linear(x)
+    return linear(torch.cat((x, x[-1:].expand(missing, -1))))[: len(x)]
 
 
 class MLPEmbedder(nn.Module):
