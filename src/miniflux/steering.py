@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from miniflux.checkpoints.configs import axes_beside, axes_in, json_object
 from miniflux.checkpoints.files import TensorSource, open_tensors
-from miniflux.checkpoints.folders import path_of
+from miniflux.checkpoints.folders import SAFETENSORS, files_in, path_of
 from miniflux.checkpoints.formats.reading import GivenTensors, contents_of
 from miniflux.checkpoints.layouts import own_shapes
 from miniflux.checkpoints.loading import bare, load_into
@@ -28,10 +28,12 @@ from miniflux.models.ip_adapter import XlabsIPAdapter
 from miniflux.models.redux import Redux
 from miniflux.models.vision import ClipVision, SiglipVision, VisionConfig
 from miniflux.variants import CLIP_VIT_L14, SIGLIP_SO400M, VARIANTS
+from miniflux.weights.finding import BUNDLED
 from miniflux.weights.origin import stamps
 
 log = logging.getLogger(__name__)
 
+BUNDLED_CONTROLNETS = {path.stem: path for path in files_in(BUNDLED / "controlnets", SAFETENSORS)}
 TORCH_FILES = (".bin", ".pt", ".pth")
 FOLDERS = ("image_embedder", "controlnet")  # of a diffusers pipeline's folder that hold such a network
 TOWERS = ("image_encoder", "vision")  # where its vision tower lies
@@ -48,7 +50,8 @@ def load(
     Redux, or an IP-Adapter (XLabs, InstantX).
 
     Args:
-        path: its file, a folder with it, or a folder of diffusers' pipelines with a folder of it.
+        path: its file, a folder with it, a folder of diffusers' pipelines with a folder of it, or the name of a bundled
+            one ("canny").
         vision: the file or folder of the vision tower it sees pictures with: SigLIP for Redux and InstantX' IP-Adapter,
             CLIP for XLabs'. Of several, the one that it needs, if it needs any. None for `image_encoder` in or beside
             the folder.
@@ -58,7 +61,7 @@ def load(
     Raises:
         CheckpointError: it cannot be read, is something else, does not fit; or a vision tower is needed and not found.
     """
-    place = path_of(path)
+    place = _placed(path)
     folder = next((place / name for name in FOLDERS if (place / name).is_dir()), place)
     source = _opened(folder)
     kind = next((found.what.kind for found in known_in(source) if not found.prefix), None)
@@ -86,6 +89,17 @@ def load(
     if width != needed:
         raise CheckpointError(f"{tower}: sees in {width} channels, and {folder} wants {needed}")
     return Steering(network, eyes, (*files, *((wanted.word, stamp) for stamp in stamps(tower))))
+
+
+def _placed(path: str | Path) -> Path:
+    """A path, or that of the bundled ControlNet of this name."""
+    place, bundled = path_of(path), BUNDLED_CONTROLNETS.get(str(path))
+    if place.exists():
+        return place
+    if bundled is None and not place.suffix and len(place.parts) == 1:
+        names = ", ".join(BUNDLED_CONTROLNETS)
+        raise CheckpointError(f"{path}: no such file or folder, and no bundled ControlNet of this name ({names})")
+    return bundled or place
 
 
 def _called(record: Network) -> str:

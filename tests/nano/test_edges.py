@@ -1,4 +1,5 @@
-"""The nano ControlNet's recipe: what it learns from, what it begins as, and its judge held against true pictures."""
+"""The bundled ControlNet and Canny LoRA, and their recipe: what they learn from, what they begin as, and their judge
+held against true pictures."""
 
 from __future__ import annotations
 
@@ -109,3 +110,32 @@ def test_the_lora_begins_as_nothing_and_is_read_as_a_control_lora(pipe: Pipeline
     edges = scenes.render(scenes.one_object(random.Random(1)), 64, 64)
     drawn = fresh.generate("a red star", width=64, height=64, steps=2, conditions=[Control(edges)])
     assert drawn.images[0].size == (64, 64)
+
+
+def test_the_bundled_controlnet_draws_along_edges(pipe: Pipeline) -> None:
+    """By its name; nine of ten scenes beside the places that their captions say are drawn where their edges are."""
+    pytest.importorskip("cv2")
+    net = miniflux.conditions.load("canny")
+    told = judged(pipe, lambda edges: miniflux.conditions.ControlNet(net, edges), 10, 7)
+    assert sum(ok and overlap >= LIKE for ok, overlap in told) >= 9
+    with pytest.raises(miniflux.errors.CheckpointError, match=r"no bundled ControlNet of this name \(canny\)"):
+        miniflux.conditions.load("cany")
+    seen = miniflux.conditions.ControlNet(net, scenes.render(scenes.one_object(random.Random(1)), 64, 64))
+    other = miniflux.tiny("flux1-dev")
+    with pytest.raises(miniflux.errors.InputError, match="192"):
+        other.generate("a star", conditions=[seen], steps=1)
+
+
+def test_the_bundled_canny_lora_draws_along_edges() -> None:
+    """nano-dev reads a control picture with it, and is as before without."""
+    pytest.importorskip("cv2")
+    pipe = miniflux.load("nano", dtype="float32")
+    before = pipe.generate("a red star", width=64, height=64, steps=2).latents
+    receipt = miniflux.lora.attach(pipe, "canny")
+    assert receipt.dialect == "BFL" and receipt.applied == receipt.expected == 23
+    told = judged(pipe, Control, 10, 7)
+    assert sum(ok and overlap >= LIKE for ok, overlap in told) >= 9
+    with pytest.raises(miniflux.errors.InputError, match="control"):
+        pipe.generate("a red star", steps=1)
+    miniflux.lora.detach(pipe, "canny")
+    assert torch.equal(pipe.generate("a red star", width=64, height=64, steps=2).latents, before)

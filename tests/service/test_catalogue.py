@@ -143,11 +143,15 @@ def test_networks_that_steer_are_told_from_their_keys(tmp_path: Path) -> None:
     (tmp_path / "control").mkdir()
     path = Path(network(tmp_path / "control" / "edges.safetensors"))
     catalogue = Catalogue(folder=tmp_path)
+    bundled = {"canny (bundled)": ("ControlNet", BUNDLED / "controlnets" / "canny.safetensors")}
+    assert catalogue.networks == bundled
     assert catalogue.scan() and not catalogue.scan() and not catalogue.refused
     name = str(path.relative_to(tmp_path))
-    assert catalogue.networks == {name: ("ControlNet", path)} and not any(one.path for one in catalogue.listed())
+    assert catalogue.networks == {**bundled, name: ("ControlNet", path)} and not any(
+        one.path for one in catalogue.listed()
+    )
     path.unlink()
-    assert catalogue.scan() and not catalogue.networks
+    assert catalogue.scan() and catalogue.networks == bundled
 
 
 def test_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from miniflux.checkpoints.opened import known_in, open_part, parts_of
 from miniflux.conditions.again import NETWORKS
 from miniflux.errors import CheckpointError, InputError, MinifluxError, WeightsNotFoundError
 from miniflux.models.causal_lm import CausalLm
+from miniflux.steering import BUNDLED_CONTROLNETS
 from miniflux.variants import ALIASES, VARIANTS, Variant, variant
 from miniflux.weights.finding import find
 from miniflux.weights.origin import Stamp, stamped
@@ -27,6 +28,7 @@ from miniflux.weights.origin import Stamp, stamped
 log = logging.getLogger(__name__)
 
 MODEL, WRITER = "model", "language model"
+BUNDLED = {f"{name} (bundled)": ("ControlNet", path) for name, path in BUNDLED_CONTROLNETS.items()}
 SHOWN = 3  # tensors that a refusal names
 
 
@@ -173,8 +175,8 @@ class Catalogue:
         self.folder = None if folder is None else Path(os.path.abspath(folder))
         self.refused: dict[str, str] = {}
         """What in the folder cannot be used, by its name there, and why."""
-        self.networks: dict[str, tuple[str, Path]] = {}
-        """What in the folder steers: the kind of condition it is for and its path, by its name there."""
+        self.networks: dict[str, tuple[str, Path]] = dict(BUNDLED)
+        """What steers, bundled or in the folder: the kind of condition it is for and its path, by its name there."""
         self._writers: list[Path] = []  # folders of language models in the folder
         self._files: dict[Path, Found] = {}  # by the paths that were given, and those in the folder
 
@@ -218,7 +220,7 @@ class Catalogue:
         folder = self.folder
         if folder is None:
             return False
-        before, refused, networks = dict(self._files), dict[str, str](), dict[str, tuple[str, Path]]()
+        before, refused, networks = dict(self._files), dict[str, str](), dict[str, tuple[str, Path]](BUNDLED)
         writers: list[Path] = []
         files = {path: found for path, found in before.items() if not path.is_relative_to(folder) and found.unchanged}
         for path, what in candidates(folder):

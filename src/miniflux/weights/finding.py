@@ -92,11 +92,17 @@ def misnamed() -> str | None:
     return f"{WEIGHTS_VARIABLE} names {said}, {why}"
 
 
+def bundled_folder(variant: Variant) -> Path:
+    """Where the files of a bundled variant are: those of FLUX.1's family share one folder, others have their own."""
+    own = BUNDLED / variant.name
+    return own if own.is_dir() else BUNDLED
+
+
 def places(variant: Variant, first: Iterable[Path] = ()) -> list[Path]:
     """Folders that may hold the files of a variant, in the order in which they are looked through."""
     found = list(first)
     if variant.bundled:
-        found.append(BUNDLED)
+        found.append(bundled_folder(variant))
     if wrong := misnamed():
         _warned(wrong)
     if root := weights_folder():
@@ -188,14 +194,15 @@ def _is_given(path: Path, part: str) -> bool:
 
 
 def _relatives(variant: Variant) -> list[Path]:
-    """Cached snapshots of the variants with the same text encoders and autoencoder."""
+    """Folders of the variants with the same text encoders and autoencoder: bundled ones, and cached snapshots."""
 
     def beside(one: Variant) -> tuple[object, ...]:
         return one.autoencoder, one.clip, one.t5, one.lm
 
     others = [v for v in VARIANTS.values() if v.name != variant.name and beside(v) == beside(variant)]
+    bundled = [bundled_folder(other) for other in others if other.bundled]
     cached = [snapshot(other.repository) for other in others if other.repository]
-    return [folder for folder in cached if folder is not None]
+    return [*bundled, *(folder for folder in cached if folder is not None)]
 
 
 def find(variant: Variant, first: Iterable[Path] = (), given: Mapping[str, Path] | None = None) -> Files:

@@ -289,12 +289,15 @@ def test_dropped_lora_is_drawn_with(people: People, tmp_path: Path) -> None:
     copy.write_bytes(Path(people.site.models.lora("realism").source).read_bytes())
     answer = people.does("files", BOB, files=[str(copy)])
     assert "8 of 8 modules" in answer["stage"]["text"]
-    assert [(row["label"], row["on"]) for row in answer["loras"]] == [("Realism", False), ("mine", True)]
+    bundled = [("Realism", False), ("Canny edges", False)]
+    assert [(row["label"], row["on"]) for row in answer["loras"]] == [*bundled, ("mine", True)]
     answer["loras"][0]["on"] = True
     people.does("draw", BOB, loras=answer["loras"], seed="1")
     assert len(people.drawn(BOB).request.loras) == 2
     late = people.does("arrive", BOB)["loras"]
-    assert [(row["label"], row["on"], row["late"]) for row in late] == [("Realism", False, True), ("mine", False, True)]
+    assert [(row["label"], row["on"]) for row in late] == [*bundled, ("mine", False)] and all(
+        row["late"] for row in late
+    )
 
 
 @pytest.mark.parametrize("ending", [".sft", ".SafeTensors"])
@@ -305,8 +308,8 @@ def test_dropped_lora_keeps_its_whole_name(people: People, tmp_path: Path, endin
     for name in ("short", "a-long-name-" * 14):
         (tmp_path / f"{name}{ending}").write_bytes(data)
         answer = people.does("files", session, files=[str(tmp_path / f"{name}{ending}")])
-        assert [row["label"] for row in answer["loras"]] == ["Realism", name]
-    digest = Path(people.site.shelf(session).loras[answer["loras"][1]["id"]].file).parent
+        assert [row["label"] for row in answer["loras"]] == ["Realism", "Canny edges", name]
+    digest = Path(people.site.shelf(session).loras[answer["loras"][-1]["id"]].file).parent
     assert [path.name for path in digest.iterdir() if path.suffix == ending] == [f"{name}{ending}"]
 
 

@@ -331,13 +331,13 @@ def test_dropped_lora_gives_its_receipt_and_works_beside_the_other(tab: Tab, pag
     copy.write_bytes(source.read_bytes() + b"")
     tab.drop(copy)
     assert "8 of 8 modules" in tab.message
-    tab.until(lambda: len(tab.all(".mf-lora")) == 2, "a second row")
+    tab.until(lambda: len(tab.all(".mf-lora")) == 3, "a row more")
     tab.type_into("[data-id=realism][type=range]", "1")
     tab.draw()
     details = tab.details()
     assert [value for name, value in details.items() if name.startswith("LoRA")] == ["strength 1.0", "strength 1.0"]
-    tab.open().until(lambda: len(tab.all(".mf-lora")) == 2, "the second row, after a reload")
-    assert [box.is_selected() for box in tab.all(".mf-lora input[type=checkbox]")] == [True, True]
+    tab.open().until(lambda: len(tab.all(".mf-lora")) == 3, "the new row, after a reload")
+    assert [box.is_selected() for box in tab.all(".mf-lora input[type=checkbox]")] == [True, False, True]
 
 
 def test_model_without_guidance_says_why_it_is_grey(tab: Tab) -> None:

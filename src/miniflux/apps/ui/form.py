@@ -261,7 +261,7 @@ def rows(
             "about": lora.about,
             "reason": lora.reasons.get(model, ""),
             "receipt": lora.receipt,
-            "dropped": lora.id != BUNDLED,
+            "dropped": lora.id not in BUNDLED,
         })  # fmt: skip
     return found
 

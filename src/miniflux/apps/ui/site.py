@@ -36,7 +36,7 @@ MAX_LORAS = 32  # files that one session may drop
 MAX_GIVEN = 64  # pictures of one session that its requests may name; the latest ones
 MAX_UNTOLD = 8  # jobs of a session that are over, kept to say so
 CACHE_BYTES = 2**30  # of pictures kept to answer repeated requests
-BUNDLED = "realism"
+BUNDLED = {"realism": "Realism", "canny": "Canny edges"}  # LoRAs, and what the list calls them
 MODEL_FILES = {".safetensors", ".sft", ".gguf"}
 
 
@@ -99,7 +99,9 @@ class Site:
         if named is None:
             raise InputError(f"--model {first}: not on this machine; there are {', '.join(self.listed)}")
         self.first = named
-        self.bundled = {BUNDLED: self._lora(BUNDLED, "Realism", BUNDLED, BUNDLED_LORAS / f"{BUNDLED}.safetensors")}
+        self.bundled = {
+            id: self._lora(id, label, id, BUNDLED_LORAS / f"{id}.safetensors") for id, label in BUNDLED.items()
+        }
         self._shelves: OrderedDict[str, Shelf] = OrderedDict()
         self._lock, self._scanning = threading.Lock(), threading.Lock()
 
@@ -120,7 +122,7 @@ class Site:
             self.listed = listed
 
     def shelf(self, session: str) -> Shelf:
-        """What this session has; a new one has the bundled LoRA."""
+        """What this session has; a new one has the bundled LoRAs."""
         with self._lock:
             if session not in self._shelves:
                 self._shelves[session] = Shelf(dict(self.bundled))
@@ -132,7 +134,7 @@ class Site:
     def _clear(self, session: str, shelf: Shelf) -> None:
         with shelf.lock:
             for lora in shelf.loras.values():
-                if lora.id != BUNDLED:
+                if lora.id not in BUNDLED:
                     self.uploads.let_go(session, Path(lora.file))
             shelf.loras = dict(self.bundled)
 
@@ -187,7 +189,7 @@ class Site:
             MinifluxError: it cannot be used; the message says why, and nothing has changed.
         """
         shelf = self.shelf(session)
-        if len(shelf.loras) > MAX_LORAS:
+        if len(shelf.loras) >= MAX_LORAS + len(self.bundled):
             raise InputError(f"{path.name}: this session has dropped {MAX_LORAS} LoRAs already")
         self._lora("", path.stem, str(path), path)  # refuses before anything is kept
         digest = digest_of(path)

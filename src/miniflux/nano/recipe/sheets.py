@@ -12,10 +12,12 @@ import torch
 from PIL import Image
 
 import miniflux
-from miniflux.conditions import Reference
+from miniflux.conditions import Control, ControlNet, Reference
+from miniflux.conditions.making import canny
 from miniflux.conditions.masks import feathered, outpainted
 from miniflux.nano import scenes
 from miniflux.nano.recipe import edits
+from miniflux.nano.recipe.edges import aside
 from miniflux.nano.recipe.realism import PROMPTS as LIT_PROMPTS
 
 GAP = 4  # white pixels between pictures
@@ -75,6 +77,21 @@ def editing_sheet() -> Image.Image:
     return sheet(rows)
 
 
+def edges_sheet() -> Image.Image:
+    """Three rows, a scene each: the scene, its edges, what nano-dev draws from its words alone, with the ControlNet,
+    and with the Canny LoRA."""
+    plain, steered = miniflux.load("nano"), miniflux.load("nano")
+    miniflux.lora.attach(steered, "canny")
+    net, rng, rows = miniflux.conditions.load("canny"), random.Random(SEED), list[list[Image.Image]]()
+    for _ in range(3):
+        scene = aside(rng)
+        shown = scenes.render(scene, 128, 128)
+        edges = canny(shown)
+        ways = ((plain, []), (plain, [ControlNet(net, edges)]), (steered, [Control(edges)]))
+        rows.append([shown, edges, *(p.generate(scene.caption, seed=SEED, conditions=c).images[0] for p, c in ways)])
+    return sheet(rows)
+
+
 def grey(mask: torch.Tensor) -> Image.Image:
     """A mask (H, W) as a picture."""
     return Image.fromarray((mask * 255).byte().numpy()).convert("RGB")
@@ -84,6 +101,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     conditions_sheet().save(folder / "conditions.png")
     editing_sheet().save(folder / "nano-editing.png")
+    edges_sheet().save(folder / "nano-edges.png")
     pipe = miniflux.load("nano")
     rng = random.Random(SEED)
     wanted = [(scenes.two_objects if i % 2 else scenes.one_object)(rng, held_out=i % 3 == 0) for i in range(40)]

@@ -2,8 +2,8 @@
 
 Their autoencoder is nano's in the form of FLUX.2's, with the same latents, so that nano-dev can teach them: they learn
 its velocities, guidance among them, and from pictures how two references make a third. A small language model is
-trained along with nano2; nano3 reads with the same, and learns to make in one step what nano-dev makes in several (a
-flow map, arXiv 2406.07507). Hours each on a CPU core.
+trained along with each; that of nano3 begins as that of nano2. nano3 learns to make in one step what nano-dev makes in
+several (a flow map, arXiv 2406.07507). Hours each on a CPU core.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Goal:
 
 GOALS = {
     goal.name: goal
-    for goal in (Goal("nano2", 4_000, 64, 14_000, 28, 1.5e-3), Goal("nano3", 4_000, 64, 14_000, 28, 1.5e-3))
+    for goal in (Goal("nano2", 3_000, 64, 17_000, 28, 1.5e-3), Goal("nano3", 3_000, 64, 11_000, 28, 1.5e-3))
 }
 
 
@@ -299,7 +299,7 @@ def make(name: str, folder: Path, start: Path | None = None, reader: Path | None
 
     Args:
         start: a folder with the files of an earlier run, to begin with their weights.
-        reader: a folder with the language model of the other, which is then not trained.
+        reader: a folder with the tokenizer and the language model of the other, to begin with.
     """
     goal, variant = GOALS[name], IN_TRAINING[name]
     assert variant.chat is not None and isinstance(variant.autoencoder, Flux2AutoencoderConfig)
@@ -314,7 +314,7 @@ def make(name: str, folder: Path, start: Path | None = None, reader: Path | None
         load_into(student.network, start / variant.file, dtype=torch.float32)
     if read is not None:
         load_into(student.lm, read / "text_encoder", dtype=torch.float32)
-    student.requires_grad_(True).lm.requires_grad_(reader is None)
+    student.requires_grad_(True)
     autoencoder = nano.autoencoder.to(memory_format=torch.channels_last)  # pyright: ignore
     successor = successor_autoencoder(nano.autoencoder, variant.autoencoder)
     teacher = Teacher(nano.transformer, encoders_of(nano.text))
@@ -326,10 +326,10 @@ def make(name: str, folder: Path, start: Path | None = None, reader: Path | None
     report(state.average, successor, 100)
     weights = folder / "weights" / name
     export_network(state.average.network, weights / variant.file)
-    if reader is None:
+    export_lm(state.average.lm, weights / "text_encoder")
+    shutil.copytree(tokenizer, weights / "tokenizer", dirs_exist_ok=True)
+    if reader is None:  # nano3 takes that of nano2
         export_network(successor, weights / "ae.safetensors")
-        export_lm(state.average.lm, weights / "text_encoder")
-        shutil.copytree(tokenizer, weights / "tokenizer", dirs_exist_ok=True)
     log.info("finished: %s", weights)
 
 
@@ -372,7 +372,7 @@ def main() -> None:
     arguments.add_argument("goal", choices=[*GOALS])
     arguments.add_argument("folder", type=Path, nargs="?", default=Path("runs/nano"))
     arguments.add_argument("--start", type=Path, metavar="FOLDER", help="begin with the weights of an earlier run")
-    arguments.add_argument("--reader", type=Path, metavar="FOLDER", help="read with the language model of this one")
+    arguments.add_argument("--reader", type=Path, metavar="FOLDER", help="begin with the language model of this one")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     with sdpa_kernel(SDPBackend.MATH), torch.autograd.set_multithreading_enabled(False):
         options = arguments.parse_args()
