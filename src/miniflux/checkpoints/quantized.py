@@ -8,12 +8,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, cast
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from miniflux.checkpoints.formats.base import WEIGHT, Stored
 from miniflux.checkpoints.formats.scaled import PLAIN
+from miniflux.models.linear import linear
 
 Stack = tuple[Stored, Mapping[str, Tensor]]
 """A stack of rows of a weight: how it is stored, and its parts by suffix."""
@@ -148,7 +148,7 @@ class QuantizedLinear(nn.Module):
         if torch.is_grad_enabled() and x.requires_grad:
             y = cast(Tensor, _Unpacked.apply(x, self))
             return y if self.bias is None else y + self.bias.to(y.dtype)
-        return F.linear(x, self._weight(x), None if self.bias is None else self.bias.to(x.dtype))
+        return linear(x, self._weight(x), None if self.bias is None else self.bias.to(x.dtype))
 
     def _weight(self, x: Tensor) -> Tensor:
         moved = self.swapped or self.paired
@@ -187,7 +187,7 @@ class _Unpacked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.layer = layer
-        return F.linear(x, layer._weight(x))  # pyright: ignore[reportPrivateUsage]
+        return linear(x, layer._weight(x))  # pyright: ignore[reportPrivateUsage]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -37,6 +37,7 @@ from miniflux.lora.fitting import WIDENED
 from miniflux.lora.layer import Change, changes_of
 from miniflux.lora.packing import Rounding, again, check_range, report, rounding, why_not
 from miniflux.lora.restoring import restore
+from miniflux.models.linear import Linear
 
 
 def merge(target: Attachable, name: str | None = None, *, keep: bool = True, pack: bool = False) -> int:
@@ -227,7 +228,7 @@ def _check_mergeable(network: nn.Module, layer: str, adapter: str, pack: bool) -
     if isinstance(module, QuantizedLinear):
         if pack:
             _check_packable(network, layer, adapter)
-    elif not (weight := cast(Tensor, module.weight)).dtype.is_floating_point or type(module) is not nn.Linear:
+    elif not (weight := cast(Tensor, module.weight)).dtype.is_floating_point or type(module) not in (Linear, nn.Linear):
         raise LoraError(f"{layer} is quantised ({type(module).__name__}): a LoRA can be attached to it, not merged")
     elif weight.dtype.itemsize == 1:
         warnings.warn(f"{layer} is {weight.dtype}: most of a LoRA is smaller than its rounding", stacklevel=3)

@@ -20,6 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from miniflux.errors import ConfigError, InputError
+from miniflux.models.linear import linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +140,7 @@ def pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """A 1x1 convolution: with channels side by side the linear of every place, which torch's convolution overlooks."""
     if not lean(x):
         return conv(x)
-    return F.linear(x.movedim(1, 3), conv.weight.flatten(1), conv.bias).movedim(3, 1)
+    return linear(x.movedim(1, 3), conv.weight.flatten(1), conv.bias).movedim(3, 1)
 
 
 def doubled(conv: nn.Conv2d, x: Tensor) -> Tensor:

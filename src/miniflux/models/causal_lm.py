@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from miniflux.errors import ConfigError, InputError
+from miniflux.models.linear import Linear, linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,10 +113,10 @@ class CausalAttention(nn.Module):
         super().__init__()
         dim, head = config.hidden_size, config.head_dim
         self.head = head
-        self.q_proj = nn.Linear(dim, config.num_attention_heads * head, bias=False)
-        self.k_proj = nn.Linear(dim, config.num_key_value_heads * head, bias=False)
-        self.v_proj = nn.Linear(dim, config.num_key_value_heads * head, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * head, dim, bias=False)
+        self.q_proj = Linear(dim, config.num_attention_heads * head, bias=False)
+        self.k_proj = Linear(dim, config.num_key_value_heads * head, bias=False)
+        self.v_proj = Linear(dim, config.num_key_value_heads * head, bias=False)
+        self.o_proj = Linear(config.num_attention_heads * head, dim, bias=False)
         self.q_norm, self.k_norm = (
             RmsNorm(head, config.rms_norm_eps) if config.qk_norm else nn.Identity() for _ in range(2)
         )
@@ -123,8 +124,7 @@ class CausalAttention(nn.Module):
     def forward(self, x: Tensor, angles: Tensor, mask: Tensor, cache: KeyValues | None, layer: int) -> Tensor:
         """x (B, T, hidden); mask (B, 1, T, tokens read and T), true for keys that may be looked at -> new x."""
         q, k, v = (
-            rearrange(linear(x), "B T (H D) -> B H T D", D=self.head)
-            for linear in (self.q_proj, self.k_proj, self.v_proj)
+            rearrange(one(x), "B T (H D) -> B H T D", D=self.head) for one in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotated(self.q_norm(q), angles), rotated(self.k_norm(k), angles)
         if cache is not None:
@@ -139,9 +139,9 @@ class GatedMlp(nn.Module):
     def __init__(self, config: CausalLmConfig) -> None:
         super().__init__()
         dim, width = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(dim, width, bias=False)
-        self.up_proj = nn.Linear(dim, width, bias=False)
-        self.down_proj = nn.Linear(width, dim, bias=False)
+        self.gate_proj = Linear(dim, width, bias=False)
+        self.up_proj = Linear(dim, width, bias=False)
+        self.down_proj = Linear(width, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -181,7 +181,7 @@ class CausalLm(nn.Module):
         self.config = config
         self.model = Decoder(config)
         if not config.tie_word_embeddings and config.layers_read is None:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
     def device(self) -> torch.device:
@@ -239,5 +239,5 @@ class CausalLm(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Of the next token, (..., vocab_size), from hidden states after the last layer."""
         if self.config.tie_word_embeddings:
-            return F.linear(hidden, self.model.embed_tokens.weight)
+            return linear(hidden, self.model.embed_tokens.weight)
         return self.lm_head(hidden)  # called, not read: its weight may be packed

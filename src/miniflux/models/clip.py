@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from miniflux.errors import ConfigError, InputError
+from miniflux.models.linear import Linear
 
 LEGACY_EOS = 2  # `eos_token_id` in old config files, whose tokenizers never used it
 
@@ -99,10 +100,10 @@ class ClipAttention(nn.Module):
     def __init__(self, config: LayerSizes, causal: bool) -> None:
         super().__init__()
         self.heads, self.causal = config.num_attention_heads, causal
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.q_proj = Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (
@@ -116,8 +117,8 @@ class ClipMLP(nn.Module):
     def __init__(self, config: LayerSizes) -> None:
         super().__init__()
         self.act = ACTIVATIONS[config.hidden_act]
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)))

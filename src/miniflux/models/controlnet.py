@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from miniflux.errors import ConfigError
 from miniflux.models.flux1 import Attend, Flux1Config, Flux1Trunk
 from miniflux.models.layers import attention
+from miniflux.models.linear import Linear
 
 HINT_STRIDES = (1, 1, 2, 1, 2, 1, 2, 1)  # of the convolutions that XLabs' control picture goes through
 PATCH = 2
@@ -44,9 +45,9 @@ class ControlNet(Flux1Trunk):
     def __init__(self, config: ControlNetConfig) -> None:
         super().__init__(config)
         dim, hint = config.hidden_size, config.hint_channels
-        self.controlnet_blocks = nn.ModuleList(nn.Linear(dim, dim) for _ in range(config.depth))
-        self.controlnet_single_blocks = nn.ModuleList(nn.Linear(dim, dim) for _ in range(config.depth_single_blocks))
-        self.pos_embed_input = nn.Linear(config.control_channels, dim)
+        self.controlnet_blocks = nn.ModuleList(Linear(dim, dim) for _ in range(config.depth))
+        self.controlnet_single_blocks = nn.ModuleList(Linear(dim, dim) for _ in range(config.depth_single_blocks))
+        self.pos_embed_input = Linear(config.control_channels, dim)
         if config.modes:
             self.controlnet_mode_embedder = nn.Embedding(config.modes, dim)
         if hint:

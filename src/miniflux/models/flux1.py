@@ -33,6 +33,7 @@ from miniflux.models.layers import (
     rope_rotations,
     timestep_embedding,
 )
+from miniflux.models.linear import Linear
 
 TIME_FEATURES = 256  # sinusoidal features of the time and of the guidance, in every release
 
@@ -95,7 +96,7 @@ class Flux1Config:
 
 
 def _mlp(dim: int, hidden: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(dim, hidden), TanhGELU(), nn.Linear(hidden, dim))
+    return nn.Sequential(Linear(dim, hidden), TanhGELU(), Linear(hidden, dim))
 
 
 class DoubleStreamBlock(DoubleStream):
@@ -139,8 +140,8 @@ class SingleStreamBlock(SingleStream):
         super().__init__()
         dim, mlp_dim = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
         self.num_heads = config.num_heads
-        self.linear1 = nn.Linear(dim, dim * 3 + mlp_dim)  # qkv and the first MLP layer
-        self.linear2 = nn.Linear(dim + mlp_dim, dim)  # attention projection and the second MLP layer
+        self.linear1 = Linear(dim, dim * 3 + mlp_dim)  # qkv and the first MLP layer
+        self.linear2 = Linear(dim + mlp_dim, dim)  # attention projection and the second MLP layer
         self.norm = QKNorm(dim // config.num_heads)
         self.pre_norm = ShiftedNorm(dim)
         self.mlp_act = TanhGELU()
@@ -162,12 +163,12 @@ class Flux1Trunk(nn.Module):
         super().__init__()
         self.config = config
         dim = config.hidden_size
-        self.img_in = nn.Linear(config.in_channels, dim)
+        self.img_in = Linear(config.in_channels, dim)
         self.time_in = MLPEmbedder(TIME_FEATURES, dim)
         self.vector_in = MLPEmbedder(config.vec_in_dim, dim)
         if config.guidance_embed:
             self.guidance_in = MLPEmbedder(TIME_FEATURES, dim)
-        self.txt_in = nn.Linear(config.context_in_dim, dim)
+        self.txt_in = Linear(config.context_in_dim, dim)
         self.double_blocks = nn.ModuleList(DoubleStreamBlock(config) for _ in range(config.depth))
         self.single_blocks = nn.ModuleList(SingleStreamBlock(config) for _ in range(config.depth_single_blocks))
 

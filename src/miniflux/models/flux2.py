@@ -34,6 +34,7 @@ from miniflux.models.layers import (
     rope_rotations,
     timestep_embedding,
 )
+from miniflux.models.linear import Linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +99,7 @@ class BlockSizes(Protocol):
 
 def _mlp(config: BlockSizes) -> nn.Sequential:
     dim, mlp = config.hidden_size, config.mlp_dim
-    return nn.Sequential(nn.Linear(dim, 2 * mlp, bias=False), SwiGLU(), nn.Linear(mlp, dim, bias=False))
+    return nn.Sequential(Linear(dim, 2 * mlp, bias=False), SwiGLU(), Linear(mlp, dim, bias=False))
 
 
 class DoubleStreamBlock(DoubleStream):
@@ -141,8 +142,8 @@ class SingleStreamBlock(SingleStream):
         super().__init__()
         dim, mlp = config.hidden_size, config.mlp_dim
         self.num_heads = config.num_heads
-        self.linear1 = nn.Linear(dim, 3 * dim + 2 * mlp, bias=False)  # qkv, and both halves of SwiGLU
-        self.linear2 = nn.Linear(dim + mlp, dim, bias=False)  # attention projection and the second MLP layer
+        self.linear1 = Linear(dim, 3 * dim + 2 * mlp, bias=False)  # qkv, and both halves of SwiGLU
+        self.linear2 = Linear(dim + mlp, dim, bias=False)  # attention projection and the second MLP layer
         self.norm = QKNorm(dim // config.num_heads)
         self.pre_norm = ShiftedNorm(dim)
         self.mlp_act = SwiGLU()
@@ -162,11 +163,11 @@ class Flux2(nn.Module):
         super().__init__()
         self.config = config
         dim = config.hidden_size
-        self.img_in = nn.Linear(config.in_channels, dim, bias=False)
+        self.img_in = Linear(config.in_channels, dim, bias=False)
         self.time_in = MLPEmbedder(TIME_FEATURES, dim, bias=False)
         if config.guidance_embed:
             self.guidance_in = MLPEmbedder(TIME_FEATURES, dim, bias=False)
-        self.txt_in = nn.Linear(config.context_in_dim, dim, bias=False)
+        self.txt_in = Linear(config.context_in_dim, dim, bias=False)
         self.double_stream_modulation_img = Modulation(dim, double=True, bias=False)
         self.double_stream_modulation_txt = Modulation(dim, double=True, bias=False)
         self.single_stream_modulation = Modulation(dim, double=False, bias=False)

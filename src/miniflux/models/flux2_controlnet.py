@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from miniflux.models.flux2 import DoubleStreamBlock
 from miniflux.models.layers import Attend, Shift, attention
+from miniflux.models.linear import Linear
 
 EVERY = 2  # what block n says is added after the transformer's double block 2n
 
@@ -52,8 +53,8 @@ class ControlBlock(DoubleStreamBlock):
     def __init__(self, config: Flux2ControlNetConfig, first: bool) -> None:
         super().__init__(config)
         if first:
-            self.before_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.after_proj = nn.Linear(config.hidden_size, config.hidden_size)
+            self.before_proj = Linear(config.hidden_size, config.hidden_size)
+        self.after_proj = Linear(config.hidden_size, config.hidden_size)
 
 
 class Flux2ControlNet(nn.Module):
@@ -62,7 +63,7 @@ class Flux2ControlNet(nn.Module):
     def __init__(self, config: Flux2ControlNetConfig) -> None:
         super().__init__()
         self.config = config
-        self.control_img_in = nn.Linear(config.control_channels, config.hidden_size)
+        self.control_img_in = Linear(config.control_channels, config.hidden_size)
         self.control_transformer_blocks = nn.ModuleList(ControlBlock(config, first=i == 0) for i in range(config.depth))
 
     def forward(

@@ -31,6 +31,7 @@ from miniflux.models.layers import (
     rope_rotations,
     timestep_embedding,
 )
+from miniflux.models.linear import Linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,12 +112,12 @@ class StreamBlock(nn.Module):
         super().__init__()
         dim, mlp = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
         self.num_heads = config.num_heads
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, dim, bias=False) for _ in range(3))
+        self.q_proj, self.k_proj, self.v_proj = (Linear(dim, dim, bias=False) for _ in range(3))
         self.norm = QKNorm(dim // config.num_heads)
-        self.attn_out = nn.Linear(dim, dim, bias=False)
-        self.mlp_in = nn.Linear(dim, 2 * mlp, bias=False)  # both halves of SwiGLU
+        self.attn_out = Linear(dim, dim, bias=False)
+        self.mlp_in = Linear(dim, 2 * mlp, bias=False)  # both halves of SwiGLU
         self.mlp_act = SwiGLU()
-        self.mlp_out = nn.Linear(mlp, dim, bias=False)
+        self.mlp_out = Linear(mlp, dim, bias=False)
         self.pre_norm = ShiftedNorm(dim)
 
     def forward(self, x: Tensor, parts: Parts, pe: Tensor, attend: Attend = attention) -> Tensor:
@@ -139,8 +140,8 @@ class Flux3(nn.Module):
         self.config = config
         dim, kinds = config.hidden_size, ("image", "image_cond", "txt")
         channels = {"image": config.in_channels, "image_cond": config.cond_in_channels}
-        self.emb_in = nn.ModuleDict({kind: nn.Linear(width, dim, bias=False) for kind, width in channels.items()})
-        self.txt_in = nn.Linear(config.context_in_dim, dim, bias=False)
+        self.emb_in = nn.ModuleDict({kind: Linear(width, dim, bias=False) for kind, width in channels.items()})
+        self.txt_in = Linear(config.context_in_dim, dim, bias=False)
         self.time_in = MLPEmbedder(TIME_FEATURES, dim, bias=False)
         if config.flow_map:
             self.ref_time_in = MLPEmbedder(TIME_FEATURES, dim, bias=False)

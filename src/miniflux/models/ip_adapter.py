@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from miniflux.models.linear import Linear
+
 NORM_EPS = 1e-5  # of InstantX's keys
 
 
@@ -38,15 +40,15 @@ class IPAdapterConfig:
 class XlabsProjection(nn.Module):
     def __init__(self, config: IPAdapterConfig) -> None:
         super().__init__()
-        self.proj = nn.Linear(config.embedding, config.words * config.context)
+        self.proj = Linear(config.embedding, config.words * config.context)
         self.norm = nn.LayerNorm(config.context)
 
 
 class XlabsProcessor(nn.Module):
     def __init__(self, config: IPAdapterConfig) -> None:
         super().__init__()
-        self.ip_adapter_double_stream_k_proj = nn.Linear(config.context, config.hidden_size)
-        self.ip_adapter_double_stream_v_proj = nn.Linear(config.context, config.hidden_size)
+        self.ip_adapter_double_stream_k_proj = Linear(config.context, config.hidden_size)
+        self.ip_adapter_double_stream_v_proj = Linear(config.context, config.hidden_size)
 
 
 class XlabsBlock(nn.Module):
@@ -83,8 +85,8 @@ class XlabsIPAdapter(nn.Module):
 class InstantxPair(nn.Module):
     def __init__(self, config: IPAdapterConfig) -> None:
         super().__init__()
-        self.to_k_ip = nn.Linear(config.context, config.hidden_size, bias=False)
-        self.to_v_ip = nn.Linear(config.context, config.hidden_size, bias=False)
+        self.to_k_ip = Linear(config.context, config.hidden_size, bias=False)
+        self.to_v_ip = Linear(config.context, config.hidden_size, bias=False)
 
 
 class InstantxProjection(nn.Module):
@@ -92,7 +94,7 @@ class InstantxProjection(nn.Module):
         super().__init__()
         inner = 2 * config.embedding
         self.proj = nn.Sequential(
-            nn.Linear(config.embedding, inner), nn.GELU(), nn.Linear(inner, config.words * config.context)
+            Linear(config.embedding, inner), nn.GELU(), Linear(inner, config.words * config.context)
         )
         self.norm = nn.LayerNorm(config.context)
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miniflux.errors import ConfigError
+from miniflux.models.linear import Linear
 
 # Device types that cannot compute in float64. Rotary angles are made on the CPU for them: an angle is a position times
 # a frequency, and at position 256 float32 would already be 1e-5 off.
@@ -115,8 +116,8 @@ class MLPEmbedder(nn.Module):
 
     def __init__(self, in_dim: int, hidden_dim: int, bias: bool = True) -> None:
         super().__init__()
-        self.in_layer = nn.Linear(in_dim, hidden_dim, bias=bias)
-        self.out_layer = nn.Linear(hidden_dim, hidden_dim, bias=bias)
+        self.in_layer = Linear(in_dim, hidden_dim, bias=bias)
+        self.out_layer = Linear(hidden_dim, hidden_dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return by_row(self.out_layer, F.silu(by_row(self.in_layer, x)))
@@ -219,7 +220,7 @@ class Modulation(nn.Module):
     def __init__(self, dim: int, double: bool, bias: bool = True) -> None:
         super().__init__()
         self.parts = 2 if double else 1
-        self.lin = nn.Linear(dim, 3 * self.parts * dim, bias=bias)
+        self.lin = Linear(dim, 3 * self.parts * dim, bias=bias)
 
     def forward(self, vec: Tensor) -> list[Shift]:
         """`vec` (B, hidden) -> one `Shift` (single), or two: attention, MLP (double)."""
@@ -233,9 +234,9 @@ class SelfAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool, bias: bool = True) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
+        self.qkv = Linear(dim, dim * 3, bias=qkv_bias)
         self.norm = QKNorm(dim // num_heads)
-        self.proj = nn.Linear(dim, dim, bias=bias)
+        self.proj = Linear(dim, dim, bias=bias)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, L, hidden) -> normalised q, k and plain v, each (B, H, L, D)."""
@@ -248,8 +249,8 @@ class LastLayer(nn.Module):
     def __init__(self, dim: int, out_channels: int, bias: bool = True) -> None:
         super().__init__()
         self.norm_final = ShiftedNorm(dim)
-        self.linear = nn.Linear(dim, out_channels, bias=bias)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim, bias=bias))
+        self.linear = Linear(dim, out_channels, bias=bias)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, 2 * dim, bias=bias))
 
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
         shift, scale = by_row(self.adaLN_modulation, vec).unsqueeze(1).chunk(2, dim=-1)

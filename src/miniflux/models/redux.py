@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from miniflux.models.linear import Linear
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReduxConfig:
@@ -23,8 +25,8 @@ class Redux(nn.Module):
     def __init__(self, config: ReduxConfig) -> None:
         super().__init__()
         self.config = config
-        self.redux_up = nn.Linear(config.redux_dim, config.inner)
-        self.redux_down = nn.Linear(config.inner, config.txt_in_features)
+        self.redux_up = Linear(config.redux_dim, config.inner)
+        self.redux_down = Linear(config.inner, config.txt_in_features)
 
     def forward(self, patches: Tensor) -> Tensor:
         """(B, N, redux_dim) -> words (B, N, txt_in_features)."""

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from miniflux.models.linear import Linear, linear
+
 
 @dataclass(frozen=True, kw_only=True)
 class T5Config:
@@ -68,10 +70,10 @@ class T5Attention(nn.Module):
         super().__init__()
         inner = config.num_heads * config.d_kv
         self.config = config
-        self.q = nn.Linear(config.d_model, inner, bias=False)
-        self.k = nn.Linear(config.d_model, inner, bias=False)
-        self.v = nn.Linear(config.d_model, inner, bias=False)
-        self.o = nn.Linear(inner, config.d_model, bias=False)
+        self.q = Linear(config.d_model, inner, bias=False)
+        self.k = Linear(config.d_model, inner, bias=False)
+        self.v = Linear(config.d_model, inner, bias=False)
+        self.o = Linear(inner, config.d_model, bias=False)
         if has_bias:
             self.relative_attention_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
 
@@ -105,15 +107,15 @@ class T5GatedMLP(nn.Module):
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
-        self.wi_0 = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.wi_1 = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.wi_0 = Linear(config.d_model, config.d_ff, bias=False)
+        self.wi_1 = Linear(config.d_model, config.d_ff, bias=False)
+        self.wo = Linear(config.d_ff, config.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)
         if h.dtype == torch.float16:  # the sums of this product pass 65504 in the published weights
             wide = h.float()  # a quantised layer computes in the dtype of its input
-            return F.linear(wide, self.wo.weight.float()) if type(self.wo) is nn.Linear else self.wo(wide)
+            return linear(wide, self.wo.weight.float()) if type(self.wo) is Linear else self.wo(wide)
         return self.wo(h)
 
 

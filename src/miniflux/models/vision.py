@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from miniflux.errors import InputError
 from miniflux.models.clip import ClipEncoder, ClipMLP, check_layers
+from miniflux.models.linear import Linear, linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ class AttentionPool(nn.Module):
         self.attention = nn.Module()
         self.attention.in_proj_weight = nn.Parameter(torch.zeros(3 * dim, dim))
         self.attention.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
-        self.attention.out_proj = nn.Linear(dim, dim)
+        self.attention.out_proj = Linear(dim, dim)
         self.layernorm = nn.LayerNorm(dim, eps=config.layer_norm_eps)
         self.mlp = ClipMLP(config)
 
@@ -76,7 +77,7 @@ class AttentionPool(nn.Module):
         biases = self.attention.get_parameter("in_proj_bias").chunk(3)
         seen = (self.probe.expand(len(x), -1, -1), x, x)
         q, k, v = (
-            rearrange(F.linear(one, weight, bias), "B L (H D) -> B H L D", H=self.heads)
+            rearrange(linear(one, weight, bias), "B L (H D) -> B H L D", H=self.heads)
             for one, weight, bias in zip(seen, weights, biases, strict=True)
         )
         found = rearrange(F.scaled_dot_product_attention(q, k, v), "B H L D -> B L (H D)")
@@ -151,7 +152,7 @@ class ClipVision(nn.Module):
         super().__init__()
         self.config = config
         self.vision_model = ClipVisionTransformer(config)
-        self.visual_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+        self.visual_projection = Linear(config.hidden_size, config.projection_dim, bias=False)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels (B, 3, image_size, image_size) -> every token (B, 1 + N, hidden), the embedding (B, projection_dim).
