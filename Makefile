@@ -84,10 +84,8 @@ cov: $(TESTING)  ## run the tests and measure which lines of src they reach
 nano: $(RUNTIME)  ## train the bundled models again (hours); stops and resumes at any point
 	$(BIN)/python -m miniflux.nano.recipe $(ARGS)
 
-bench: $(RUNTIME)  ## run every benchmark
-	@found=; for script in benchmarks/*.py; do \
-		[ -e "$$script" ] || continue; found=yes; $(BIN)/python "$$script" $(ARGS) || exit 1; \
-	done; [ -n "$$found" ] || echo "no benchmarks yet"
+bench: $(TESTING)  ## run the short benchmarks; writes benchmarks/RESULTS.md
+	$(BIN)/python benchmarks/short.py
 
 clean:  ## remove caches, builds and demo.png; keeps the virtual environment and training runs
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov demo.png

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from timing import median_times
+from timing import Report, options, times
 from torch import Tensor
 
 from miniflux.memory import bands
@@ -22,8 +22,7 @@ WAYS: dict[str, Through] = {"whole": run_network, "bands": bands.through}
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--rounds", type=int, default=5)
+    arguments = options(__doc__, rounds=5)
     arguments.add_argument("--sides", type=int, nargs=3, default=[512, 1024, 2048], metavar="PIXELS", help=
         "sides of the pictures against diffusers, in bands against whole, and in bands alone")  # fmt: skip
     arguments.add_argument("--small", action="store_true", help="an eighth of the channels")
@@ -31,23 +30,25 @@ def main() -> None:
         "--only", choices=["peers", "times", "peaks"], nargs="*", default=["peers", "times", "peaks"]
     )
     arguments.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)  # what a process of its own is asked for
-    options = arguments.parse_args()
+    asked = arguments.parse_args()
+    report = Report("The autoencoder of FLUX.1, random weights", "diffusers, or the picture as a whole")
     torch.manual_seed(0)
-    config = replace(FLUX1_AUTOENCODER, ch=16, num_groups=8) if options.small else FLUX1_AUTOENCODER
+    config = replace(FLUX1_AUTOENCODER, ch=16, num_groups=8) if asked.small else FLUX1_AUTOENCODER
     model = Autoencoder(config).eval().requires_grad_(False)
     bands.WHOLE = 0
     with torch.inference_mode():
-        if options.peak:
-            way, direction, side = options.peak
+        if asked.peak:
+            way, direction, side = asked.peak
             print(*peak(model, WAYS[way], direction, int(side)))
             return
-        first, second, third = options.sides
-        if "peers" in options.only:
-            against_diffusers(model, first, options.rounds)
-        if "times" in options.only:
-            times(model, second, options.rounds)
-        if "peaks" in options.only:
-            peaks(options.small, second, third)
+        first, second, third = asked.sides
+        if "peers" in asked.only:
+            against_diffusers(report, model, first, asked.rounds)
+        if "times" in asked.only:
+            in_bands(report, model, second, asked.rounds)
+        if "peaks" in asked.only:
+            peaks(asked.small, second, third)
+    report.write(asked.json)
 
 
 def given(model: Autoencoder, direction: str, side: int) -> Tensor:
@@ -58,7 +59,7 @@ def given(model: Autoencoder, direction: str, side: int) -> Tensor:
     return torch.randn(1, model.config.z_channels, small, small)
 
 
-def against_diffusers(model: Autoencoder, side: int, rounds: int) -> None:
+def against_diffusers(report: Report, model: Autoencoder, side: int, rounds: int) -> None:
     import peers
 
     theirs = peers.autoencoder(model)
@@ -70,19 +71,16 @@ def against_diffusers(model: Autoencoder, side: int, rounds: int) -> None:
     }
     for direction, (mine, other) in calls.items():
         gap = apart(mine(), other())
-        a, b = median_times(mine, other, rounds=rounds)
-        print(f"{direction} {side}x{side}: {a:.2f} s, diffusers {b:.2f} s, {a / b:.2f}; apart by {gap:.0e}", flush=True)
+        a, b = times(mine, other, rounds=rounds)
+        report.add(f"{direction} {side}x{side}, diffusers", a, b, note=f"apart by {gap:.0e}")
 
 
-def times(model: Autoencoder, side: int, rounds: int) -> None:
+def in_bands(report: Report, model: Autoencoder, side: int, rounds: int) -> None:
     for direction in ("decode", "encode"):
         x, run = given(model, direction, side), getattr(model, direction)
         gap = apart(run(x, bands.through), run(x))
-        a, b = median_times(lambda: run(x, bands.through), lambda: run(x), rounds=rounds)  # noqa: B023
-        print(
-            f"{direction} {side}x{side} in bands: {a:.2f} s, whole {b:.2f} s, {a / b:.2f}; apart by {gap:.0e}",
-            flush=True,
-        )
+        a, b = times(lambda: run(x, bands.through), lambda: run(x), rounds=rounds)  # noqa: B023
+        report.add(f"{direction} {side}x{side} in bands, whole", a, b, note=f"apart by {gap:.0e}")
 
 
 def peaks(small: bool, side: int, alone: int) -> None:

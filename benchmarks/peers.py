@@ -4,18 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
+import diffusers
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
 from miniflux.checkpoints import to_layout
 from miniflux.models.autoencoder import Autoencoder
 from miniflux.models.flux1 import Flux1
+from miniflux.models.flux2 import Flux2
+from miniflux.models.flux3 import Flux3
 from miniflux.pipeline import Pipeline
 
 
-def transformer(ours: Flux1) -> Any:
-    """FluxTransformer2DModel."""
-    config = ours.config
-    theirs = FluxTransformer2DModel(
+def transformer(ours: Flux1 | Flux2 | Flux3) -> Any:
+    """FluxTransformer2DModel, or that of FLUX.2 or FLUX.3."""
+    make = {Flux1: _flux1, Flux2: _flux2, Flux3: _flux3}[type(ours)]
+    theirs = make(ours.config).eval()
+    theirs.load_state_dict(to_layout(ours, ours.state_dict(), "diffusers"))
+    return theirs
+
+
+def _flux1(config: Any) -> Any:
+    return FluxTransformer2DModel(
         in_channels=config.in_channels,
         out_channels=config.out_channels,
         num_layers=config.depth,
@@ -26,9 +35,36 @@ def transformer(ours: Flux1) -> Any:
         pooled_projection_dim=config.vec_in_dim,
         guidance_embeds=config.guidance_embed,
         axes_dims_rope=tuple(config.axes_dim),
-    ).eval()
-    theirs.load_state_dict(to_layout(ours, ours.state_dict(), "diffusers"))
-    return theirs
+    )
+
+
+def _flux2(config: Any) -> Any:
+    return diffusers.Flux2Transformer2DModel(
+        in_channels=config.in_channels,
+        num_layers=config.depth,
+        num_single_layers=config.depth_single_blocks,
+        attention_head_dim=config.hidden_size // config.num_heads,
+        num_attention_heads=config.num_heads,
+        joint_attention_dim=config.context_in_dim,
+        mlp_ratio=config.mlp_ratio,
+        guidance_embeds=config.guidance_embed,
+        axes_dims_rope=tuple(config.axes_dim),
+        rope_theta=config.theta,
+    )
+
+
+def _flux3(config: Any) -> Any:
+    return diffusers.Flux3Transformer2DModel(
+        in_channels=config.in_channels,
+        cond_in_channels=config.cond_in_channels,
+        num_layers=config.depth,
+        num_single_layers=config.depth_single_blocks,
+        attention_head_dim=config.hidden_size // config.num_heads,
+        num_attention_heads=config.num_heads,
+        joint_attention_dim=config.context_in_dim,
+        axes_dims_rope=tuple(config.axes_dim),
+        flow_map=config.flow_map,
+    )
 
 
 def autoencoder(ours: Autoencoder) -> Any:

@@ -3,13 +3,12 @@ they take turns in one process."""
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import numpy as np
 import peers
 import torch
-from timing import median_times
+from timing import Report, options, times
 
 import miniflux
 from miniflux.sampling import initial_noise, pack
@@ -18,15 +17,17 @@ SIDE, STEPS, GUIDANCE = 128, 20, 4.0
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--rounds", type=int, default=10)
+    arguments = options(__doc__, rounds=10)
     arguments.add_argument("--images", type=int, nargs="*", default=[1, 8])
-    options = arguments.parse_args()
+    asked = arguments.parse_args()
+    report = Report(
+        "Whole pictures of nano-dev, 128x128, 20 steps", "FluxPipeline of diffusers, same weights and texts"
+    )
     ours = miniflux.load("nano", device="cpu")
     prompt = "a red circle on a blue background"
     text = ours.text.encode([prompt])
     theirs = peers.pipeline(ours)
-    for images in options.images:
+    for images in asked.images:
         noise = torch.cat([pack(initial_noise(SIDE, SIDE, i)) for i in range(images)])
 
         def mine() -> list[Any]:
@@ -45,8 +46,9 @@ def main() -> None:
             ).images
 
         gap = max(np.abs(np.asarray(a, int) - np.asarray(b, int)).max() for a, b in zip(mine(), other(), strict=True))
-        a, b = median_times(mine, other, rounds=options.rounds)
-        print(f"{images} pictures: {1000 * a:.0f} ms, theirs {1000 * b:.0f} ms, {a / b:.2f}; apart by {gap} of 255")
+        a, b = times(mine, other, rounds=asked.rounds)
+        report.add(f"{images} at once", a, b, note=f"apart by {gap} of 255")
+    report.write(asked.json)
 
 
 if __name__ == "__main__":

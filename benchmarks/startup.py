@@ -5,24 +5,29 @@ Each figure is the median over fresh processes, both sides taking turns, because
 
 from __future__ import annotations
 
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
-ROUNDS = 7
-DRAW = ("generate", "a red circle on a blue background", "-o")
+from timing import Report, options, taken_of, times
+
+FIRST = """
+import time, miniflux
+start = time.perf_counter()
+miniflux.load("nano").generate("a red circle on a blue background")
+print(time.perf_counter() - start)
+"""
 
 
-def seconds(*arguments: str) -> float:
-    start = time.perf_counter()
+def started(*arguments: str) -> None:
     subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
-    return time.perf_counter() - start
 
 
 def main() -> None:
+    asked = options(__doc__, rounds=7).parse_args()
+    report = Report("The start of a process", "import torch")
     with tempfile.TemporaryDirectory() as folder:
         picture = str(Path(folder) / "x.png")
         cases = {
@@ -37,15 +42,13 @@ def main() -> None:
                 picture,
             ],
         }
-        times: dict[str, list[float]] = {name: [] for name in cases}
-        for _ in range(ROUNDS):
-            for name, arguments in cases.items():
-                times[name].append(seconds(*arguments))
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    base = medians["import torch"]
-    print(f"{'median of ' + str(ROUNDS):<46} {'seconds':>8} {'ratio':>6} {'beyond torch':>13}")
-    for name, value in medians.items():
-        print(f"{name:<46} {value:8.2f} {value / base:6.2f} {value - base:12.2f}s")
+        torch, *others = times(*(partial(started, *arguments) for arguments in cases.values()), rounds=asked.rounds)
+        for name, taken in zip(list(cases)[1:], others, strict=True):
+            report.add(name, taken, torch)
+    inside = [subprocess.run([sys.executable, "-c", FIRST], check=True, capture_output=True, text=True).stdout
+              for _ in range(asked.rounds)]  # fmt: skip
+    report.add("load and first picture, after the import", taken_of([float(one) for one in inside]))
+    report.write(asked.json)
 
 
 if __name__ == "__main__":

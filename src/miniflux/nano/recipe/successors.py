@@ -321,6 +321,7 @@ def make(name: str, folder: Path, start: Path | None = None, reader: Path | None
     state = TrainingState(student, folder / name, goal.rate, {"goal": name}, decay=0.998, matrices=matrices)
     state.resume()
     for sizes, end, batch in (((SMALL,), goal.small, goal.many), ((MAIN, *OTHERS), goal.steps, goal.batch)):
+        torch.compiler.reset()  # a network is compiled for a few shapes at most, and these are others
         if state.step < end:
             _train(state, goal, teacher, autoencoder, sizes, end, batch, partial(report, state.average, successor))
     report(state.average, successor, 100)
