@@ -1,5 +1,6 @@
-"""Full-size transformers with random weights on a GPU, 1024x1024, bfloat16: eager, compiled by block, with a step cache,
-and with float8 linears (torchao); against diffusers with the same weights, in turns, and against the arithmetic alone.
+"""Full-size transformers with random weights on a GPU, 1024x1024, bfloat16: eager, compiled by block, with a step
+cache, and with float8 linears (torchao); against diffusers with the same weights, in turns, and against the
+arithmetic alone.
 
     python benchmarks/gpu.py [--models flux1-dev flux2-klein-4b flux3-klein] [--tflops 989]
 

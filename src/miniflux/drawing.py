@@ -19,6 +19,7 @@ from miniflux.conditions.once import look, remembering
 from miniflux.errors import MinifluxError
 from miniflux.memory.bands import through
 from miniflux.memory.modes import Memory
+from miniflux.memory.modulation import foreseen
 from miniflux.models.autoencoder import Autoencoder, Flux2Autoencoder
 from miniflux.models.flux1 import run_block
 from miniflux.models.layers import attention
@@ -194,7 +195,9 @@ class Drawing:
             return plan.family.velocity(model, told, **hooks)
 
         calls = partial(model_calls, model, **arguments)
-        with nullcontext() if memory is None else memory.denoising(calls):
+        stays = memory is None or memory.transformer is None
+        ahead = foreseen(model, plan.family.conditioning, calls) if stays else nullcontext()
+        with nullcontext() if memory is None else memory.denoising(calls), ahead:
             denoise(
                 model,
                 **arguments,

@@ -20,7 +20,7 @@ from miniflux.nano.recipe.realism import encoders_of
 from miniflux.sampling import initial_noise, pack
 from miniflux.sampling.schedules import flux3_schedule
 from miniflux.text.chat import load_chat_tokenizer
-from miniflux.variants import IN_TRAINING, NANO_LM
+from miniflux.variants import NANO_LM, VARIANTS
 
 SIZE = (96, 64)  # width and height: of no canvas that is compiled
 
@@ -38,7 +38,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def student(name: str, files: Path) -> successors.Student:
-    variant = IN_TRAINING[name]
+    variant = VARIANTS[name]
     assert variant.chat is not None
     torch.manual_seed(5)
     made = successors.Student(variant, load_chat_tokenizer(files, variant.chat))
@@ -50,7 +50,7 @@ def student(name: str, files: Path) -> successors.Student:
 
 def test_the_autoencoder_has_the_same_latents(nano: Nano) -> None:
     """Encoded and decoded as by nano's own, but for the order of the numbers."""
-    config = IN_TRAINING["nano2"].autoencoder
+    config = VARIANTS["nano2"].autoencoder
     assert isinstance(config, Flux2AutoencoderConfig)
     made = successors.successor_autoencoder(nano.autoencoder, config)
     pixels = torch.rand(1, 3, 96, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
@@ -64,7 +64,7 @@ def test_the_tokenizer_gives_back_what_it_reads(files: Path, tmp_path: Path) -> 
     """The same files twice; each word of scenes is one token; any text comes back from its tokens."""
     successors.train_tokenizer(tmp_path)
     assert all((tmp_path / path.name).read_bytes() == path.read_bytes() for path in files.iterdir())
-    form = IN_TRAINING["nano2"].chat
+    form = VARIANTS["nano2"].chat
     assert form is not None
     tokenizer = load_chat_tokenizer(files, form)
     empty = len(tokenizer.tokens(""))

@@ -1,7 +1,8 @@
 """Modulation ahead of time: the shifts, scales and gates of all steps, computed before the first.
 
 A quarter of FLUX.1's weights make them, from a vector that depends on noise level, guidance and prompt alone. So every
-modulation linear is read once per run instead of once per step, and what it says is looked up.
+modulation linear is read once per run instead of once per step, and what it says is looked up: by `Ahead` where weights
+come and go, by `foreseen` where they stay.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 import logging
 import re
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +23,9 @@ from torch import Tensor
 from miniflux.checkpoints.networks.flux1 import MODULATION
 from miniflux.memory.streaming import Chain, Streamed
 from miniflux.models.flux1 import Flux1
-from miniflux.models.layers import by_row
+from miniflux.models.layers import LastLayer, Modulation
+from miniflux.models.rows import ROWS, by_row, known
+from miniflux.models.transformer import Transformer
 from miniflux.sampling.forwards import Told, flux1_conditioning
 
 log = logging.getLogger(__name__)
@@ -94,6 +99,40 @@ class Ahead:
         if self._runs and self.misses == 1:
             log.warning("a conditioning vector was not foreseen: the weights of all modulations are read again for it")
         return self._plain[name](x)
+
+
+@contextmanager
+def foreseen(
+    network: Transformer, conditioning: Callable[[Any, Told], Tensor], calls: Callable[[], list[Told]]
+) -> Generator[None]:
+    """Around the run of a network whose weights stay on the CPU: modulations of all calls in one product, if each call
+    is of a picture or a pair. More of them are multiplied as fast step by step.
+
+    Args:
+        conditioning: of the family: what the modulations see.
+        calls: the calls of the network that the run is going to make.
+    """
+    told = calls() if next(network.parameters()).device.type == "cpu" else []
+    if not told or any(len(call.img) >= ROWS for call in told):
+        yield
+        return
+
+    def all_of(name: str, calls: Sequence[Any]) -> Tensor | None:
+        return None if getattr(calls[0], name) is None else torch.cat([getattr(call, name) for call in calls])
+
+    one: Any = {name: all_of(name, told) for name in ("timesteps", "guidance", "target")}
+    together = replace(told[0], words=replace(told[0].words, vec=all_of("vec", [call.words for call in told])), **one)
+
+    def note() -> None:
+        vec = conditioning(network, together)
+        for module in network.modules():
+            if isinstance(module, Modulation):
+                module(vec)
+            elif isinstance(module, LastLayer):
+                module.modulation(vec)
+
+    with known(note):
+        yield
 
 
 def ahead_of(streamed: Streamed) -> Ahead | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from miniflux.errors import ConfigError
 from miniflux.models.linear import Linear
+from miniflux.models.rows import by_row
 
 # Device types that cannot compute in float64. Rotary angles are made on the CPU for them: an angle is a position times
 # a frequency, and at position 256 float32 would already be 1e-5 off.
@@ -97,18 +98,6 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0, time_f
     freqs = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     args = (time_factor * t.float())[:, None] * freqs[None]
     return torch.cat([args.cos(), args.sin()], dim=-1).to(t.dtype)
-
-
-ROWS = 4  # from so many on, a BLAS rounds the product of a row as it does without its neighbours
-
-
-def by_row(linear: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`linear(x)` of (B, C). On a CPU, without gradients, rows are repeated up to a multiple of `ROWS`: the product of
-    one to three would be rounded in another way, and a picture must not depend on its neighbours."""
-    missing = -len(x) % ROWS
-    if not missing or x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return linear(x)
-    return linear(torch.cat((x, x[-1:].expand(missing, -1))))[: len(x)]
 
 
 class MLPEmbedder(nn.Module):
@@ -252,9 +241,12 @@ class LastLayer(nn.Module):
         self.linear = Linear(dim, out_channels, bias=bias)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, 2 * dim, bias=bias))
 
+    def modulation(self, vec: Tensor) -> Affine:
+        """vec (B, hidden) -> shift and scale."""
+        return Affine(*by_row(self.adaLN_modulation, vec).unsqueeze(1).chunk(2, dim=-1))
+
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
-        shift, scale = by_row(self.adaLN_modulation, vec).unsqueeze(1).chunk(2, dim=-1)
-        return self.linear(self.norm_final(x, Affine(shift, scale)))
+        return self.linear(self.norm_final(x, self.modulation(vec)))
 
 
 def checked_axes(axes_dim: Sequence[int], hidden_size: int, num_heads: int) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from miniflux.errors import InputError
 from miniflux.models.transformer import TransformerConfig
 from miniflux.variants.record import Download, Sizes, Variant
-from miniflux.variants.released import ALIASES, IN_TRAINING, KONTEXT_SIZES, UNPUBLISHED, VARIANTS
+from miniflux.variants.released import ALIASES, KONTEXT_SIZES, UNPUBLISHED, VARIANTS
 from miniflux.variants.sizes import (
     CLIP_L,
     CLIP_VISION_SIZES,
@@ -55,7 +55,6 @@ __all__ = [
     "FLUX2_KLEIN_4B",
     "FLUX2_KLEIN_9B",
     "FLUX3_KLEIN",
-    "IN_TRAINING",
     "KONTEXT_SIZES",
     "MISTRAL_SMALL",
     "NANO_AUTOENCODER",

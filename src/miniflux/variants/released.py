@@ -200,9 +200,6 @@ _NANO3 = replace(
     guidance=None,
     family="flux3",
 )
-IN_TRAINING = {variant.name: variant for variant in (_NANO2, _NANO3)}
-"""Models of `nano/recipe` whose weights are not bundled yet."""
-
 VARIANTS: dict[str, Variant] = {
     variant.name: variant
     for variant in (
@@ -320,6 +317,8 @@ VARIANTS: dict[str, Variant] = {
             mag_ratios=(),
         ),
         replace(_NANO, name="nano-kontext", file="flux1-nano-kontext.safetensors", guidance=2.5, mag_ratios=()),
+        _NANO2,
+        _NANO3,
     )
 }
 ALIASES = {"nano": "nano-dev"}

@@ -51,7 +51,7 @@ from miniflux.sampling.schedules import FLUX3_SHIFT
 from miniflux.text.chat import ChatText, ChatTokenizer, load_chat_tokenizer, qwen_pipeline
 from miniflux.training.flow import mix
 from miniflux.training.state import TrainingState
-from miniflux.variants import IN_TRAINING, NANO_LM, Variant
+from miniflux.variants import NANO_LM, VARIANTS, Variant
 
 log = logging.getLogger(__name__)
 
@@ -301,7 +301,7 @@ def make(name: str, folder: Path, start: Path | None = None, reader: Path | None
         start: a folder with the files of an earlier run, to begin with their weights.
         reader: a folder with the tokenizer and the language model of the other, to begin with.
     """
-    goal, variant = GOALS[name], IN_TRAINING[name]
+    goal, variant = GOALS[name], VARIANTS[name]
     assert variant.chat is not None and isinstance(variant.autoencoder, Flux2AutoencoderConfig)
     torch.manual_seed(31)
     nano = Nano.load()
