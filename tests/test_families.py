@@ -43,7 +43,9 @@ def test_every_variant_draws(name: str) -> None:
     pipe = tiny(name)
     result = pipe.generate(["a cat", "a much longer prompt about two dogs"], width=64, height=64, steps=3, images=2)
     assert len(result.images) == 4 and all(image.size == (64, 64) for image in result.images)
-    assert result.latents.shape == (4, 128, 4, 4) and torch.isfinite(result.latents).all()
+    assert (
+        result.latents.shape == (4, pipe.variant.transformer.in_channels, 4, 4) and torch.isfinite(result.latents).all()
+    )
     alone = pipe.generate("a much longer prompt about two dogs", width=64, height=64, steps=3, seed=3)
     assert torch.equal(alone.latents[0], result.latents[3])
     said = result.settings[0]

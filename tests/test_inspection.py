@@ -314,9 +314,9 @@ def test_an_empty_name_is_not_the_folder_we_are_in(call: Callable[[str], Any]) -
 @pytest.mark.parametrize(
     ("network", "said"),
     [
-        (CausalLm(LM), "of another size than flux2-klein-9b or flux2-klein-base-9b"),
-        (CausalLm(replace(LM, qk_norm=False)), "of another size than flux2-dev: vocab_size 50 instead of 131072, "),
-        (Flux2Autoencoder(FLUX2_AUTOENCODER), "of another size than flux2-dev or "),
+        (CausalLm(LM), "of another size than nano2 or nano3: vocab_size 50 instead of 640, "),
+        (CausalLm(replace(LM, qk_norm=False)), "of another size than nano2 or nano3: vocab_size 50 instead of 640, "),
+        (Flux2Autoencoder(FLUX2_AUTOENCODER), "of another size than nano2 or nano3: ch 8 instead of 32, "),
         (T5Encoder(T5), "of another size than "),
     ],
     ids=["Qwen3", "Mistral", "autoencoder", "T5"],

@@ -252,7 +252,12 @@ class Catalogue:
             if "lm" in file.parts:
                 read.setdefault(file.parts["lm"], _name_of(path, self.folder, set(read.values())))
         for one in VARIANTS.values():
-            if one.lm is not None and not self._missing(one) and (place := find(one, self.first).lm) is not None:
+            if (
+                one.lm is not None
+                and not one.bundled
+                and not self._missing(one)
+                and (place := find(one, self.first).lm) is not None
+            ):
                 read.setdefault(place, one.name)
         found = {f"text encoder of {name}": place for place, name in read.items()}
         for place in self._writers:

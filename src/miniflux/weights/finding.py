@@ -194,13 +194,14 @@ def _is_given(path: Path, part: str) -> bool:
 
 
 def _relatives(variant: Variant) -> list[Path]:
-    """Folders of the variants with the same text encoders and autoencoder: bundled ones, and cached snapshots."""
+    """Folders of the variants with the same text encoders and autoencoder: of bundled ones for each other, and cached
+    snapshots."""
 
     def beside(one: Variant) -> tuple[object, ...]:
         return one.autoencoder, one.clip, one.t5, one.lm
 
     others = [v for v in VARIANTS.values() if v.name != variant.name and beside(v) == beside(variant)]
-    bundled = [bundled_folder(other) for other in others if other.bundled]
+    bundled = [bundled_folder(other) for other in others if variant.bundled and other.bundled]
     cached = [snapshot(other.repository) for other in others if other.repository]
     return [*bundled, *(folder for folder in cached if folder is not None)]
 

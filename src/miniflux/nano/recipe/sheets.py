@@ -77,6 +77,21 @@ def editing_sheet() -> Image.Image:
     return sheet(rows)
 
 
+def successors_sheet() -> Image.Image:
+    """Two rows of nano2 and two of nano3: four captions, then two references and what the words make of them."""
+    rows: list[list[Image.Image]] = []
+    for name in ("nano2", "nano3"):
+        pipe, rng = miniflux.load(name), random.Random(SEED)
+        for kind in (scenes.one_object, scenes.two_objects):
+            drawn = pipe.generate([kind(rng, held_out=i == 2).caption for i in range(4)], seed=SEED).images
+            blend = edits.blend(rng)
+            two = [scenes.render(one, 128, 128) for one in (blend.first, blend.second)]
+            seen = [Reference(one, index=i + 1) for i, one in enumerate(two)]
+            made = pipe.generate(blend.words, seed=SEED, conditions=seen).images[0]
+            rows.append([*drawn, *two, made])
+    return sheet(rows)
+
+
 def edges_sheet() -> Image.Image:
     """Three rows, a scene each: the scene, its edges, what nano-dev draws from its words alone, with the ControlNet,
     and with the Canny LoRA."""
@@ -102,6 +117,7 @@ def main() -> None:
     conditions_sheet().save(folder / "conditions.png")
     editing_sheet().save(folder / "nano-editing.png")
     edges_sheet().save(folder / "nano-edges.png")
+    successors_sheet().save(folder / "nano-successors.png")
     pipe = miniflux.load("nano")
     rng = random.Random(SEED)
     wanted = [(scenes.two_objects if i % 2 else scenes.one_object)(rng, held_out=i % 3 == 0) for i in range(40)]

@@ -28,6 +28,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import miniflux
 from miniflux.checkpoints import load_into, save
 from miniflux.checkpoints.networks import BY_CONFIG
 from miniflux.conditions import Reference
@@ -288,10 +289,14 @@ def captioned(pipe: Pipeline, count: int, seed: int) -> dict[str, list[bool]]:
 
 def report(student: Student, autoencoder: Flux2Autoencoder, count: int) -> None:
     """Say how much it draws as it should."""
-    pipe = drawing(student, autoencoder)
-    told = {**captioned(pipe, count, 2026), "two references": blended(pipe, count, 5)}
-    said = ", ".join(f"{kind} {100 * sum(right) / len(right):.0f} %" for kind, right in told.items())
-    log.info("%s: %s of %d each", student.variant.name, said, count)
+    told(student.variant.name, drawing(student, autoencoder), count)
+
+
+def told(name: str, pipe: Pipeline, count: int) -> None:
+    """Say it of any pipeline."""
+    found = {**captioned(pipe, count, 2026), "two references": blended(pipe, count, 5)}
+    said = ", ".join(f"{kind} {100 * sum(right) / len(right):.0f} %" for kind, right in found.items())
+    log.info("%s: %s of %d each", name, said, count)
 
 
 def make(name: str, folder: Path, start: Path | None = None, reader: Path | None = None) -> None:
@@ -373,10 +378,14 @@ def main() -> None:
     arguments.add_argument("goal", choices=[*GOALS])
     arguments.add_argument("folder", type=Path, nargs="?", default=Path("runs/nano"))
     arguments.add_argument("--start", type=Path, metavar="FOLDER", help="begin with the weights of an earlier run")
+    arguments.add_argument("--judge", action="store_true", help="judge the bundled one instead of training")
     arguments.add_argument("--reader", type=Path, metavar="FOLDER", help="begin with the language model of this one")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     with sdpa_kernel(SDPBackend.MATH), torch.autograd.set_multithreading_enabled(False):
         options = arguments.parse_args()
+        if options.judge:
+            told(options.goal, miniflux.load(options.goal), 100)
+            return
         make(options.goal, options.folder, options.start, options.reader)
 
 
