@@ -210,7 +210,7 @@ class Pipeline:
         # 1. Resolve the call, so that everything is checked before anything is computed.
         check_called(progress=progress, callback=callback, watch=watch)
         plan = Plan.of(
-            self._as_it_is(),
+            self.as_it_is(),
             prompt,
             seed=seed,
             steps=steps,
@@ -284,7 +284,7 @@ class Pipeline:
         moment = pictures[0].moment if plan.total == 1 else None
         return Result([picture.image for picture in pictures], latents, settings, moment, files, tuple(keys))
 
-    def _as_it_is(self) -> Variant:
+    def as_it_is(self) -> Variant:
         """The variant with the sizes that the networks have now."""
         sizes = {"transformer": self.transformer.config, "autoencoder": self.autoencoder.config}
         return replace(self.variant, **sizes, t5_length=self.text.length)

@@ -140,7 +140,7 @@ def test_other_sizes_and_damaged_files(manifest: Manifest, tmp_path: Path) -> No
     assert part.problems[0].startswith("missing: model.layers.0.input_layernorm.weight ")
     assert part.problems[0].endswith(" more")
     (part,) = inspect(sparse(tmp_path / "a.safetensors", {"bn.running_mean": [4], "quant_conv.weight": [4]})).parts
-    assert part.network == "Flux2Autoencoder" and part.variant.startswith("none known; closest is flux2-dev or ")
+    assert part.network == "Flux2Autoencoder" and part.variant.startswith("none known; closest is nano2 or nano3")
     assert part.problems[0].startswith("missing: ") and part.problems[0].endswith(" more")
 
 

@@ -205,7 +205,7 @@ def test_the_ledger_counts_it(files: Path) -> None:
         [ControlNet(network, EDGES)],
         [ControlNet(network, EDGES), ControlNet(conditions.Steering(network), PHOTO)],
     )
-    plans = [miniflux.plan.Plan.of(pipe._as_it_is(), "a star", conditions=given, **SIZE) for given in ([], once, twice)]
+    plans = [miniflux.plan.Plan.of(pipe.as_it_is(), "a star", conditions=given, **SIZE) for given in ([], once, twice)]
     none, one, two = (pipe.memory.ledger(plan.needs()) for plan in plans)
     size = sum(4 * p.numel() for p in network.parameters())
     line = Line("networks that steer: weights", ram=size)
@@ -347,4 +347,4 @@ def test_on_the_command_line_and_in_the_folder_of_the_page(
     assert "tells kinds of control by itself" in capsys.readouterr().err
     known = Catalogue(folder=tmp_path)
     known.scan()
-    assert known.networks == {"net.safetensors": ("ControlNet", tmp_path / "net.safetensors")} and not known.refused
+    assert known.networks["net.safetensors"] == ("ControlNet", tmp_path / "net.safetensors") and not known.refused

@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 
 import miniflux
-from miniflux.conditions import ControlNet, Reference
+from miniflux.conditions import Control, ControlNet, Reference
 from miniflux.errors import CheckpointError, InputError, ReplayError, SettingsError
 from miniflux.pictures import digest_of
 from miniflux.service import Given, Models, Queue
 from miniflux.service.queue import Preview
-from miniflux.settings import ConditionUse, Request
+from miniflux.settings import ConditionUse, LoraUse, Request
 from miniflux.steering import load
 from tests.steered import network, photo
 
@@ -153,3 +153,15 @@ def test_what_is_missing_or_no_picture_is_refused(tmp_path: Path) -> None:
 def test_conditions_of_strangers_are_refused_by_name(about: object, said: str) -> None:
     with pytest.raises(SettingsError, match=said):
         Request.from_json({"prompt": "a", "conditions": about})
+
+
+def test_a_control_picture_is_seen_through_a_control_lora(tmp_path: Path) -> None:
+    """The plan counts the channels that the LoRA gives the network, not those of the model."""
+    given, pipe = Given(tmp_path / "given"), miniflux.load("nano", dtype="float32")
+    hint = Image.open(photo(tmp_path / "hint.png", 20))
+    miniflux.lora.attach(pipe, "canny")
+    alone = pipe.generate("a red star", steps=2, seed=3, width=64, height=64, conditions=[Control(hint)])
+    use = ConditionUse("Control", (("picture", given.add(hint)),))
+    with Queue((models := Models(given=given)).draw, models.cost) as queue:
+        (made,) = queue.submit("a", ask(loras=(LoraUse("canny", 1.0),), conditions=(use,))).results(60)
+    assert torch.equal(made.latents, alone.latents)

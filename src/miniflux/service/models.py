@@ -187,7 +187,7 @@ class Models:
         """
         steering = self._steering(request)
         with self.use(request) as pipe:
-            plan = request.plan(pipe.variant, steering.get("conditions", ()))
+            plan = request.plan(pipe.as_it_is(), steering.get("conditions", ()))
             preview: list[Preview | None] = [None]
             # The table takes 1.4 % of a step of nano at 128x128, the tiny decoder 14 %.
             decoder = "table" if pipe.variant.preview else "tiny" if pipe.tiny is not None else None

@@ -12,6 +12,7 @@ from selenium.webdriver.common.action_chains import ActionChains
 
 import miniflux
 from miniflux.apps.ui.launch import Page
+from miniflux.apps.ui.slots import ITSELF
 from miniflux.nano import scenes
 from tests.apps.ui.conftest import Tab
 from tests.steered import network
@@ -111,3 +112,30 @@ def test_a_network_of_the_folder_sees_the_control_picture(page: Page, tab: Tab, 
     finally:
         catalogue.folder = before
         del catalogue.networks["union.safetensors"]
+
+
+@pytest.mark.parametrize("way", ["controlnet", "lora"])
+def test_the_bundled_ones_draw_along_edges(page: Page, tab: Tab, scene: Path, way: str) -> None:
+    """A bundled model sees edges by the bundled ControlNet, and by the bundled Canny LoRA, without a file of the user's."""
+    opened(tab).choose("model", "nano-dev")
+    put(tab, "control", scene, "img")
+    if way == "controlnet":
+        tab.choose("network", "canny (bundled)")
+        steered = miniflux.conditions.ControlNet(miniflux.conditions.load("canny"), str(scene))
+    else:
+        tab.choose("network", ITSELF)
+        tab.type_into("[data-id=canny][type=range]", "1")  # which switches it on
+        steered = miniflux.conditions.Control(str(scene))
+    (id,) = tab.draw()
+    request = page.site.history.listed(tab.driver.get_cookie("miniflux_session")["value"])[0].request
+    pipe = miniflux.load("nano")
+    for use in request.loras:
+        miniflux.lora.attach(pipe, use.file, use.strength)
+    assert [use.file for use in request.loras] == (["canny"] if way == "lora" else [])
+    alone = pipe.generate(**request.arguments(), conditions=[steered])
+    assert np.array_equal(drawn(tab, id), np.asarray(alone.images[0]))
+    if way == "lora":
+        tab.press("#mf-on-canny")
+    else:
+        tab.choose("network", ITSELF)
+    assert not tab.console()
