@@ -182,7 +182,8 @@ def test_inspect(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "Flux1" in said and "nano-dev" in said and "original" in said and "bfloat16" in said
     assert run("inspect", str(BUNDLED), "--json") == 0
     assert {part["network"] for part in json.loads(capsys.readouterr().out)} == {
-        "Flux1", "Autoencoder", "ClipTextEncoder", "T5Encoder", "TinyDecoder", "LoRA"
+        *("Flux1", "Autoencoder", "ClipTextEncoder", "T5Encoder", "TinyDecoder", "LoRA", "ControlNet"),
+        *("Flux2", "Flux2Autoencoder", "Flux3", "CausalLm"),
     }  # fmt: skip
     assert run("inspect", str(tmp_path / "nothing")) == 2
 

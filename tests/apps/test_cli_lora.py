@@ -104,7 +104,10 @@ def test_convert(dialect: str, style: Path, tmp_path: Path, capsys: pytest.Captu
     assert run("lora", "convert", str(style), "-o", str(out), "--to", dialect, "--model", "nano") == 0
     assert f"{out}: {len(load_file(out))} tensors, {dialect}, for nano" in capsys.readouterr().out
     assert run("lora", "convert", str(style), "-o", str(tmp_path / "again.safetensors"), "--to", dialect) == 0
-    assert f"{dialect}, for nano-dev (it fits nano-schnell, nano-fill, nano-kontext as well)" in capsys.readouterr().out
+    assert (
+        f"{dialect}, for nano-dev (it fits nano-schnell, nano-fill, nano-kontext, nano2 as well)"
+        in capsys.readouterr().out
+    )
     assert (tmp_path / "again.safetensors").read_bytes() == out.read_bytes()
     deltas = []
     for path in (style, out):

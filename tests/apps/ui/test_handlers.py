@@ -317,7 +317,7 @@ def test_line_about_a_lora_names_a_few_models(people: People, tmp_path: Path, mo
     monkeypatch.setattr("miniflux.apps.ui.site.MAX_NAMED", 1)
     copy = tmp_path / "some.safetensors"
     copy.write_bytes(Path(people.site.models.lora("realism").source).read_bytes())
-    assert "for nano-dev and 3 more" in people.does("files", "s" * 32, files=[str(copy)])["stage"]["text"]
+    assert "for nano-dev and 4 more" in people.does("files", "s" * 32, files=[str(copy)])["stage"]["text"]
 
 
 def test_picture_is_that_of_the_library(people: People) -> None:

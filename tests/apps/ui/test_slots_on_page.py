@@ -116,11 +116,11 @@ def test_a_network_of_the_folder_sees_the_control_picture(page: Page, tab: Tab, 
 
 @pytest.mark.parametrize("way", ["controlnet", "lora"])
 def test_the_bundled_ones_draw_along_edges(page: Page, tab: Tab, scene: Path, way: str) -> None:
-    """A bundled model sees edges by the bundled ControlNet, and by the bundled Canny LoRA, without a file of the user's."""
+    """nano-dev sees edges by the bundled ControlNet and by the bundled Canny LoRA, without a file of the user's."""
     opened(tab).choose("model", "nano-dev")
     put(tab, "control", scene, "img")
     if way == "controlnet":
-        tab.choose("network", "canny (bundled)")
+        tab.choose("network", "canny (bundled)").fill("network_mode", "")
         steered = miniflux.conditions.ControlNet(miniflux.conditions.load("canny"), str(scene))
     else:
         tab.choose("network", ITSELF)
