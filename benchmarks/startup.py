@@ -14,7 +14,7 @@ from pathlib import Path
 from timing import Report, options, taken_of, times
 
 FIRST = """
-import time, miniflux
+import time, torch, miniflux
 start = time.perf_counter()
 miniflux.load("nano").generate("a red circle on a blue background")
 print(time.perf_counter() - start)

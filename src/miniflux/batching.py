@@ -17,7 +17,7 @@ from miniflux.memory.ledger import Run
 from miniflux.memory.shortage import Fits
 from miniflux.plan import Plan
 
-PAYS = 2**18
+PAYS = 2**20
 """Numbers in the residual stream of a batch up to which it is faster (`benchmarks/batches.py`)."""
 
 ROWS = 16
