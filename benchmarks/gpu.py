@@ -10,14 +10,13 @@ arithmetic alone.
 from __future__ import annotations
 
 import importlib.util
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import peers
 import torch
-from timing import Report, Taken, options, taken_of
+from timing import Report, Taken, options, times
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -55,7 +54,8 @@ class Given:
 
     def theirs(self) -> Callable[[], Tensor]:
         """The same by diffusers."""
-        peer, told = peers.transformer(self.network), self.told
+        told = self.told
+        peer = peers.transformer(self.network).to(told.img.device, told.img.dtype)
         inputs = {"encoder_hidden_states": told.words.txt, "img_ids": told.img_ids[0], "txt_ids": told.words.txt_ids[0]}
         if told.words.vec is not None:
             inputs["pooled_projections"] = told.words.vec
@@ -93,20 +93,6 @@ def given(name: str, small: bool, steps: int | None) -> Given:
     img = torch.randn(1, places[0] * places[1], config.in_channels, **shared)
     told = Told(img, family.image_ids(1, *places).to(device), words, torch.ones(1, **shared), None)
     return Given(network, about, told, steps or min(about.steps, MOST))
-
-
-def seconds(calls: Sequence[Callable[[], object]], rounds: int) -> list[Taken]:
-    """As `timing.times`, waiting for the GPU."""
-    taken: list[list[float]] = [[] for _ in calls]
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    for _ in range(rounds):
-        for call, mine in zip(calls, taken, strict=True):
-            wait()
-            start = time.perf_counter()
-            call()
-            wait()
-            mine.append(time.perf_counter() - start)
-    return [taken_of(one) for one in taken]
 
 
 def float8(network: Any) -> str | None:
@@ -147,24 +133,24 @@ def main() -> None:
         if torch.cuda.is_available():
             flops += f"; {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB with theirs"
         gap = float((ours - theirs()).abs().max() / ours.abs().max())
-        eager, peer = seconds((case.drawn, theirs), asked.rounds)
+        eager, peer = times(case.drawn, theirs, rounds=asked.rounds)
         report.add(f"{name}, {case.steps} steps, eager", eager, peer, floor, f"{flops}; apart by {gap:.0e}")
         if case.about.family == "flux1":
-            cached, _ = seconds((lambda: case.drawn(cache=FirstBlockCache(threshold=0.12)), theirs), asked.rounds)  # noqa: B023
+            (cached,) = times(lambda: case.drawn(cache=FirstBlockCache(threshold=0.12)), rounds=asked.rounds)  # noqa: B023
             report.add(f"{name}, step cache", cached, peer, floor)
         if asked.tiny:
             print(f"{name}, compiled, float8: not run on a CPU")
             continue
         compile_blocks(case.network)
         case.drawn()
-        compiled, _ = seconds((case.drawn, theirs), asked.rounds)
+        compiled, peer = times(case.drawn, theirs, rounds=asked.rounds)
         report.add(f"{name}, compiled", compiled, peer, floor)
         why = float8(case.network)
         if why is not None:
             print(f"{name}, float8: not run, {why}")
             continue
         case.drawn()
-        report.add(f"{name}, compiled, float8", seconds((case.drawn,), asked.rounds)[0], peer, floor)
+        report.add(f"{name}, compiled, float8", times(case.drawn, rounds=asked.rounds)[0], peer, floor)
     report.write(asked.json)
 
 

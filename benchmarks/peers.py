@@ -17,54 +17,27 @@ from miniflux.pipeline import Pipeline
 
 def transformer(ours: Flux1 | Flux2 | Flux3) -> Any:
     """FluxTransformer2DModel, or that of FLUX.2 or FLUX.3."""
-    make = {Flux1: _flux1, Flux2: _flux2, Flux3: _flux3}[type(ours)]
-    theirs = make(ours.config).eval()
+    config: Any = ours.config
+    shared = {
+        "in_channels": config.in_channels,
+        "num_layers": config.depth,
+        "num_single_layers": config.depth_single_blocks,
+        "attention_head_dim": config.hidden_size // config.num_heads,
+        "num_attention_heads": config.num_heads,
+        "joint_attention_dim": config.context_in_dim,
+        "axes_dims_rope": tuple(config.axes_dim),
+    }
+    if isinstance(ours, Flux1):
+        own = {"pooled_projection_dim": config.vec_in_dim, "guidance_embeds": config.guidance_embed}
+        theirs = FluxTransformer2DModel(out_channels=config.out_channels, **own, **shared)
+    elif isinstance(ours, Flux2):
+        own = {"mlp_ratio": config.mlp_ratio, "guidance_embeds": config.guidance_embed, "rope_theta": config.theta}
+        theirs = diffusers.Flux2Transformer2DModel(**own, **shared)
+    else:
+        own = {"cond_in_channels": config.cond_in_channels, "flow_map": config.flow_map}
+        theirs = diffusers.Flux3Transformer2DModel(**own, **shared)
     theirs.load_state_dict(to_layout(ours, ours.state_dict(), "diffusers"))
-    return theirs
-
-
-def _flux1(config: Any) -> Any:
-    return FluxTransformer2DModel(
-        in_channels=config.in_channels,
-        out_channels=config.out_channels,
-        num_layers=config.depth,
-        num_single_layers=config.depth_single_blocks,
-        attention_head_dim=config.hidden_size // config.num_heads,
-        num_attention_heads=config.num_heads,
-        joint_attention_dim=config.context_in_dim,
-        pooled_projection_dim=config.vec_in_dim,
-        guidance_embeds=config.guidance_embed,
-        axes_dims_rope=tuple(config.axes_dim),
-    )
-
-
-def _flux2(config: Any) -> Any:
-    return diffusers.Flux2Transformer2DModel(
-        in_channels=config.in_channels,
-        num_layers=config.depth,
-        num_single_layers=config.depth_single_blocks,
-        attention_head_dim=config.hidden_size // config.num_heads,
-        num_attention_heads=config.num_heads,
-        joint_attention_dim=config.context_in_dim,
-        mlp_ratio=config.mlp_ratio,
-        guidance_embeds=config.guidance_embed,
-        axes_dims_rope=tuple(config.axes_dim),
-        rope_theta=config.theta,
-    )
-
-
-def _flux3(config: Any) -> Any:
-    return diffusers.Flux3Transformer2DModel(
-        in_channels=config.in_channels,
-        cond_in_channels=config.cond_in_channels,
-        num_layers=config.depth,
-        num_single_layers=config.depth_single_blocks,
-        attention_head_dim=config.hidden_size // config.num_heads,
-        num_attention_heads=config.num_heads,
-        joint_attention_dim=config.context_in_dim,
-        axes_dims_rope=tuple(config.axes_dim),
-        flow_map=config.flow_map,
-    )
+    return theirs.eval()
 
 
 def autoencoder(ours: Autoencoder) -> Any:

@@ -19,6 +19,7 @@ from timing import HEADER, Figure, Taken
 HERE = Path(__file__).parent
 SHORT = (
     ("startup.py", "--rounds", "5"),
+    ("linear.py", "--rounds", "5"),
     ("forward.py", "--hidden", "64", "256", "768", "--rounds", "4"),
     ("forward.py", "--hidden", "3072", "--families", "flux1", "--rounds", "3"),
     ("pictures.py", "--rounds", "8"),
@@ -65,7 +66,7 @@ def measured(script: str, *arguments: str) -> dict[str, Any]:
 def table(report: dict[str, Any]) -> str:
     """A report in Markdown."""
     told = [f"{word}: {report[word]}." for word in ("peer", "limit") if report[word]]
-    lines = [f"## {report['question']}", "", f"`python benchmarks/{report['command']}`.", *filter(None, told), ""]
+    lines = [f"## {report['question']}", "", f"`python benchmarks/{report['command']}`.", *told, ""]
     lines += [f"| {HEADER} |", "| --- |" + " ---: |" * 6 + " --- |"]
     for figure in report["figures"]:
         taken = {name: None if figure[name] is None else Taken(**figure[name]) for name in ("ours", "peer", "limit")}

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
+
 from miniflux.memory.ledger import peak_size
 
 
@@ -23,12 +25,15 @@ class Taken:
 
 
 def times(*calls: Callable[[], object], rounds: int = 15) -> list[Taken]:
-    """Of each call over `rounds` rounds, in which all of them run once."""
+    """Of each call over `rounds` rounds, in which all of them run once; on a GPU until that is done."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     each: list[list[float]] = [[] for _ in calls]
     for _ in range(rounds):
         for call, taken in zip(calls, each, strict=True):
+            wait()
             start = time.perf_counter()
             call()
+            wait()
             taken.append(time.perf_counter() - start)
     return [taken_of(taken) for taken in each]
 

@@ -18,7 +18,7 @@ from miniflux.memory.shortage import Fits
 from miniflux.plan import Plan
 
 PAYS = 2**20
-"""Numbers in the residual stream of a batch up to which it is faster (`benchmarks/batches.py`)."""
+"""Numbers in the residual stream of a batch up to which it was measured to be faster (`benchmarks/batches.py`)."""
 
 ROWS = 16
 """Rows, by which others must divide to be drawn together without being asked to."""

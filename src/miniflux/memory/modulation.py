@@ -24,13 +24,12 @@ from miniflux.checkpoints.networks.flux1 import MODULATION
 from miniflux.memory.streaming import Chain, Streamed
 from miniflux.models.flux1 import Flux1
 from miniflux.models.layers import LastLayer, Modulation
-from miniflux.models.rows import ROWS, by_row, known
+from miniflux.models.rows import ROWS, Key, by_row, key_of, known
 from miniflux.models.transformer import Transformer
 from miniflux.sampling.forwards import Told, flux1_conditioning
 
 log = logging.getLogger(__name__)
 
-Key = tuple[torch.dtype, torch.Size, bytes]
 Rows = dict[Key, Tensor]
 
 
@@ -66,7 +65,7 @@ class Ahead:
         """In here the modulations of these calls of the network are known. Rows that no run needs are dropped at the
         next run's beginning, so that the next picture of a prompt finds its own."""
         vecs = (flux1_conditioning(self.network, call) for call in calls)
-        inputs = {_key(x): x for vec in vecs for x in F.silu(vec).split(1)}
+        inputs = {key_of(x): x for vec in vecs for x in F.silu(vec).split(1)}
         try:
             with self._lock:
                 self._runs.append(set(inputs))
@@ -92,7 +91,7 @@ class Ahead:
 
     def _look_up(self, name: str, x: Tensor) -> Tensor:
         """The output of a linear; a new tensor, because a LoRA adds to it in place."""
-        rows = [self._table[name].get(_key(row)) for row in x.split(1)]
+        rows = [self._table[name].get(key_of(row)) for row in x.split(1)]
         if all(row is not None for row in rows):
             return torch.cat([row for row in rows if row is not None])
         self.misses += 1
@@ -143,7 +142,3 @@ def ahead_of(streamed: Streamed) -> Ahead | None:
 
 def _modulations(streamed: Streamed) -> list[Chain]:
     return [c for c in streamed.chains if all(re.fullmatch(MODULATION, unit.name) for unit in c.units)]
-
-
-def _key(x: Tensor) -> Key:
-    return x.dtype, x.shape, x.contiguous().view(torch.uint8).cpu().numpy().tobytes()

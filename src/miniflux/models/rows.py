@@ -35,14 +35,14 @@ class Table:
         state = _state(linear)
         if state is not None:
             _, rows = self._rows.setdefault(linear, (state, {}))
-            rows |= {_key(row): made for row, made in zip(x, y.split(1), strict=True)}
+            rows |= {key_of(row): made for row, made in zip(x, y.split(1), strict=True)}
 
     def made(self, linear: Any, x: Tensor) -> Tensor | None:
         """linear(x), a new tensor; None if it is not known."""
         state, rows = self._rows.get(linear, (None, {}))
         if not rows or state != _state(linear):
             return None
-        found = [rows.get(_key(row)) for row in x]
+        found = [rows.get(key_of(row)) for row in x]
         return None if any(row is None for row in found) else torch.cat(found)  # pyright: ignore[reportArgumentType]
 
 
@@ -79,8 +79,9 @@ def known(note: Callable[[], object]) -> Generator[None]:
         _table.reset(token)
 
 
-def _key(row: Tensor) -> Key:
-    return row.dtype, row.contiguous().view(torch.uint8).numpy().tobytes()
+def key_of(row: Tensor) -> Key:
+    """What a row is found by: its bytes, and what they mean."""
+    return row.dtype, row.contiguous().view(torch.uint8).cpu().numpy().tobytes()
 
 
 def _state(linear: Any) -> list[Any] | None:

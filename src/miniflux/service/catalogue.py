@@ -254,7 +254,7 @@ class Catalogue:
         for one in VARIANTS.values():
             if (
                 one.lm is not None
-                and not one.bundled
+                and not one.bundled  # those read prompts, and cannot write any
                 and not self._missing(one)
                 and (place := find(one, self.first).lm) is not None
             ):

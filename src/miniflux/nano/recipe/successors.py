@@ -79,7 +79,7 @@ class Goal:
 
 GOALS = {
     goal.name: goal
-    for goal in (Goal("nano2", 3_000, 64, 17_000, 28, 1.5e-3), Goal("nano3", 3_000, 64, 11_000, 28, 1.5e-3))
+    for goal in (Goal("nano2", 3_000, 64, 9_500, 28, 1.5e-3), Goal("nano3", 3_000, 64, 10_000, 28, 1.5e-3))
 }
 
 
