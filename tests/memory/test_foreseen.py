@@ -60,16 +60,17 @@ def test_few_products_are_made_ahead_and_none_later() -> None:
 
 
 def test_what_hangs_on_a_linear_is_asked_in_every_step() -> None:
-    """A hook of the user's on a modulation's linear, on the module around it, and on the last layer's chain."""
+    """And for no other: a hook of the user's on a modulation's linear, on the module around it, on the last layer's
+    chain, and on an embedder."""
     pipe = miniflux.load("nano")
     network = pipe.transformer
-    for module in (network.double_blocks[0].img_mod.lin, network.single_blocks[1].modulation,
-                   network.final_layer.adaLN_modulation):  # fmt: skip
+    last = network.single_blocks[1].modulation
+    for module in (network.double_blocks[0].img_mod.lin, last, network.final_layer.adaLN_modulation, network.time_in):
         seen: list[int] = []
         handle = module.register_forward_hook(lambda *_, seen=seen: seen.append(1))
         drawn(pipe, steps=5)
         handle.remove()
-        assert len(seen) >= 5, module
+        assert len(seen) == 5, module
 
 
 def test_a_lora_on_modulations_is_added(as_they_come: Any) -> None:

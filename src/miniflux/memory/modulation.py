@@ -23,8 +23,8 @@ from torch import Tensor
 from miniflux.checkpoints.networks.flux1 import MODULATION
 from miniflux.memory.streaming import Chain, Streamed
 from miniflux.models.flux1 import Flux1
-from miniflux.models.layers import LastLayer, Modulation
-from miniflux.models.rows import ROWS, Key, by_row, key_of, known
+from miniflux.models.layers import LastLayer, MLPEmbedder, Modulation
+from miniflux.models.rows import ROWS, Key, by_row, key_of, known, unhooked
 from miniflux.models.transformer import Transformer
 from miniflux.sampling.forwards import Told, flux1_conditioning
 
@@ -105,13 +105,17 @@ def foreseen(
     network: Transformer, conditioning: Callable[[Any, Told], Tensor], calls: Callable[[], list[Told]]
 ) -> Generator[None]:
     """Around the run of a network whose weights stay on the CPU: modulations of all calls in one product, if each call
-    is of a picture or a pair. More of them are multiplied as fast step by step.
+    is of a picture or a pair. More of them are multiplied as fast step by step. Nothing is done ahead where somebody
+    has hung a hook (a LoRA is one) on what would be asked: it would be called for no step.
 
     Args:
         conditioning: of the family: what the modulations see.
         calls: the calls of the network that the run is going to make.
     """
-    told = calls() if next(network.parameters()).device.type == "cpu" else []
+    asked = [module for module in network.modules() if isinstance(module, MLPEmbedder | Modulation | LastLayer)]
+    parts = (one.adaLN_modulation if isinstance(one, LastLayer) else one for one in asked)
+    plain = next(network.parameters()).device.type == "cpu" and all(unhooked(one) for one in parts)
+    told = calls() if plain else []
     if not told or any(len(call.img) >= ROWS for call in told):
         yield
         return
@@ -124,7 +128,7 @@ def foreseen(
 
     def note() -> None:
         vec = conditioning(network, together)
-        for module in network.modules():
+        for module in asked:
             if isinstance(module, Modulation):
                 module(vec)
             elif isinstance(module, LastLayer):

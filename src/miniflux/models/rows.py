@@ -84,6 +84,13 @@ def key_of(row: Tensor) -> Key:
     return row.dtype, row.contiguous().view(torch.uint8).cpu().numpy().tobytes()
 
 
+def unhooked(module: nn.Module) -> bool:
+    """Whether nobody is told when a module, or a part of it, is called."""
+    parts = (vars(one) for one in module.modules())
+    everywhere = (vars(nn.modules.module)[name] for name in GLOBAL_HOOKS)
+    return not any(one["_forward_hooks"] or one["_forward_pre_hooks"] for one in parts) and not any(everywhere)
+
+
 def _state(linear: Any) -> list[Any] | None:
     """What changes when the product of a linear, or of a chain with one, does; None if that cannot be told."""
     if any(vars(nn.modules.module)[name] for name in GLOBAL_HOOKS):
