@@ -57,6 +57,18 @@ class QueueFullError(MinifluxError):
     """More wait already than the queue takes; the message says how many, and when to try again."""
 
 
+class QuotaError(MinifluxError):
+    """A key has used what it may use for now; the message says how much that is, and when to try again.
+
+    Attributes:
+        seconds: until then.
+    """
+
+    def __init__(self, message: str, seconds: float) -> None:
+        super().__init__(message)
+        self.seconds = seconds
+
+
 class CancelledError(MinifluxError):
     """Work was stopped because somebody asked for it."""
 

@@ -20,7 +20,7 @@ from miniflux.conditions import Condition, Steering
 from miniflux.conditions.again import again
 from miniflux.conditions.masks import check_mask
 from miniflux.disk import folder_to_fill, write_beside
-from miniflux.errors import InputError, OutputError
+from miniflux.errors import InputError
 from miniflux.pictures import digest_of, on_white, open_picture
 from miniflux.settings import Request
 from miniflux.steering import load
@@ -30,30 +30,20 @@ OWN = re.compile(r"[0-9a-f]{64}[.]png|[0-9a-f]{16}[.]part")  # files of a servic
 NETWORKS = 2  # that steer, kept in memory
 
 
-class Given:
-    """Pictures and masks, kept as PNG while the service runs.
+class Pictures:
+    """Pictures and masks in a folder, as PNG, by the SHA-256 of their pixels.
 
     Args:
-        folder: for them alone. What an earlier service left there goes now, and these go with `close`.
-        max_bytes: of their files; those that were used least recently go first.
         vision: vision towers, for networks that have none beside them.
 
     Raises:
         OutputError: the folder cannot be made, or not be written to.
-        InputError: something else is in the folder.
     """
 
-    def __init__(self, folder: str | Path, max_bytes: int = 2**30, vision: Sequence[str | Path] = ()) -> None:
-        self.folder, self.max_bytes, self.vision = Path(folder), whole("max_bytes", max_bytes, 1), tuple(vision)
+    def __init__(self, folder: str | Path, vision: Sequence[str | Path] = ()) -> None:
+        self.folder, self.vision = Path(folder), tuple(vision)
         folder_to_fill(self.folder, "pictures")
-        found = list(self.folder.iterdir())
-        other = next((path for path in found if not OWN.fullmatch(path.name)), None)
-        if other is not None:
-            raise InputError(f"{folder}: a folder for given pictures alone is expected, and {other.name} is in it")
-        for path in found:
-            path.unlink()
         self._lock = threading.Lock()
-        self._sizes: OrderedDict[str, int] = OrderedDict()  # bytes by SHA-256, the least recently used first
         self._networks: OrderedDict[str, tuple[list[Stamp], Steering]] = OrderedDict()
 
     def add(self, picture: Image.Image | Tensor) -> str:
@@ -74,23 +64,21 @@ class Given:
             shown = open_picture(picture)
             digest = digest_of(shown)
         with self._lock:
-            if digest not in self._sizes:
-                path = self._path(digest)
-                try:
-                    write_beside(path, lambda beside: shown.save(beside, "PNG"))
-                except OSError as error:
-                    raise OutputError(f"a picture cannot be kept: {error.strerror or error}") from error
-                self._sizes[digest] = path.stat().st_size
-            self._sizes.move_to_end(digest)
-            while sum(self._sizes.values()) > self.max_bytes and len(self._sizes) > 1:
-                self._path(self._sizes.popitem(last=False)[0]).unlink(missing_ok=True)
+            if digest not in self:
+                write_beside(self._path(digest), lambda beside: shown.save(beside, "PNG", compress_level=1))
+            self._used(digest)
         return digest
 
     def _path(self, digest: str) -> Path:
         return self.folder / f"{digest}.png"
 
+    def _used(self, digest: str) -> None:
+        """Somebody needs it now: it is young again."""
+        with suppress(OSError):
+            self._path(digest).touch()
+
     def __contains__(self, digest: str) -> bool:
-        return digest in self._sizes
+        return self._path(digest).is_file()
 
     def picture(self, digest: str) -> Image.Image:
         """One that was added.
@@ -99,8 +87,8 @@ class Given:
             InputError: it is not here, or not any more.
         """
         with self._lock:
-            if digest in self._sizes:
-                self._sizes.move_to_end(digest)
+            if digest in self:
+                self._used(digest)
                 return open_picture(self._path(digest))
         raise InputError(f"the picture that it was made from (SHA-256 {digest[:12]}...) is not here: give it again")
 
@@ -140,6 +128,41 @@ class Given:
                 known = stamps(Path(path)), load(path, vision=self.vision or None)
             self._networks[path] = known
             return known[1]
+
+
+class Given(Pictures):
+    """Those of a service that forgets them when it ends.
+
+    Args:
+        folder: for them alone. What an earlier service left there goes now, and these go with `close`.
+        max_bytes: of their files; those that were used least recently go first.
+        vision: as of `Pictures`.
+
+    Raises:
+        OutputError: as of `Pictures`.
+        InputError: something else is in the folder.
+    """
+
+    def __init__(self, folder: str | Path, max_bytes: int = 2**30, vision: Sequence[str | Path] = ()) -> None:
+        super().__init__(folder, vision)
+        self.max_bytes = whole("max_bytes", max_bytes, 1)
+        self._sizes: OrderedDict[str, int] = OrderedDict()  # bytes by SHA-256, the least recently used first
+        found = list(self.folder.iterdir())
+        other = next((path for path in found if not OWN.fullmatch(path.name)), None)
+        if other is not None:
+            raise InputError(f"{folder}: a folder for given pictures alone is expected, and {other.name} is in it")
+        for path in found:
+            path.unlink()
+
+    def _used(self, digest: str) -> None:
+        if digest not in self._sizes:
+            self._sizes[digest] = self._path(digest).stat().st_size
+        self._sizes.move_to_end(digest)
+        while sum(self._sizes.values()) > self.max_bytes and len(self._sizes) > 1:
+            self._path(self._sizes.popitem(last=False)[0]).unlink(missing_ok=True)
+
+    def __contains__(self, digest: str) -> bool:
+        return digest in self._sizes
 
     def close(self) -> None:
         """Remove everything."""
