@@ -94,7 +94,8 @@ def test_a_function_may_answer_in_numpy(pipe: Pipeline, form: Any, tmp_path: Pat
 WRONG: list[tuple[dict[str, Any], str]] = [
     *(({name: value}, name) for name in ("seed", "steps", "images", "width", "height", "t5_length", "stop")
       for value in ("4", [4], (4,), {}, 4.0, np.float64(4), math.nan, True, np.bool_(True), np.array([4]), b"4",
-                    torch.tensor(True), Decimal(4), -1, 10**5000, 1j)),
+                    torch.tensor(True), Decimal(4), -1, 10**5000, 1j)
+      if name != "seed" or not isinstance(value, (list, tuple, np.ndarray))),  # a list of seeds: see below
     *(({name: value}, name) for name in ("seed", "images") for value in (None,)),
     *(({name: value}, name) for name in ("guidance", "shift", "strength")
       for value in ("1", [1.0], math.nan, math.inf, -math.inf, True, np.bool_(True), np.array([1.0]), 10**400, -1, 1j)),
@@ -111,6 +112,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"negative": 5, "guide": "cfg"}, "negative"),
     ({"width": (48, 32)}, r"width must be a whole number .* got \(48, 32\)"),
     ({"seed": torch.Generator()}, "torch.Generator.*initial_seed"),
+    *(({"seed": seeds}, f"{len(seeds)} seeds for 1 pictures") for seeds in ([], [1, 2], range(3), np.arange(4))),
+    *(({"seed": [seed]}, r"seed\[0\] must be a whole number") for seed in (-1, 2**64, 1.5, True, None, "1")),
 ]  # fmt: skip
 
 
@@ -324,3 +327,20 @@ def test_tiny_leaves_the_generator_of_torch_alone() -> None:
     state = torch.get_rng_state()
     miniflux.tiny()
     assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("form", [list, tuple, np.array, torch.tensor])
+def test_a_seed_for_each_picture(pipe: Pipeline, form: Any) -> None:
+    """Noise, steps of a stochastic solver, settings: of each as with its seed alone; by twos, and in any order."""
+    more: dict[str, Any] = {"solver": "euler-ancestral", "variation": (7, 0.25)}
+    own = draw(pipe, ["a red circle", "a star"], images=2, seed=form([9, 4, 9, 2]), batch=2, **more)
+    for i, seed in enumerate([9, 4, 9, 2]):
+        prompt = ["a red circle", "a star"][i // 2]
+        one = draw(pipe, prompt, seed=seed, **{**more, "variation": (7 + i, 0.25)})
+        torch.testing.assert_close(own.latents[i], one.latents[0], rtol=0, atol=1e-4)
+        told = {name: value for name, value in own.settings[i].items() if name != "batch"}
+        assert json.dumps(told) == json.dumps(one.settings[0])
+    with pytest.raises(InputError, match="3 seeds for 4 pictures"):
+        draw(pipe, ["a", "b"], images=2, seed=form([1, 2, 3]))
+    counted = draw(pipe, images=3, seed=range(5, 8))
+    assert torch.equal(counted.latents, draw(pipe, images=3, seed=5).latents)

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -70,18 +70,25 @@ def prompts_for(prompt: str | Iterable[str]) -> list[str]:
     return [str(repaired("a prompt", text)) for text in prompts]
 
 
-def seed_for(seed: int, total: int) -> int:
-    """The seed of the first of so many pictures.
+def seeds_for(seed: int | Sequence[int], total: int) -> tuple[int, ...]:
+    """The seeds of so many pictures: those given, one for each; or one for the first, and one more for each after it.
 
     Raises:
-        InputError: it is none, or that of the last picture would be too large.
+        InputError: it is neither, or a seed is too large.
     """
     if isinstance(seed, torch.Generator):
         raise InputError(
             "seed must be a whole number, got a torch.Generator, whose place in its numbers no file can keep: give "
             "generator.initial_seed()"
         )
-    return whole("seed", seed, 0, MAX_SEED + 1 - total)
+    seed = plain(seed)
+    if (isinstance(seed, Sequence) and not isinstance(seed, (str, bytes))) or getattr(seed, "ndim", None) == 1:
+        seeds = list(cast("Sequence[int]", seed))
+        if len(seeds) != total:
+            raise InputError(f"seed: {len(seeds)} seeds for {total} pictures; give one for each, or a single number")
+        return tuple(whole(f"seed[{i}]", one, 0, MAX_SEED) for i, one in enumerate(seeds))
+    first = whole("seed", cast(int, seed), 0, MAX_SEED + 1 - total)
+    return tuple(range(first, first + total))
 
 
 def guide_for(guide: Cfg | str | None) -> Cfg | None:

@@ -202,7 +202,7 @@ class Drawing:
                 model,
                 **arguments,
                 callback=watch if added.keep is None else kept,
-                rng=step_noise([plan.seed + i for i in pictures]),
+                rng=step_noise([plan.seeds[i] for i in pictures]),
                 cache=plan.cache,
                 bill=bill,
                 run=plan.run or run_block,
@@ -231,8 +231,8 @@ class Drawing:
         config = self.parts.autoencoder.config
         height, width, channels, patch = *plan.sides, config.latent_channels, config.patch
         if variation is None:
-            return initial_noise(height, width, plan.seed + i, channels, patch)
-        return varied_noise(height, width, plan.seed + i, variation, channels, patch)
+            return initial_noise(height, width, plan.seeds[i], channels, patch)
+        return varied_noise(height, width, plan.seeds[i], variation, channels, patch)
 
     def _unpacked(self, tokens: Tensor) -> Tensor:
         return self.plan.family.unpack(tokens, *self.plan.sides).float()

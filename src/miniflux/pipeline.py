@@ -119,7 +119,7 @@ class Pipeline:
         self,
         prompt: str | Iterable[str],
         *,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         steps: int | None = None,
         guidance: Scale | None = None,
         width: int | None = None,
@@ -157,7 +157,7 @@ class Pipeline:
 
         Args:
             prompt: one prompt, or several for several pictures.
-            seed: picture i of the call is drawn from seed + i.
+            seed: picture i of the call is drawn from seed + i; or a list of seeds, one for each picture of the call.
             steps: number of steps; None for the variant's default, or as many as a list of noise levels has.
             guidance: strength of the prompt, at least 0, or a function of the noise level; None for the default. Of
                 models that are drawn with classifier-free guidance it is the scale; others without that input refuse

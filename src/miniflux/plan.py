@@ -27,7 +27,7 @@ from miniflux.arguments import (
     listed_for,
     negative_for,
     prompts_for,
-    seed_for,
+    seeds_for,
     size_for,
     spacing_for,
     variation_for,
@@ -67,7 +67,7 @@ class Plan:
     Attributes:
         prompts: one per picture, before `images` of each.
         images: pictures per prompt.
-        seed: of the first picture; picture i has seed + i.
+        seeds: one per picture.
         variation: (other seed of the first picture, how far to go towards its noise).
         width, height: in pixels; rows, columns: in tokens.
         family: what its kind of models is like.
@@ -84,7 +84,7 @@ class Plan:
 
     prompts: list[str]
     images: int
-    seed: int
+    seeds: tuple[int, ...]
     variation: tuple[int, float] | None
     width: int
     height: int
@@ -121,7 +121,7 @@ class Plan:
         variant: Variant,
         prompt: str | Iterable[str],
         *,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         steps: int | None = None,
         guidance: Scale | None = None,
         width: int | None = None,
@@ -163,7 +163,7 @@ class Plan:
         # Which pictures, how large.
         prompts, images = prompts_for(prompt), whole("images", images, 1, MAX_IMAGES)
         total = images * len(prompts)
-        seed, variation = seed_for(seed, total), variation_for(variation, total)
+        seeds, variation = seeds_for(seed, total), variation_for(variation, total)
         wraps, conditions = listed_for("wraps", wraps), conditions_for(conditions)
         family, seen = FAMILIES[variant.family], sum(isinstance(c, Reference) for c in conditions)
         conditions = tuple(c.framed(family, seen) if isinstance(c, Reference) else c for c in conditions)
@@ -222,7 +222,7 @@ class Plan:
         return cls(
             prompts=prompts,
             images=images,
-            seed=seed,
+            seeds=seeds,
             variation=variation,
             width=width,
             height=height,
@@ -356,7 +356,7 @@ class Plan:
         varied = self.varied(i)
         return {
             "prompt": self.prompts[i // self.images],
-            "seed": self.seed + i,
+            "seed": self.seeds[i],
             "variation": None if varied is None else list(varied),
         }
 
