@@ -16,6 +16,7 @@ import torch
 
 from miniflux.checkpoints.networks import BY_CONFIG
 from miniflux.memory import bands
+from miniflux.memory.lanes import stages_of
 from miniflux.memory.streaming import Partition
 
 WITHIN = 0.05  # how far the peak of a run may be from what was predicted ...
@@ -97,7 +98,7 @@ class Placed:
 class Run:
     """What is asked of a run: sizes in tokens and pixels, tokens of conditions beside them and those of references that
     are looked at once, rows that go through the network, texts at once; bytes of networks that steer and are not where
-    it computes yet, and numbers that they add to each image token."""
+    it computes yet, and numbers that they add to each image token; whether the picture before is decoded meanwhile."""
 
     width: int
     height: int
@@ -109,6 +110,7 @@ class Run:
     ahead: bool = True
     steering: int = 0
     added: int = 0
+    decoding: bool = False
 
 
 def predict(
@@ -139,7 +141,7 @@ def predict(
         if part.mode == "resident":
             return []
         areas = part.plan.areas[chains]
-        copied = 0 if host else sum(areas) // 2
+        copied = stages_of(device) * sum(areas) // 2
         return [
             on_device(f"{name}: running blocks", sum(areas)),
             Line(f"{name}: reading", ram=copied + (part.largest if part.mode == "stream" else 0)),
@@ -161,6 +163,7 @@ def predict(
     floats = next(iter(parts["autoencoder"].plan.kept)).empty.dtype.itemsize
     steering = [on_device("networks that steer: weights", run.steering)] if run.steering else []
     computed = activations(configs, run, itemsize, floats)
+    decoding = (on_device("autoencoder: activations", computed["autoencoder"]),)
     texts: dict[str, tuple[Line, ...]] = {}
     held: list[Line] = []  # areas are let go of after all encoders
     for name in (name for name in TEXTS if name in parts):
@@ -178,13 +181,9 @@ def predict(
                 *([kept] if run.kept_tokens else []),
                 *steering,
                 on_device("transformer: activations", computed["transformer"]),
+                *(decoding if run.decoding else ()),
             ),
-            "decoding": (
-                *common,
-                *table,
-                *steering,
-                on_device("autoencoder: activations", computed["autoencoder"]),
-            ),
+            "decoding": (*common, *table, *steering, *decoding),
         },
     )
 

@@ -2,19 +2,21 @@
 
 The weights wait in a file (`stream`) or in the memory of the machine (`offload`). Blocks run one after the other, so
 two areas of memory are enough: the running block's tensors are views into the one, while a thread reads the next block
-into the other. The network is the same module; its blocks' `forward` is wrapped. No forward hook does this, because it
-is skipped when a call is interrupted, and because the changes of a LoRA call `forward` of their layer.
+into the other. To a GPU it is copied from pinned memory, beside what the GPU computes (`lanes.py`): the computing waits
+for the copy, and the copy for the block that was there before; the thread that calls waits for neither. The network is
+the same module; its blocks' `forward` is wrapped. No forward hook does this, because it is skipped when a call is
+interrupted, and because the changes of a LoRA call `forward` of their layer.
 """
 
 from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import Any, cast
 
 import torch
@@ -27,6 +29,7 @@ from miniflux.checkpoints.networks import BY_KIND
 from miniflux.checkpoints.opened import layout_in
 from miniflux.checkpoints.quantized import LENDER, QuantizedLinear, packed_layers
 from miniflux.errors import CheckpointError
+from miniflux.memory.lanes import Mark, lane_of
 
 ALIGNMENT = 64  # bytes; that of torch's own tensors. Views of mapped files lie where the file has them.
 
@@ -122,14 +125,29 @@ class _Area:
     Attributes:
         memory: where the network runs.
         holds: the unit whose tensors are there, or are being read.
-        reading: done when they are there.
-        left: what the device had been told to do when the last unit was left, on CUDA.
+        reading: done when they are read, and the device is told to copy them here.
+        copied: when that will be done.
+        left: all that the device had been told to compute when the last unit was left, or the memory taken: whoever
+            had it before may have given it back with work still to do there.
     """
 
     memory: Tensor
     holds: Unit | None = None
     reading: Future[None] | None = None
-    left: Any = None
+    left: Mark = None
+    copied: Mark = None
+
+
+@dataclass
+class _Stage:
+    """Memory of the machine from which the device copies.
+
+    Attributes:
+        copied: when the last copy from it will be done.
+    """
+
+    memory: Tensor
+    copied: Mark = None
 
 
 class Chain:
@@ -147,7 +165,9 @@ class Chain:
         self._next = {a.name: b for a, b in pairwise(self.units)}
         self._lock = threading.RLock()
         self._areas: list[_Area] = []
-        self._host = torch.empty(0)  # on CUDA: memory that the device can copy from
+        self._stages: list[_Stage] = []
+        self._turns: Iterator[_Stage] = iter(())
+        self._lane = lane_of(device)
         self._reader: ThreadPoolExecutor | None = None
         for unit in self.units:
             unit.module.forward = self._wrapped(unit, unit.module.forward)
@@ -157,7 +177,7 @@ class Chain:
     @property
     def held(self) -> int:
         """Bytes of the areas now."""
-        return sum(len(area.memory) for area in self._areas) + len(self._host)
+        return sum(len(each.memory) for each in (*self._areas, *self._stages))
 
     def _wrapped(self, unit: Unit, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*inputs: Any, **options: Any) -> Any:
@@ -186,20 +206,18 @@ class Chain:
                 yield
             finally:
                 unit.give_back()
-                if self.device.type == "cuda":
-                    area.left = torch.cuda.current_stream(self.device).record_event()
+                area.left = self._lane.here()
 
     def _filled(self, unit: Unit) -> _Area:
         """The area with the tensors of this unit, read now if they were not read ahead."""
         if not self._areas:
             largest = max(unit.size for unit in self.units)
             with torch.inference_mode(False):  # a tensor made in it could not be written to outside
-                self._areas = [
-                    _Area(torch.empty(largest, dtype=torch.uint8, device=self.device))
-                    for _ in range(min(2, len(self.units)))
-                ]
-                if self.device.type == "cuda":
-                    self._host = torch.empty(largest, dtype=torch.uint8, pin_memory=True)
+                count = min(2, len(self.units))
+                memory = [torch.empty(largest, dtype=torch.uint8, device=self.device) for _ in range(count)]
+                self._areas = [_Area(each, left=self._lane.here()) for each in memory]
+                self._stages = [_Stage(self._lane.stage(largest)) for _ in range(min(count, self._lane.stages))]
+                self._turns = cycle(self._stages)
             self._reader = ThreadPoolExecutor(1, "miniflux-weights")
         area = next((area for area in self._areas if area.holds is unit), None)
         if area is None:
@@ -213,6 +231,7 @@ class Chain:
         except BaseException:
             area.holds = None
             raise
+        self._lane.join(area.memory, area.copied, area.left)  # left perhaps by a caller with another queue, at work yet
         return area
 
     def _begin(self, area: _Area, unit: Unit) -> None:
@@ -225,29 +244,26 @@ class Chain:
     def _fill(self, area: _Area, unit: Unit) -> None:
         """Read a unit into an area; runs in the reading thread."""
         with torch.no_grad():
-            host = area.memory if self.device.type == "cpu" else self._host
-            if not len(host):
-                host = torch.empty(unit.size, dtype=torch.uint8)  # a device that copies from any memory
+            stage = next(self._turns, None)
+            if stage is not None:
+                self._lane.finish(stage.copied)  # else it would be read into while it is copied
+            host = area.memory if stage is None else stage.memory
             for piece in unit.pieces:
                 self.bytes_read += self._read(piece.key, piece.within(host))
             if not unit.checked:
                 unit.check(host, self._source)
-            if self.device.type == "cuda":
-                stream = torch.cuda.Stream(self.device)
-                if area.left is not None:
-                    stream.wait_event(area.left)
-                with torch.cuda.stream(stream):
-                    area.memory[: unit.size].copy_(host[: unit.size], non_blocking=True)
-                stream.synchronize()
-            elif host is not area.memory:
-                area.memory[: unit.size].copy_(host[: unit.size])
+            if stage is not None:
+                source, target = host[: unit.size], area.memory[: unit.size]
+                stage.copied = area.copied = self._lane.copy(source, target, area.left)
 
     def free(self) -> None:
         """Let go of both areas; the next call makes them again."""
         with self._lock:
             if self._reader is not None:
                 self._reader.shutdown(wait=True)
-            self._areas, self._reader, self._host = [], None, torch.empty(0)
+            for stage in self._stages:
+                self._lane.finish(stage.copied)
+            self._areas, self._stages, self._turns, self._reader = [], [], iter(()), None
 
 
 @dataclass(frozen=True)
