@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, case, create_engine, event
+from sqlalchemy import Connection, Engine, case, create_engine, event, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from miniflux.errors import InputError, MissingExtraError
-from miniflux.service.jobs.tables import COUNTS, JOBS
+from miniflux.service.jobs.tables import COUNTS, JOBS, WORKERS
 
-WAITS = 10.0  # seconds for which a write waits for that of another
+WAITS = 30.0  # seconds for which a write waits for that of another
 IN_LINE = (JOBS.c.due, JOBS.c.created, JOBS.c.id)
 GONE = SQLAlchemyError
 """What is raised when the database is locked for too long, full, or not there."""
@@ -59,6 +60,11 @@ class Database:
         """For questions alone; waits for nobody."""
         with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
             yield connection
+
+    def workers(self) -> list[dict[str, Any]]:
+        """Every worker that was not given up: id, host, pid, started, seen, and what it told about itself."""
+        with self.reading() as c:
+            return [{**row, "about": json.loads(row["about"])} for row in c.execute(select(WORKERS)).mappings()]
 
     # Counting
 

@@ -15,7 +15,6 @@ import json
 import secrets
 import time
 from collections.abc import Iterable
-from typing import Any
 
 from sqlalchemy import Connection, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
@@ -34,7 +33,7 @@ from miniflux.service.jobs.records import (
     Wanted,
     job_of,
 )
-from miniflux.service.jobs.tables import COUNTS, JOBS, KEYS, PACES, PICTURES, PREVIEWS, WORKERS
+from miniflux.service.jobs.tables import COUNTS, JOBS, KEYS, PACES, PICTURES, PREVIEWS
 from miniflux.settings import Request
 
 DAY, MINUTE = 86_400.0, 60.0
@@ -251,11 +250,6 @@ class Store(Database):
             states = c.execute(select(JOBS.c.state, func.count()).group_by(JOBS.c.state)).all()
             counts = c.execute(select(COUNTS)).all()
         return {**{f"state {state}": count for state, count in states}, **{row.name: row.value for row in counts}}
-
-    def workers(self) -> list[dict[str, Any]]:
-        """Every worker that was not given up: id, host, pid, started, seen, and what it told about itself."""
-        with self.reading() as c:
-            return [{**row, "about": json.loads(row["about"])} for row in c.execute(select(WORKERS)).mappings()]
 
     # Telling and forgetting
 
