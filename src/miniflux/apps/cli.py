@@ -45,8 +45,10 @@ def parser() -> Parser:
     commands = root.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     from miniflux.apps import convert, fetch, generate, inspect, lora, replay, study, ui
+    from miniflux.apps.serve import command as serve
+    from miniflux.apps.serve import key_command as keys
 
-    for command in (generate, inspect, lora, study, replay, fetch, convert, ui):
+    for command in (generate, inspect, lora, study, replay, fetch, convert, ui, serve, keys):
         command.add(commands)
     return root
 

@@ -49,8 +49,10 @@ class _Once(logging.Filter):
         self.said: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno != logging.WARNING:
+            return True
         text = record.getMessage()
-        new = record.levelno != logging.WARNING or text not in self.said
+        new = text not in self.said
         self.said.add(text)
         return new
 
