@@ -35,7 +35,7 @@ from miniflux.errors import CheckpointError, OutputError
 from miniflux.plan import Plan
 from miniflux.sampling import Moment
 from miniflux.sampling.caches import Measure
-from miniflux.weights.origin import Stamp
+from miniflux.weights.origin import Stamp, belongs
 
 log = logging.getLogger(__name__)
 
@@ -68,13 +68,14 @@ def picture_key(settings: Mapping[str, Any], files: Sequence[tuple[str, Stamp]])
 
     Args:
         settings: all that made it, as plain JSON.
-        files: what it is made from, LoRAs in the order in which they are attached.
+        files: what its call is made from, LoRAs in the order in which they are attached.
 
     Raises:
         CheckpointError: a file has changed since it was loaded.
     """
     facts = {name: value for name, value in settings.items() if name not in NOT_IN_KEY}
     names = {about["name"]: i for i, about in enumerate(settings["loras"])}  # a LoRA counts by what it is
+    files = [(part, stamp) for part, stamp in files if belongs(part, settings)]
     parts = [names.get(part.removeprefix("lora "), part) if part.startswith("lora ") else part for part, _ in files]
     hashes = [stamp.sha256() for _, stamp in files]
     scales = [about["scale"] for about in settings["loras"]]

@@ -37,6 +37,7 @@ from miniflux.drawing import Drawing
 from miniflux.errors import InputError
 from miniflux.families import FAMILIES
 from miniflux.loaded import Baseline, claimed, summary
+from miniflux.lora import pictures as loras
 from miniflux.lora.adapters import described, files_of
 from miniflux.memory.ledger import Run, activations
 from miniflux.memory.modes import Memory
@@ -241,16 +242,21 @@ class Pipeline:
             batch=batch,
         )
         check_batch(plan)
+        if (own_loras := loras.given(self)) is not None:
+            own_loras.check(plan.total, plan.once)
         check_channels(self.transformer, plan.conditions)
         warn_of_result(self.variant, plan.width, plan.height, plan.levels)
 
         # 2. What will be said of the pictures: also the key under which those drawn before are kept.
         changed = self.changed()
         files = self._files(changed, plan.conditions)
-        said = {**self._described(), **plan.described(), **({"changed": summary(changed)} if changed else {})}
+        said: dict[str, Any] = {**self._described(), **plan.described(), **({"changed": summary(changed)} if changed else {})}
         unkeyed = None if self.results is None else not_keyed(plan, said, files, callback is not None)
 
         settings = [{**said, **plan.described_picture(i)} for i in range(plan.total)]
+        if own_loras is not None:
+            for i, about in enumerate(settings):
+                about["loras"] = own_loras.described(i, said["loras"])
         results = self.results if unkeyed is None else None
         keys = [] if results is None else [picture_key(about, files) for about in settings]
 
@@ -265,7 +271,10 @@ class Pipeline:
                     fits.check(needs)
                 together = work.together(wanted[:most], 1 if batch else ROWS)
                 together = together[: fitting(len(together), batch, needs, fits)]
-            with self._watched(replace(needs, batch=len(together) * needs.batch), fits):
+            with (
+                self._watched(replace(needs, batch=len(together) * needs.batch), fits),
+                nullcontext() if own_loras is None else own_loras.drawing(together),
+            ):
                 return work.draw(together, Watchers(together, partial(done.reached, wanted[0]), callback, watch))
 
         batches = Batches(plan.total, draw, lambda i: results is None or keys[i] not in results)

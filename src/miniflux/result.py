@@ -21,7 +21,7 @@ from miniflux.disk import write_beside
 from miniflux.errors import OutputError
 from miniflux.sampling import Moment
 from miniflux.settings.texts import options_for
-from miniflux.weights.origin import Stamp, hashed
+from miniflux.weights.origin import Stamp, belongs, hashed
 
 
 @dataclass(frozen=True, repr=False, eq=False)  # tensors and pictures have no single answer to ==
@@ -66,7 +66,7 @@ class Result:
         """Add the SHA-256 of every file to the settings, as `save` does; computed once per file, about 1 s per GB."""
         told = hashed(self.files)
         for about in self.settings:
-            about["files"] = told
+            about["files"] = [file for file in told if belongs(file["part"], about)]
 
     def grid(self) -> Image.Image:
         """All pictures on one sheet, row by row, about as many columns as rows; a single picture is itself."""

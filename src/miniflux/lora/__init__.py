@@ -11,6 +11,7 @@ from miniflux.lora.attaching import attach, detach, set_scale, set_schedule
 from miniflux.lora.encoding import save
 from miniflux.lora.files import LoraFile, read
 from miniflux.lora.merging import merge, unmerge
+from miniflux.lora.pictures import per_picture
 from miniflux.lora.receipt import ModuleReceipt, Receipt
 from miniflux.lora.tools import Extracted, convert, extract, fits, inspect, merge_files
 
@@ -28,6 +29,7 @@ __all__ = [
     "inspect",
     "merge",
     "merge_files",
+    "per_picture",
     "read",
     "save",
     "set_scale",

@@ -154,15 +154,19 @@ def described(target: Attachable) -> list[dict[str, Any]]:
     for network in networks(target).values():
         for adapter in adapters_of(network).values():
             about = found.setdefault(adapter.name, {"name": adapter.name, "source": adapter.source})
-            if callable(adapter.scale):
-                scales = {layer: scale_of(adapter.scale, layer) for layer in adapter.layers}
-                about["scale"] = {**about.get("scale", {}), **scales}
-            else:
-                about["scale"] = dict(adapter.scale) if isinstance(adapter.scale, Mapping) else adapter.scale
+            scale = told_scale(adapter.scale, adapter.layers)
+            about["scale"] = {**about.get("scale", {}), **scale} if callable(adapter.scale) else scale
             about["scheduled"] = about.get("scheduled", False) or adapter.schedule is not None
             if adapter.merged:
                 about["merged"] = True
     return list(found.values())
+
+
+def told_scale(scale: Scale, layers: Sequence[str]) -> Any:
+    """A scale in plain JSON: of a function what it says for each layer."""
+    if callable(scale):
+        return {layer: scale_of(scale, layer) for layer in layers}
+    return dict(scale) if isinstance(scale, Mapping) else scale
 
 
 def checked_name(name: str) -> str:

@@ -7,8 +7,11 @@ layer is changed like any other and `state_dict` does not see the changes at all
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
+from itertools import groupby
 from typing import Any, cast
 
 import torch
@@ -69,12 +72,12 @@ class Change(nn.Module):
         """factor * dW x for inputs (..., in), without scale and bias: (..., rows). `base`: W x of the layer's rows."""
         raise NotImplementedError
 
-    def add_to(self, output: Tensor, x: Tensor, base: Callable[[Tensor], Tensor]) -> None:
+    def add_to(self, output: Tensor, x: Tensor, base: Callable[[Tensor], Tensor], scale: Tensor) -> None:
         """Add scale * (factor * dW x + bias) to the layer's output, in place."""
         part = output[..., self.rows[0] : self.rows[1]]
-        part += self.scale * self.forward(x, base)
+        part += scale * self.forward(x, base)
         if self.bias is not None:
-            part += self.scale * self.bias
+            part += scale * self.bias
 
     def delta(self, weight: Tensor | None = None) -> Tensor:
         """factor * dW as a float32 matrix (rows, in); `weight`: the layer's rows, for changes that depend on them."""
@@ -107,14 +110,14 @@ class LowRank(Change):
     def forward(self, x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
         return F.linear(F.linear(x, self.down.to(x.dtype)) * self.factor, self.up.to(x.dtype))
 
-    def add_to(self, output: Tensor, x: Tensor, base: Callable[[Tensor], Tensor]) -> None:
+    def add_to(self, output: Tensor, x: Tensor, base: Callable[[Tensor], Tensor], scale: Tensor) -> None:
         """As of every change, but the last product adds straight into the output: no temporary of its size."""
-        small = F.linear(x, self.down.to(x.dtype)) * (self.factor * self.scale)
+        small = F.linear(x, self.down.to(x.dtype)) * (self.factor * scale)
         flat, small = (t.flatten(0, -2) if t.ndim > 1 else t[None] for t in (output, small))
         part = flat[:, self.rows[0] : self.rows[1]]
         part.addmm_(small.to(output.dtype), self.up.to(output.dtype).t())
         if self.bias is not None:
-            part += self.scale * self.bias
+            part += scale * self.bias
 
     def delta(self, weight: Tensor | None = None) -> Tensor:
         return self.factor * (self.up.float() @ self.down.float())
@@ -361,17 +364,67 @@ def rescale(changes: Sequence[Change], scales: Sequence[float]) -> None:
         torch._foreach_add_(tensors, list(scales))  # pyright: ignore
 
 
+OfPictures = Mapping[Change, Sequence[float]]
+"""The strength of a change for each picture of a batch."""
+
+_pictures: ContextVar[OfPictures | None] = ContextVar("pictures", default=None)
+
+
+@contextmanager
+def of_pictures(strengths: OfPictures) -> Generator[None]:
+    """In here these changes have, in this thread alone, a strength for each picture of the batch that a network is
+    called with, instead of their scale."""
+    token = _pictures.set(strengths)
+    try:
+        yield
+    finally:
+        _pictures.reset(token)
+
+
 def _add(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     """The forward hook of a changed layer."""
     (x,) = inputs
     # Compiled code computes changes of scale 0 as well: to skip them would mean to compile again.
     everything = torch.compiler.is_compiling()
-    changes = [c for adapter in getattr(layer, CHANGES).values() for c in adapter if everything or c.active]
+    own = {} if everything else _pictures.get() or {}
+    changes = [c for adapter in getattr(layer, CHANGES).values() for c in adapter if everything or c.active or c in own]
     untouched = output.clone() if any(change.needs_base for change in changes) else None
     for change in changes:
-        seen = x if change.inputs in (None, x.shape[-1]) else x[..., : change.inputs]
-        change.add_to(output, seen, partial(_base, layer, change.rows, x, untouched))
+        if change in own:
+            _add_by_picture(layer, change, own[change], x, output, untouched)
+        else:
+            _add_one(layer, change, change.scale, x, output, untouched)
     return output
+
+
+def _add_one(layer: Any, change: Change, scale: Tensor, x: Tensor, output: Tensor, untouched: Tensor | None) -> None:
+    """Add one change to the output of a layer, `untouched`: before all changes."""
+    seen = x if change.inputs in (None, x.shape[-1]) else x[..., : change.inputs]
+    change.add_to(output, seen, partial(_base, layer, change.rows, x, untouched), scale)
+
+
+def _add_by_picture(
+    layer: Any, change: Change, strengths: Sequence[float], x: Tensor, output: Tensor, untouched: Tensor | None
+) -> None:
+    """Add a change to those pictures of a batch that have it. It is computed for neighbours of one strength together,
+    and not at all for the others: so each picture is computed as alone, whatever kind of change it is, and numbers of
+    one that overflow are no zeros times infinity in another.
+
+    The texts of a guide follow each other along the batch, each with all pictures. Behind them there may be rows that
+    only fill up (`models.rows.by_row`): theirs is any strength.
+    """
+    of_rows = [strengths[row % len(strengths)] for row in range(len(x))]
+    for strength, group in groupby(range(len(x)), of_rows.__getitem__):
+        if strength == 0:
+            continue
+        first, *others = group
+        rows, scale = slice(first, first + 1 + len(others)), torch.full_like(change.scale, strength)
+        if x.ndim == 2:  # a vector of each picture: one to three of them by themselves would be rounded otherwise
+            changed = output.clone()
+            _add_one(layer, change, scale, x, changed, untouched)
+            output[rows] = changed[rows]
+        else:
+            _add_one(layer, change, scale, x[rows], output[rows], None if untouched is None else untouched[rows])
 
 
 def _base(layer: Any, rows: Rows, x: Tensor, output: Tensor | None, inputs: Tensor) -> Tensor:

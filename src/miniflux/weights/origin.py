@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,6 +127,12 @@ def hashed(files: Iterable[tuple[str, Stamp]]) -> list[dict[str, Any]]:
             digest = None
         told.append({"part": part, "file": Path(stamp.path).name, "bytes": stamp.size, "sha256": digest})
     return told
+
+
+def belongs(part: str, settings: Mapping[str, Any]) -> bool:
+    """Whether a picture was made from a part of its call: all but the LoRAs of its neighbours, which its settings do
+    not name."""
+    return not part.startswith("lora ") or any(part == f"lora {about['name']}" for about in settings["loras"])
 
 
 class _Hashes:
