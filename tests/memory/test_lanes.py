@@ -14,7 +14,7 @@ from torch import Tensor
 
 import miniflux
 from miniflux.memory import lanes, streaming
-from miniflux.memory.lanes import Aside, CudaLane, Lane, at_once
+from miniflux.memory.lanes import Aside, CudaLane, Lane, directly
 from tests.memory.conftest import Make
 from tests.memory.test_modes import drawn, loaded
 
@@ -263,7 +263,7 @@ def test_errors_aside_are_raised_where_the_result_is_asked_for() -> None:
         with pytest.raises(ValueError, match="told otherwise"):
             wait()
     with pytest.raises(ZeroDivisionError):
-        at_once(lambda: 1 // 0)
+        directly(lambda: 1 // 0)
 
 
 def test_whoever_leaves_early_waits_for_what_is_at_work() -> None:
