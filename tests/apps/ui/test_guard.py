@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from miniflux.apps.ui import bodies, guard
+from miniflux.apps.ui import guard
 from miniflux.apps.ui.guard import Door, Guard, allowed_host, door, prefix_of, split
 from miniflux.apps.ui.routes import COOKIE
+from miniflux.apps.web import bodies
 from miniflux.errors import InputError
 
 SESSION = f"{COOKIE}={'a' * 32}"

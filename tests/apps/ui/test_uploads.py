@@ -12,8 +12,8 @@ import httpx
 import pytest
 
 from miniflux.apps.ui import uploads as module
-from miniflux.apps.ui.bodies import RefusedError
 from miniflux.apps.ui.uploads import IDLE_SECONDS, UPLOAD_SECONDS, Uploads, plain_name
+from miniflux.apps.web.bodies import RefusedError
 from miniflux.errors import OutputError
 
 ANN, BOB = "a" * 32, "b" * 32

@@ -21,12 +21,12 @@ from gradio.routes import App, mount_gradio_app
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from miniflux.apps.ui import layout, look
-from miniflux.apps.ui.bodies import PATIENCE
 from miniflux.apps.ui.guard import Guard, door
 from miniflux.apps.ui.handlers import connect
 from miniflux.apps.ui.listening import listen
 from miniflux.apps.ui.routes import router
 from miniflux.apps.ui.site import Site
+from miniflux.apps.web.bodies import PATIENCE
 
 SWEEP_SECONDS = 60.0
 CONNECTIONS = 512  # at once; more are told to come again

@@ -21,8 +21,8 @@ from fastapi.responses import FileResponse, JSONResponse, Response, StreamingRes
 from PIL import Image
 
 from miniflux.apps.ui import fitting, form
-from miniflux.apps.ui.bodies import Refusal, RefusedError, announced, paced
 from miniflux.apps.ui.site import Site
+from miniflux.apps.web.bodies import Refusal, RefusedError, announced, paced
 from miniflux.errors import MinifluxError
 from miniflux.service import Entry, Job
 

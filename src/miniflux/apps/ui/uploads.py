@@ -19,7 +19,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.concurrency import run_in_threadpool
 
-from miniflux.apps.ui.bodies import RefusedError
+from miniflux.apps.web.bodies import RefusedError
 from miniflux.disk import write_beside
 from miniflux.errors import OutputError
 

@@ -17,6 +17,7 @@ DRAINED_BYTES, DRAINED_SECONDS = 8 * 2**20, 2.0  # of a refused body, so that it
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 
 class RefusedError(Exception):
@@ -35,29 +36,39 @@ class Refusal(PlainTextResponse):
         super().__init__(f"miniflux: {line}\n", refused.status, {"connection": "close"})
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        async def held(message: Message) -> None:
-            await send({**message, "more_body": True} if message["type"] == "http.response.body" else message)
-
-        await super().__call__(scope, receive, held)
-        end, got = time.monotonic() + DRAINED_SECONDS, 0
-        with contextlib.suppress(asyncio.TimeoutError):
-            while got < DRAINED_BYTES and (left := end - time.monotonic()) > 0:
-                rest = await asyncio.wait_for(receive(), left)
-                got += len(rest.get("body", b""))
-                if rest["type"] != "http.request" or not rest.get("more_body", False):
-                    break
-        await send({"type": "http.response.body", "body": b""})
+        await drained(super().__call__, scope, receive, send)
 
 
-async def paced(receive: Receive) -> AsyncGenerator[bytes]:
+async def drained(answer: App, scope: Message, receive: Receive, send: Send) -> None:
+    """Answer, and read some of a body away that is still coming."""
+
+    async def held(message: Message) -> None:
+        await send({**message, "more_body": True} if message["type"] == "http.response.body" else message)
+
+    await answer(scope, receive, held)
+    end, got = time.monotonic() + DRAINED_SECONDS, 0
+    with contextlib.suppress(asyncio.TimeoutError):
+        while got < DRAINED_BYTES and (left := end - time.monotonic()) > 0:
+            rest = await asyncio.wait_for(receive(), left)
+            got += len(rest.get("body", b""))
+            if rest["type"] != "http.request" or not rest.get("more_body", False):
+                break
+    await send({"type": "http.response.body", "body": b""})
+
+
+async def paced(receive: Receive, patience: float | None = None, slowest: float | None = None) -> AsyncGenerator[bytes]:
     """The pieces of a body as they come.
+
+    Args:
+        patience, slowest: other than `PATIENCE` and `SLOWEST`.
 
     Raises:
         RefusedError: it comes too slowly, or its sender is gone.
     """
+    patience, slowest = PATIENCE if patience is None else patience, SLOWEST if slowest is None else slowest
     begun, got = time.monotonic(), 0
     while True:
-        left = begun + PATIENCE + got / SLOWEST - time.monotonic()
+        left = begun + patience + got / slowest - time.monotonic()
         try:
             message = await asyncio.wait_for(receive(), max(left, 0.001))
         except asyncio.TimeoutError:
@@ -81,6 +92,6 @@ def announced(headers: Headers) -> int | None:
     length = headers.get("content-length")
     if length is None:
         return None if "transfer-encoding" in headers else 0
-    if not length.isascii() or not length.isdigit():
+    if not length.isascii() or not length.isdigit() or len(length) > 19:  # 19: eight bytes hold no more
         raise RefusedError(400, "a Content-Length that is no number")
     return int(length)
