@@ -13,7 +13,7 @@ import os
 import stat
 import struct
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -36,13 +36,20 @@ PNG = b"\x89PNG\r\n\x1a\n"
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
-def open_picture(given: str | os.PathLike[str] | bytes | BinaryIO | Image.Image) -> Image.Image:
+def open_picture(
+    given: str | os.PathLike[str] | bytes | BinaryIO | Image.Image,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    formats: Sequence[str] = FORMATS,
+) -> Image.Image:
     """A picture that somebody gives, as it is meant to be seen.
 
     The first frame of several, which is logged; turned as EXIF says; colours of an embedded profile become sRGB.
 
     Args:
         given: a path, the bytes of a file, an open binary file, or a Pillow picture of any mode.
+        max_pixels: of those that its header announces; more are refused before any of them is decoded.
+        formats: of files, some of `FORMATS`.
 
     Returns:
         Mode RGB; RGBA if parts may be transparent; or I;16, grey with 65535 for white. Without EXIF, profile and text.
@@ -52,7 +59,7 @@ def open_picture(given: str | os.PathLike[str] | bytes | BinaryIO | Image.Image)
             do not say what is white (modes F and I).
     """
     if isinstance(given, Image.Image):
-        return _as_seen(given, getattr(given, "filename", "") or "the picture")
+        return _as_seen(given, getattr(given, "filename", "") or "the picture", max_pixels)
     if isinstance(given, (str, os.PathLike)):
         if not os.fspath(given):
             raise InputError("the name of a picture is empty")
@@ -64,13 +71,13 @@ def open_picture(given: str | os.PathLike[str] | bytes | BinaryIO | Image.Image)
     if not data:
         raise InputError(f"{name}: an empty file, no picture")
     Image.init()
-    formats = [kind for kind in FORMATS if kind in Image.OPEN]
+    readable = [kind for kind in formats if kind in Image.OPEN]
     try:
         with _pillow_logged(name):
-            image = Image.open(io.BytesIO(_without_texts(data)), formats=formats)
+            image = Image.open(io.BytesIO(_without_texts(data)), formats=readable)
             frames = int(getattr(image, "n_frames", 1))
     except Image.UnidentifiedImageError:
-        raise InputError(f"{name}: no picture{_kind_of(data)}; {', '.join(FORMATS)} are read") from None
+        raise InputError(f"{name}: no picture{_kind_of(data)}; {', '.join(formats)} are read") from None
     except Image.DecompressionBombError as error:
         raise InputError(f"{name}: {_line(error)}") from None
     except MemoryError:
@@ -80,7 +87,7 @@ def open_picture(given: str | os.PathLike[str] | bytes | BinaryIO | Image.Image)
     if frames > 1 and image.format != "MPO":  # which holds smaller copies beside a photo
         log.warning("%s: %d frames; the first is taken", name, frames)
     with image:
-        return _as_seen(image, name)
+        return _as_seen(image, name, max_pixels)
 
 
 @contextmanager
@@ -143,12 +150,12 @@ def _line(error: Exception | Warning | str) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _as_seen(image: Image.Image, name: str) -> Image.Image:
+def _as_seen(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     """The first frame, checked, loaded, upright and in plain colours."""
     if not image.width or not image.height:
         raise InputError(f"{name}: {image.width}x{image.height}, a picture without pixels")
-    if image.width * image.height > MAX_PIXELS:
-        raise InputError(f"{name}: {image.width}x{image.height} pixels; at most {MAX_PIXELS:,} in all are read")
+    if image.width * image.height > max_pixels:
+        raise InputError(f"{name}: {image.width}x{image.height} pixels; at most {max_pixels:,} in all are read")
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):  # 16 bits in those two
         raise InputError(
             f"{name}: its pixels are of mode {image.mode}, 32 bits, which does not say what is white: save it with 8 "
