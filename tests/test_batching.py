@@ -218,8 +218,34 @@ def test_batches_are_made_of_what_is_needed() -> None:
 
     def draw(wanted: Any) -> list[Any]:
         made.append(list(wanted[:2]))
-        return [f"picture {i}" for i in wanted[:2]]
+        return [lambda i=i: f"picture {i}" for i in wanted[:2]]
 
     together = Batches(6, draw, lambda i: i not in (1, 2))
     assert [together.picture(i) for i in (0, 3, 4, 5)] == [f"picture {i}" for i in (0, 3, 4, 5)]
     assert made == [[0, 3], [4, 5]] and not together.drawn
+
+
+def test_a_batch_ahead_is_one_ahead() -> None:
+    """Begun before the first of a batch is waited for; not where its first picture is there already. An error of it is
+    told where it is asked for, and nothing is begun after it."""
+    told: list[str] = []
+
+    def draw(wanted: Any) -> list[Any]:
+        if wanted[0] == 6:
+            told.append("error")
+            raise ValueError("6")
+        told.append(f"begin {wanted[:2]}")
+        return [lambda i=i: told.append(f"wait {i}") for i in wanted[:2]]
+
+    batches = Batches(12, draw, lambda i: i != 8, ahead=True)
+    for i in range(6):
+        batches.picture(i)
+    with pytest.raises(ValueError, match="6"):
+        batches.picture(6)
+    begun = ["begin [0, 1]", "begin [2, 3]", "wait 0", "wait 1", "begin [4, 5]", "wait 2", "wait 3"]
+    assert told == [*begun, "error", "wait 4", "wait 5"]
+    told.clear()
+    kept = Batches(5, draw, lambda i: i != 2, ahead=True)
+    for i in (0, 1, 3, 4):
+        kept.picture(i)
+    assert told == ["begin [0, 1]", "wait 0", "wait 1", "begin [3, 4]", "wait 3", "wait 4"]

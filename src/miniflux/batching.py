@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from miniflux.cache import Drawn
 from miniflux.errors import InputError, OutOfMemoryError
@@ -19,6 +20,9 @@ from miniflux.plan import Plan
 
 PAYS = 2**20
 """Numbers in the residual stream of a batch up to which it was measured to be faster (`benchmarks/batches.py`)."""
+
+Later = Callable[[], Drawn]
+"""Waits for a picture, and raises what went wrong with it."""
 
 ROWS = 16
 """Rows, by which others must divide to be drawn together without being asked to."""
@@ -72,18 +76,38 @@ class Batches:
 
     Attributes:
         total: pictures of the call.
-        draw: draws as many of the pictures of these numbers as it can at once, the first of them at least.
+        draw: draws as many of the pictures of these numbers as it can at once, the first of them at least; each is
+            there when it is asked for.
         needed: whether a picture has to be drawn at all.
+        ahead: whether the batch after one is begun before the pictures of that one are waited for.
+        newest: the last batch.
     """
 
     total: int
-    draw: Callable[[Sequence[int]], Sequence[Drawn]]
+    draw: Callable[[Sequence[int]], Sequence[Later]]
     needed: Callable[[int], bool] = lambda i: True
-    drawn: dict[int, Drawn] = field(default_factory=dict[int, Drawn])
+    ahead: bool = False
+    drawn: dict[int, Later] = field(default_factory=dict[int, Later])
+    newest: list[int] = field(default_factory=list[int])
 
     def picture(self, i: int) -> Drawn:
         if i not in self.drawn:
-            later = [j for j in range(i + 1, self.total) if j not in self.drawn and self.needed(j)]
-            wanted = [i, *later]
-            self.drawn.update(zip(wanted, self.draw(wanted), strict=False))
-        return self.drawn.pop(i)
+            self._begin(i)
+        following = self.newest[-1] + 1
+        new = following < self.total and following not in self.drawn and self.needed(following)
+        if self.ahead and i in self.newest and new:
+            try:
+                self._begin(following)
+            except Exception as error:  # told where that picture is asked for: this one is drawn, and kept
+                self.ahead, self.drawn[following] = False, partial(_raised, error)
+        return self.drawn.pop(i)()
+
+    def _begin(self, i: int) -> None:
+        wanted = [i, *(j for j in range(i + 1, self.total) if j not in self.drawn and self.needed(j))]
+        begun = self.draw(wanted)
+        self.newest = wanted[: len(begun)]
+        self.drawn.update(zip(self.newest, begun, strict=True))
+
+
+def _raised(error: Exception) -> Drawn:
+    raise error

@@ -18,6 +18,7 @@ from miniflux.conditions import Added, Scene, joined
 from miniflux.conditions.once import look, remembering
 from miniflux.errors import MinifluxError
 from miniflux.memory.bands import through
+from miniflux.memory.lanes import Start, directly
 from miniflux.memory.modes import Memory
 from miniflux.memory.modulation import foreseen
 from miniflux.models.autoencoder import Autoencoder, Flux2Autoencoder
@@ -83,42 +84,42 @@ class Drawing:
         same = takewhile(lambda i: lengths[i] == lengths[first] and not lengths[i] % divisor, others)
         return [first, *same]
 
-    def draw(self, pictures: Sequence[int], watchers: Watchers) -> list[Drawn]:
-        """Pictures of these numbers, all in one batch.
+    def draw(
+        self, pictures: Sequence[int], watchers: Watchers, decode: Start[Drawn] = directly
+    ) -> list[Callable[[], Drawn]]:
+        """Pictures of these numbers, all in one batch. Each can be asked for; they are decoded as `decode` has it.
 
         Raises:
-            MinifluxError: the numbers overflowed in this dtype.
+            MinifluxError: the numbers overflowed in this dtype; where decoding is not at once, when it is asked for.
         """
         plan = self.plan
         begun = self.begun = self.begun or self._begin()
         noise, start = torch.cat([self._noise(i) for i in pictures]), begun.added.start
         begin = noise if start is None else add_noise(start, 0.0, plan.levels[0], noise)
         moments, bill = self._denoise(plan, begun, pictures, begin, noise, watchers)
-        finished: list[Drawn] = []
-        for moment, replaced in zip(moments, watchers.replaced, strict=True):
-            tokens = moment.picture if moment.step < moment.steps else moment.x
-            image = self._image(tokens, begun.added)
-            about: dict[str, Any] = {}
-            if len(pictures) > 1:
-                about["batch"] = len(pictures)
-            if replaced:
-                about["replaced"] = True
-            if plan.resume is not None:
-                about["resumed"] = plan.resume.step
-            if plan.cache is not None:
-                about["cache"] = {**plan.cache_described(), "evaluated": bill.evaluated, "skipped": bill.skipped}
-            finished.append(Drawn(image, self._unpacked(moment.x).cpu(), about, moment))
+        exact = None
         if plan.check_cache:
-            ((exact,), _), (drawn,) = (
-                self._denoise(replace(plan, cache=None), begun, pictures, begin, noise, Watchers(pictures)),
-                finished,
-            )
-            x = moments[0].x
-            drawn.about["cache"] |= {
-                "latent_l2": float((x - exact.x).norm() / exact.x.norm()),
-                "psnr": psnr(drawn.image, self._image(exact.x, begun.added)),
-            }
-        return finished
+            alone = replace(plan, cache=None)
+            ((exact,), _) = self._denoise(alone, begun, pictures, begin, noise, Watchers(pictures))
+        about: dict[str, Any] = {}
+        if len(pictures) > 1:
+            about["batch"] = len(pictures)
+        if plan.resume is not None:
+            about["resumed"] = plan.resume.step
+        if plan.cache is not None:
+            about["cache"] = {**plan.cache_described(), "evaluated": bill.evaluated, "skipped": bill.skipped}
+
+        def finished(moment: Moment, replaced: bool) -> Drawn:
+            image = self._image(moment.picture if moment.step < moment.steps else moment.x, begun.added)
+            said: dict[str, Any] = {**about, "replaced": True} if replaced else dict(about)
+            if exact is not None:
+                said["cache"] |= {
+                    "latent_l2": float((moment.x - exact.x).norm() / exact.x.norm()),
+                    "psnr": psnr(image, self._image(exact.x, begun.added)),
+                }
+            return Drawn(image, self._unpacked(moment.x).cpu(), said, moment)
+
+        return [decode(partial(finished, *each)) for each in zip(moments, watchers.replaced, strict=True)]
 
     def _begin(self) -> _Begun:
         """T5's tokens and CLIP's summary of all texts, and the latents of the picture to change."""

@@ -30,7 +30,7 @@ from miniflux.arguments import (
     warn_of_result,
 )
 from miniflux.assembly import assemble
-from miniflux.batching import ROWS, Batches, at_once, check_batch, fitting
+from miniflux.batching import ROWS, Batches, Later, at_once, check_batch, fitting
 from miniflux.cache import Drawn, ResultCache, not_keyed, picture_key, result_cache
 from miniflux.conditions import Condition
 from miniflux.drawing import Drawing
@@ -39,6 +39,7 @@ from miniflux.families import FAMILIES
 from miniflux.loaded import Baseline, claimed, summary
 from miniflux.lora import pictures as loras
 from miniflux.lora.adapters import described, files_of
+from miniflux.memory.lanes import Aside, Start, directly, lane_of
 from miniflux.memory.ledger import Run, activations
 from miniflux.memory.modes import Memory
 from miniflux.memory.shortage import Fits, told
@@ -250,7 +251,11 @@ class Pipeline:
         # 2. What will be said of the pictures: also the key under which those drawn before are kept.
         changed = self.changed()
         files = self._files(changed, plan.conditions)
-        said: dict[str, Any] = {**self._described(), **plan.described(), **({"changed": summary(changed)} if changed else {})}
+        said: dict[str, Any] = {
+            **self._described(),
+            **plan.described(),
+            **({"changed": summary(changed)} if changed else {}),
+        }
         unkeyed = None if self.results is None else not_keyed(plan, said, files, callback is not None)
 
         settings = [{**said, **plan.described_picture(i)} for i in range(plan.total)]
@@ -265,7 +270,7 @@ class Pipeline:
         looked_at = bool(plan.wrapped) or callback is not None or watch is not None
         most = at_once(plan, looked_at, self.transformer.config.hidden_size, needs)
 
-        def draw(wanted: Sequence[int]) -> list[Drawn]:
+        def draw(wanted: Sequence[int]) -> list[Later]:
             with self._watched(needs, fits):
                 if not work.begun:
                     fits.check(needs)
@@ -275,20 +280,22 @@ class Pipeline:
                 self._watched(replace(needs, batch=len(together) * needs.batch), fits),
                 nullcontext() if own_loras is None else own_loras.drawing(together),
             ):
-                return work.draw(together, Watchers(together, partial(done.reached, wanted[0]), callback, watch))
+                watchers = Watchers(together, partial(done.reached, wanted[0]), callback, watch)
+                return work.draw(together, watchers, decode)
 
-        batches = Batches(plan.total, draw, lambda i: results is None or keys[i] not in results)
         pictures: list[Drawn] = []
-        for i, about in enumerate(settings):
-            if results is None:
-                picture, cached = batches.picture(i), {} if unkeyed is None else {"not_cached": unkeyed}
-            else:
-                picture, was = results.once(keys[i], partial(batches.picture, i), partial(done.reached, i, 0))
-                cached = {"cached": was}
-                if was:
-                    done.reached(i + 1, 0)
-            pictures.append(picture)
-            about |= picture.about | cached
+        with self._decoding(needs, fits, batch or 1, plan.total > most) as (needs, decode):
+            batches = Batches(plan.total, draw, lambda i: results is None or keys[i] not in results, needs.decoding)
+            for i, about in enumerate(settings):
+                if results is None:
+                    picture, cached = batches.picture(i), {} if unkeyed is None else {"not_cached": unkeyed}
+                else:
+                    picture, was = results.once(keys[i], partial(batches.picture, i), partial(done.reached, i, 0))
+                    cached = {"cached": was}
+                    if was:
+                        done.reached(i + 1, 0)
+                pictures.append(picture)
+                about |= picture.about | cached
         latents = torch.cat([picture.latents for picture in pictures])
         moment = pictures[0].moment if plan.total == 1 else None
         return Result([picture.image for picture in pictures], latents, settings, moment, files, tuple(keys))
@@ -307,6 +314,22 @@ class Pipeline:
         ):
             yield
 
+    @contextmanager
+    def _decoding(self, needs: Run, fits: Fits, batch: int, several: bool) -> Generator[tuple[Run, Start[Drawn]]]:
+        """What a picture of a call needs, and how it is decoded: at once, or, where the device can do two things at a
+        time and memory allows it, while the next one is denoised.
+
+        Args:
+            batch: pictures that are denoised together, if that was asked for.
+            several: whether others will be denoised after it.
+        """
+        lane, more = lane_of(self.device), replace(needs, decoding=True)
+        if not several or not lane.beside or not fits(replace(more, batch=batch * needs.batch)):
+            yield needs, directly
+            return
+        with Aside(lane, lambda: told("decoding", partial(fits.advice, more))) as decode:
+            yield more, decode
+
     def _fits(self) -> Fits:
         """Whether a run fits into what is free now."""
         memory, autoencoder = self.memory, self.autoencoder.config
@@ -320,6 +343,8 @@ class Pipeline:
             configs = {part: network.config for part, network in networks.items()}
             computed = activations(configs, run, self.dtype.itemsize, floats)
             most = max(computed.values()) + run.steering
+            if run.decoding:
+                most = max(most, computed["transformer"] + computed["autoencoder"] + run.steering)
             return (most, 0) if self.device.type == "cpu" else (0, most)
 
         return Fits(needs, self.device, unit, lambda run, free: [])
