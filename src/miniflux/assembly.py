@@ -35,8 +35,7 @@ from miniflux.memory.modulation import ahead_of
 from miniflux.memory.streaming import Streamed, offload, partitioned, stream
 from miniflux.models.autoencoder import Autoencoder, Flux2Autoencoder
 from miniflux.models.causal_lm import CausalLmConfig
-from miniflux.models.compiler import check_compiler
-from miniflux.models.compiling import compile_blocks
+from miniflux.models.compiling import GRAPHS, check_compile, compile_blocks
 from miniflux.models.flux1 import Flux1Config
 from miniflux.models.tiny_autoencoder import TinyDecoder
 from miniflux.models.transformer import Transformer
@@ -80,13 +79,13 @@ def assemble(
     dtype: str | torch.dtype | None,
     memory: str,
     modulation_ahead: bool,
-    compile: bool,
+    compile: bool | str,
 ) -> Assembled:
     """The parts of a pipeline, loaded and on their device; arguments and errors as of `miniflux.load`."""
     check_mode(memory)
     place = choose_device(device)
     if compile:
-        check_compiler("compile=True", place)
+        check_compile(compile, place)
     started, process = time.monotonic(), resident_size()
 
     # 1. Which model, and where its files are.
@@ -135,7 +134,7 @@ def assemble(
     if compile and MODES[mode][0] != "resident":
         stay = " or ".join(name for name, (transformer, _) in MODES.items() if transformer == "resident")
         raise InputError(
-            f"compile=True wants weights that stay where they compute: memory {stay}, got {mode}"
+            f"compile={compile!r} wants weights that stay where they compute: memory {stay}, got {mode}"
             + (", the first mode that fits into what is free" if memory == "auto" else "")
         )
 
@@ -155,7 +154,7 @@ def assemble(
     )
     networks: dict[str, Any] = {name: part.plan.network for name, part in placed.items()}
     if compile:
-        compile_blocks(networks["transformer"])
+        compile_blocks(networks["transformer"], graphs=compile == GRAPHS)
     assembled = Assembled(
         chosen,
         networks["transformer"],

@@ -44,7 +44,7 @@ from miniflux.memory.ledger import Run, activations
 from miniflux.memory.modes import Memory
 from miniflux.memory.shortage import Fits, told
 from miniflux.models.autoencoder import Autoencoder, Flux2Autoencoder
-from miniflux.models.compiling import is_compiled
+from miniflux.models.compiling import how_compiled
 from miniflux.models.flux1 import Attend, RunBlock
 from miniflux.models.tiny_autoencoder import TinyDecoder
 from miniflux.models.transformer import Transformer
@@ -363,7 +363,7 @@ class Pipeline:
             "memory": "resident" if self.memory is None else self.memory.mode,
             "threads": torch.get_num_threads(),
             "loras": described(self),
-            **({"compiled": True} if is_compiled(self.transformer) else {}),
+            **({"compiled": compiled} if (compiled := how_compiled(self.transformer)) else {}),
         }
 
     def _files(self, changed: Sequence[str], conditions: Sequence[Condition] = ()) -> tuple[tuple[str, Stamp], ...]:
@@ -402,7 +402,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     memory: str = "auto",
     modulation_ahead: bool = True,
-    compile: bool = False,
+    compile: bool | str = False,
     cache: ResultCache | str | Path | None = None,
 ) -> Pipeline:
     """Put a pipeline together from files.
@@ -422,7 +422,8 @@ def load(
             auto: the first of these that fits into what is free.
         modulation_ahead: with blocks that come and go, compute the modulations of all steps before the first.
         compile: have `torch.compile` make programs of the transformer's blocks, with the first picture; other prompts
-            and sizes use the same ones. Weights must stay where they compute (resident or text-freed).
+            and sizes use the same ones. Weights must stay where they compute (resident or text-freed). `graphs` has
+            CUDA graphs made of them as well, for calls from one thread.
         cache: a folder for pictures, or a `ResultCache`: what was drawn before, of the same things, is not drawn again;
             `settings` say which. Hashes of all weights are computed for it, once per file.
 

@@ -30,6 +30,7 @@ from miniflux.errors import (
 from miniflux.loaded import summary
 from miniflux.lora.attaching import BUNDLED_LORAS, resolved
 from miniflux.memory.compute import choose_device
+from miniflux.models.compiling import GRAPHS
 from miniflux.pictures import digest_of, on_white, open_picture
 from miniflux.pipeline import Pipeline, load
 from miniflux.result import QUALITY, Result, joined, labelled, psnr
@@ -268,7 +269,7 @@ def _opened(record: Record, model: str | Path, **options: Any) -> Pipeline:
     """A pipeline, compiled if that of the record was and it can be here."""
     if record.compiled:
         try:
-            return load(model, compile=True, **options)
+            return load(model, compile=record.compiled, **options)
         except InputError as error:  # which is said after the run
             log.warning("%s", error)
     return load(model, **options)
@@ -386,8 +387,9 @@ def _unlike(record: Record, result: Result) -> list[str]:
     for name, then in (("device", record.device), ("dtype", record.dtype), ("threads", record.threads)):
         if then and then != about[name] and not (name == "threads" and about["device"] != "cpu"):
             told.append(f"made with {name} {then}, this is {about[name]}")
-    if record.compiled != bool(about.get("compiled")):
-        told.append(f"made {'with' if record.compiled else 'without'} compiled blocks, and this is not")
+    if record.compiled != about.get("compiled", False):
+        kind = "blocks as CUDA graphs" if record.compiled == GRAPHS else "compiled blocks"
+        told.append(f"made {'with' if record.compiled else 'without'} {kind}, and this is not")
     sigmas = about["sigmas"]
     pairs = zip(record.sigmas, sigmas, strict=False)
     if record.sigmas and (len(sigmas) != len(record.sigmas) or any(abs(a - b) > NEAR for a, b in pairs)):

@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounter
 
 import miniflux
 from miniflux import assembly, lora
+from miniflux.cache import ResultCache
 from miniflux.errors import InputError
 from miniflux.models import compiling
 from miniflux.models.attention import attention_by
@@ -21,6 +22,7 @@ from miniflux.models.flux1 import Flux1
 from miniflux.models.layers import attention
 from miniflux.pipeline import Pipeline
 from miniflux.replay import replay
+from miniflux.settings.record import record_of
 from tests import tiny
 
 FAMILIES = ("flux1-dev", "flux2-klein-4b", "flux3-klein")
@@ -148,7 +150,7 @@ def test_a_block_that_cannot_be_compiled_runs_as_it_is(caplog: pytest.LogCapture
 @pytest.fixture
 def eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pipelines are compiled, but to no code."""
-    monkeypatch.setattr(assembly, "check_compiler", lambda *_: None)
+    monkeypatch.setattr(assembly, "check_compile", lambda *_: None)
     monkeypatch.setattr(assembly, "compile_blocks", partial(compiling.compile_blocks, backend="eager"))
 
 
@@ -170,8 +172,63 @@ def test_where_replay_cannot_compile_it_says_so(tmp_path: Any, monkeypatch: pyte
     def refuse(*_: Any) -> None:
         raise InputError("no compiler")
 
-    monkeypatch.setattr(assembly, "check_compiler", refuse)
+    monkeypatch.setattr(assembly, "check_compile", refuse)
     assert replay(tmp_path / "x.png").differences == ("made with compiled blocks, and this is not",)
+
+
+@pytest.mark.usefixtures("eagerly")
+def test_settings_and_replay_tell_cuda_graphs_apart(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are kept by the way to compile, which a CPU does not have: what is shown here is what is said."""
+    pipe = miniflux.load("nano", compile="graphs", cache=ResultCache())
+    result = pipe.generate("a red circle", steps=1, width=64, height=64)
+    assert result.settings[0]["compiled"] == "graphs" and record_of(result.settings[0]).compiled == "graphs"
+    plain = miniflux.load("nano", compile=True, cache=pipe.results)
+    assert plain.generate("a red circle", steps=1, width=64, height=64).settings[0]["cached"] is False
+    result.save(tmp_path / "x.png")
+    made = replay(tmp_path / "x.png")
+    assert made.same and made.differences == () and made.result.settings[0]["compiled"] == "graphs"
+    monkeypatch.undo()
+    assert replay(tmp_path / "x.png").differences == ("made with blocks as CUDA graphs, and this is not",)
+
+
+def test_what_a_graph_says_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory is written to by the next one; and the mode is the one that keeps them."""
+    asked: list[Any] = []
+
+    def compiled(forward: Any, **options: Any) -> Any:
+        asked.append(options["mode"])
+        return lambda *_, **__: kept
+
+    kept = (torch.ones(2), torch.zeros(3))
+    monkeypatch.setattr(torch, "compile", compiled)
+    for graphs in (True, False):
+        transformer = miniflux.tiny("flux1-dev").transformer
+        compiling.compile_blocks(transformer, graphs=graphs)
+        out = transformer.double_blocks[0](torch.ones(1))
+        assert all(torch.equal(a, b) for a, b in zip(out, kept, strict=True))
+        assert [a is b for a, b in zip(out, kept, strict=True)] == [not graphs] * 2
+    assert asked == ["reduce-overhead"] * 2 + [None] * 2
+
+
+@pytest.mark.slow
+def test_the_mode_of_graphs_computes_the_same_without_them() -> None:
+    """On a CPU the usual backend takes the mode, and keeps none."""
+    plain, fast = (miniflux.tiny("flux1-dev", seed=1) for _ in range(2))
+    compiling.compile_blocks(fast.transformer, graphs=True)
+    check_same((plain, fast), steps=2)
+
+
+@pytest.mark.parametrize(
+    ("compile", "message"),
+    [
+        ("graphs", "compile='graphs' keeps CUDA graphs, and the device is cpu: use compile=True"),
+        ("graph", "compile must be True, False or 'graphs', got 'graph'"),
+        (2, "compile must be True, False or 'graphs', got 2"),
+    ],
+)
+def test_other_ways_to_compile_are_refused(compile: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        miniflux.load("nano", compile=compile, device="cpu")
 
 
 @pytest.mark.usefixtures("eagerly")

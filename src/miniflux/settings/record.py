@@ -8,6 +8,7 @@ from typing import Any
 
 from miniflux.conditions.again import KINDS
 from miniflux.errors import SettingsError
+from miniflux.models.compiling import GRAPHS
 from miniflux.settings import strict
 from miniflux.settings.request import MAX_LEVELS, MAX_LORAS, Request, taken
 
@@ -59,7 +60,7 @@ class Record:
     Attributes:
         request: what makes it again.
         version, torch, device, dtype, threads: what it was made with; empty, or 0, if the file does not say.
-        compiled: whether compiled blocks drew it.
+        compiled: whether compiled blocks drew it, or `graphs`, see `load(compile=...)`.
         sigmas: its noise levels.
         files: what it was made from; empty if the file does not say.
         doubts: why drawing it again may give another picture, a line each.
@@ -73,7 +74,7 @@ class Record:
     device: str = ""
     dtype: str = ""
     threads: int = 0
-    compiled: bool = False
+    compiled: bool | str = False
     sigmas: tuple[float, ...] = ()
     files: tuple[FileFact, ...] = ()
     doubts: tuple[str, ...] = ()
@@ -136,7 +137,7 @@ def record_of(value: object) -> Record:
         device=strict.text("device", about.get("device", "")),
         dtype=strict.text("dtype", about.get("dtype", "")),
         threads=strict.integer("threads", about.get("threads", 0)),
-        compiled=bool(about.get("compiled")),
+        compiled=GRAPHS if about.get("compiled") == GRAPHS else bool(about.get("compiled")),
         sigmas=sigmas,
         files=files,
         doubts=tuple(doubts),
