@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from miniflux.memory import bands
+from miniflux.models import autoencoder
 from miniflux.models.autoencoder import Autoencoder, Flux2Autoencoder, Flux2AutoencoderConfig
 from miniflux.variants import VARIANTS
 from tests.tiny import AUTOENCODER, randomise
@@ -78,6 +81,38 @@ def test_the_ledger_knows_of_bands() -> None:
         assert (
             2 * 128 * 2048**2 * 4 < bands.activations(config, 2048 * 2048, 4) < 6.2e9
         )  # two tensors of the last level
+
+
+@torch.inference_mode()
+def test_nothing_is_computed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions make as many numbers as they do of the whole."""
+    network = randomise(Autoencoder(AUTOENCODER))
+    latent, pixels = torch.randn(1, AUTOENCODER.z_channels, 7, 5), torch.randn(1, 3, 24, 20)
+    monkeypatch.setattr(bands, "BAND", 60)
+    made: list[int] = []
+
+    def counted(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def call(*arguments: Any, **named: Any) -> torch.Tensor:
+            result = function(*arguments, **named)
+            made.append(result.numel())
+            return result
+
+        return call
+
+    monkeypatch.setattr(torch.nn.functional, "conv2d", counted(torch.nn.functional.conv2d))
+    for room in (bands, autoencoder):
+        monkeypatch.setattr(room, "doubled", counted(autoencoder.doubled))
+        monkeypatch.setattr(room, "pointwise", counted(autoencoder.pointwise))
+    for in_bands, whole, x in (
+        (bands.decoded, network.decoder, latent),
+        (bands.encoded, network.encoder, pixels),
+    ):
+        made.clear()
+        whole(x)
+        calls, expected = len(made), sum(made)
+        made.clear()
+        in_bands(cast(Any, whole), x)
+        assert sum(made) == expected and len(made) > calls
 
 
 MEASURE = """

@@ -1,18 +1,17 @@
 """Large pictures through an autoencoder in bounded memory: layer by layer, a band of rows at a time.
 
 Tiles that are decoded by themselves and blended are another picture, because group norms look at all of it. Here every
-norm gets the statistics of the whole: they are summed up over the bands first. Between those passes a layer runs over
-the bands as they come, each convolution a row behind what it reads, so that it can write over what it has read. Beside
-weights and bands, two tensors of the size of the largest layer's output are in memory; what the last doubling of rows
-and columns makes is never held whole, but made band by band when asked for. The result differs by rounding alone.
+norm gets the statistics of the whole first. Then its convolution runs over bands of rows, each with the row above and
+the row below it. What a layer makes is written where nothing is needed any more: into what it was given, or into what
+the block before it worked in. So beside weights and bands two tensors of the size of the last level are in memory.
+Nothing is computed twice, and the result differs by rounding alone. All tensors have the channels of a place side by
+side, so that rows that follow each other do so in memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import chain
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,12 +27,11 @@ from miniflux.models.autoencoder import (
     lean,
     pointwise,
     scale_and_shift,
-    side_by_side,
     sums,
 )
 
 WHOLE = 2**18  # pixels up to which a picture goes through at once: 512 x 512. Larger ones are as fast in bands
-BAND = 2**14  # pixels of a band, about
+BAND = 2**14  # places of a band, about
 
 
 def through(network: Encoder | Decoder, x: Tensor) -> Tensor:
@@ -46,192 +44,130 @@ def through(network: Encoder | Decoder, x: Tensor) -> Tensor:
 
 
 def activations(config: AutoencoderSizes, pixels: int, itemsize: int) -> int:
-    """Bytes at the worst moment of decoding a large picture: two tensors of the last level's output, or what comes
-    into an earlier level and two of its output; and the bands at work."""
+    """Bytes at the worst moment of decoding a large picture: in a level what comes in or two tensors of its width,
+    whichever is more (both, where they do not fit into what comes in); or a level and what is moved on to the next;
+    and the bands at work."""
     widths = [config.ch * mult for mult in config.ch_mult]
     before = [*widths[1:], widths[-1]]
-    first = [before[0] / 4 + widths[0], *((before[i] + 2 * widths[i]) / 4**i for i in range(1, len(widths)))]
-    worst = max([2 * widths[0], *first])
+    levels = [2 * b if a == b else a if a >= 2 * b else a + 2 * b for a, b in zip(before, widths, strict=True)]
+    moved = [(below + a) / 4 for below, a in zip(levels[1:], before, strict=False)]
+    worst = max([level / 4**i for i, level in enumerate(levels)] + [each / 4**i for i, each in enumerate(moved)])
     return int((worst * pixels + 6 * before[0] * BAND) * itemsize)
-
-
-class Field(Protocol):
-    """A tensor (B, C, H, W) that can be had in bands, from above."""
-
-    @property
-    def height(self) -> int: ...
-
-    @property
-    def width(self) -> int: ...
-
-    def bands(self) -> Iterator[Tensor]: ...
-
-
-@dataclass
-class Held:
-    """One that is in memory."""
-
-    tensor: Tensor
-
-    @property
-    def height(self) -> int:
-        return self.tensor.shape[2]
-
-    @property
-    def width(self) -> int:
-        return self.tensor.shape[3]
-
-    def bands(self, places: int | None = None) -> Iterator[Tensor]:
-        """Views of it, of about so many places each."""
-        return iter(self.tensor.split(max(1, (places or BAND) // self.width), dim=2))
-
-
-@dataclass
-class Doubled:
-    """What an `Upsample` makes of one: each pixel four times, then a convolution."""
-
-    upsample: Upsample
-    source: Held
-
-    @property
-    def height(self) -> int:
-        return 2 * self.source.height
-
-    @property
-    def width(self) -> int:
-        return 2 * self.source.width
-
-    def bands(self) -> Iterator[Tensor]:
-        for x in _windows(self.source.bands(BAND // 4), self.source.height):
-            yield doubled(self.upsample.conv, x) if lean(x) else self.upsample(x)[:, :, 2:-2]
-
-
-@dataclass
-class Halved:
-    """What a `Downsample` makes of one: a strided convolution, padded right and below only."""
-
-    conv: nn.Conv2d
-    source: Held
-
-    @property
-    def height(self) -> int:
-        return self.source.height // 2
-
-    @property
-    def width(self) -> int:
-        return self.source.width // 2
-
-    def bands(self) -> Iterator[Tensor]:
-        rows = max(2, BAND // self.source.width // 2 * 2)
-        for start in range(0, 2 * self.height, rows):
-            x = self.source.tensor[:, :, start : start + rows + 1]
-            x = F.pad(x, (0, 1, 0, 1 - x.shape[2] % 2))  # the last band has no row below it
-            yield F.conv2d(x, self.conv.weight, self.conv.bias, stride=2)
-
-
-@dataclass
-class Statistics:
-    """What a group norm makes of every channel of a whole tensor: x * scale + shift, each (B, C, 1, 1)."""
-
-    scale: Tensor
-    shift: Tensor
-
-    @classmethod
-    def of(cls, norm: nn.GroupNorm, field: Field) -> Statistics:
-        total, square = (torch.stack(each).sum(0) for each in zip(*map(sums, field.bands()), strict=True))
-        return cls(*scale_and_shift(norm, total, square, field.height * field.width))
-
-    def active(self, field: Field) -> Iterator[Tensor]:
-        """SiLU of the normalised, band by band."""
-        return (F.silu(torch.addcmul(self.shift, x, self.scale), inplace=True) for x in field.bands())
 
 
 def decoded(decoder: Decoder, latent: Tensor) -> Tensor:
     """What `decoder(latent)` is, in bands."""
-    field: Field = Held(decoder.mid(decoder.beginning(side_by_side(latent))))
-    levels = list(reversed(list(decoder.up)))
-    for i, level in enumerate(levels):
-        for block in cast(Any, level).block:
-            field = _through(block, field)
+    x = decoder.mid(decoder.beginning(latent.contiguous(memory_format=torch.channels_last)))
+    for level in reversed(decoder.up):
+        x = _through(level, x)
         if hasattr(level, "upsample"):
-            field = Doubled(cast(Any, level).upsample, _held(field))
-        if i + 2 < len(levels):  # before the last level it would be largest
-            field = _held(field)
-    return _ended(decoder, field)
+            room = _empty(x, height=2 * x.shape[2], width=2 * x.shape[3])
+            x = _at_end(room, x)  # and no longer where it was
+            x = _doubled(cast(Any, level).upsample, x, room)
+    return _convolved(decoder.conv_out, x, decoder.norm_out).contiguous()
 
 
 def encoded(encoder: Encoder, pixels: Tensor) -> Tensor:
     """What `encoder(pixels)` is, in bands."""
-    field = Held(encoder.conv_in(side_by_side(pixels)))
+    x = _convolved(encoder.conv_in, pixels)
     for level in encoder.down:
-        for block in cast(Any, level).block:
-            field = _through(block, field)
+        x = _through(level, x)
         if hasattr(level, "downsample"):
-            field = _held(Halved(cast(Any, level).downsample.conv, field))
-    return encoder.ending(_ended(encoder, Held(encoder.mid(field.tensor))))
+            x = _halved(cast(Any, level).downsample.conv, x)
+    x = _convolved(encoder.conv_out, encoder.mid(x), encoder.norm_out)
+    return encoder.ending(x).contiguous()
 
 
-def _through(block: ResnetBlock, field: Field) -> Held:
-    """A residual block. Where the width stays it is added to what is given, else it takes the place of its middle."""
-    field = _held(field) if block.same_width else field
-    inner = _gathered(_normed(block.norm1, block.conv1, field), field.height)
-    results = _normed(block.norm2, block.conv2, inner)
-    if isinstance(field, Held) and block.same_width:
-        return _added(results, field)
-    _written(results, inner.tensor)
-    return _added((pointwise(block.nin_shortcut, x) for x in field.bands()), inner)
+def _through(level: nn.Module, x: Tensor) -> Tensor:
+    """The residual blocks of a level, written over x where they fit."""
+    spare = None  # what the blocks of a level work in, one after the other
+    for block in cast(Any, level).block:
+        if block.same_width:
+            spare = _empty(x) if spare is None else spare
+            _convolved(block.conv1, x, block.norm1, into=spare)
+        else:
+            spare, x = _narrowed(block, x)
+        for rows, window in _windows(spare, block.norm2):
+            x[:, :, rows] += _inner(block.conv2, window)
+    return x
 
 
-def _ended(network: Decoder | Encoder, field: Field) -> Tensor:
-    """The last norm and convolution."""
-    return _gathered(_normed(network.norm_out, network.conv_out, field), field.height).tensor.contiguous()
+def _narrowed(block: ResnetBlock, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What the first convolution of a block makes of x, and what the shortcut makes of it: in the place of x, if both
+    have room there."""
+    channels = block.conv1.out_channels
+    if 2 * channels <= x.shape[1]:
+        inner, short = x[:, :channels], x[:, channels : 2 * channels]
+    else:
+        inner, short = _empty(x, channels), _empty(x, channels)
+    for rows, window in _windows(x, block.norm1):
+        shortcut = pointwise(block.nin_shortcut, x[:, :, rows])
+        inner[:, :, rows] = _inner(block.conv1, window)
+        short[:, :, rows] = shortcut
+    return inner, short
 
 
-def _held(field: Field) -> Held:
-    """All of its rows."""
-    return field if isinstance(field, Held) else _gathered(field.bands(), field.height)
+def _at_end(room: Tensor, x: Tensor) -> Tensor:
+    """x, moved to the end of memory that is larger."""
+    end = room.movedim(1, 3).flatten(1)[:, -x[0].numel() :]
+    return end.unflatten(1, (*x.shape[2:], -1)).movedim(3, 1).copy_(x)
 
 
-def _gathered(bands: Iterator[Tensor], height: int) -> Held:
-    """Bands, one below the other."""
-    first = next(bands)
-    order = torch.channels_last if lean(first) else torch.contiguous_format
-    shape = (first.shape[0], first.shape[1], height, first.shape[3])
-    whole = torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=order)
-    _written(chain((first,), bands), whole)
-    return Held(whole)
+def _doubled(upsample: Upsample, x: Tensor, into: Tensor) -> Tensor:
+    """What an `Upsample` makes: each pixel four times, then a convolution. x may be at the end of what that is written
+    into, which fills four times as fast as x is read, and is full when all of x has been read."""
+    for rows, window in _windows(x, places=BAND // 4):
+        made = doubled(upsample.conv, window) if lean(window) else upsample(window)[:, :, 2:-2]
+        into[:, :, 2 * rows.start : 2 * rows.stop] = made
+    return into
 
 
-def _written(bands: Iterator[Tensor], whole: Tensor) -> None:
-    """Bands into the rows of a tensor."""
-    start = 0
-    for x in bands:
-        whole[:, :, start : start + x.shape[2]] = x
-        start += x.shape[2]
+def _halved(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """What a `Downsample` makes: a strided convolution, padded right and below only."""
+    result = _empty(x, height=x.shape[2] // 2, width=x.shape[3] // 2)
+    for rows, window in _windows(x, places=max(BAND, 2 * x.shape[3])):
+        made = F.conv2d(F.pad(window[:, :, 1:], (0, 1)), conv.weight, conv.bias, stride=2)
+        result[:, :, rows.start // 2 : rows.stop // 2] = made
+    return result
 
 
-def _added(bands: Iterator[Tensor], to: Held) -> Held:
-    """Bands onto the rows of a tensor."""
-    start = 0
-    for x in bands:
-        to.tensor[:, :, start : start + x.shape[2]] += x
-        start += x.shape[2]
-    return to
+def _convolved(conv: nn.Conv2d, x: Tensor, norm: nn.GroupNorm | None = None, into: Tensor | None = None) -> Tensor:
+    """What a 3x3 convolution makes of x, or of SiLU of the normalised."""
+    result = _empty(x, conv.out_channels) if into is None else into
+    for rows, window in _windows(x, norm):
+        result[:, :, rows] = _inner(conv, window)
+    return result
 
 
-def _normed(norm: nn.GroupNorm, conv: nn.Conv2d, field: Field) -> Iterator[Tensor]:
-    """Norm, SiLU and a 3x3 convolution, a row behind what is read of the field."""
-    active = Statistics.of(norm, field).active(field)
-    return (F.conv2d(x, conv.weight, conv.bias, padding=(0, 1)) for x in _windows(active, field.height))
+def _inner(conv: nn.Conv2d, window: Tensor) -> Tensor:
+    """What a 3x3 convolution makes of a window: of all of its rows but the first and the last."""
+    return F.conv2d(window, conv.weight, conv.bias, padding=(0, 1))
 
 
-def _windows(bands: Iterator[Tensor], height: int) -> Iterator[Tensor]:
-    """For convolutions: the rows of all bands, and those above and below, which are shared; zeros at top and bottom."""
-    kept, seen = None, 0
-    for x in bands:
-        seen += x.shape[2]
-        above, below = x[:, :, :1], x[:, :, :1] if seen == height else x[:, :, :0]
-        x = torch.cat((torch.zeros_like(above) if kept is None else kept, x, torch.zeros_like(below)), dim=2)
-        kept = x[:, :, -2:]
-        if x.shape[2] > 2:
-            yield x
+def _windows(x: Tensor, norm: nn.GroupNorm | None = None, places: int = 0) -> Iterator[tuple[slice, Tensor]]:
+    """For convolutions: which rows, of about so many places, and these with the row above and the row below, or zeros
+    at top and bottom; SiLU of the normalised, if a norm is given. A window is overwritten by the next one, and reads
+    nothing of rows that were in those before: they may have been overwritten too."""
+    height, width = x.shape[2:]
+    number = min(height, max(1, (places or BAND) // width // 2 * 2))  # even: for `_halved`
+    scale, shift = (None, None) if norm is None else scale_and_shift(norm, *sums(x), height * width)
+    room = _empty(x, height=number + 2)
+    for start in range(0, height, number):
+        rows = slice(start, min(start + number, height))
+        window = room[:, :, : rows.stop - start + 2]
+        window[:, :, :1] = room[:, :, number : number + 1] if start else 0
+        read = x[:, :, start : rows.stop + 1]
+        place = window[:, :, 1 : 1 + read.shape[2]]
+        if scale is None or shift is None:
+            place.copy_(read)
+        else:
+            F.silu(torch.addcmul(shift, read, scale, out=place), inplace=True)
+        if rows.stop == height:
+            window[:, :, -1:] = 0
+        yield rows, window
+
+
+def _empty(x: Tensor, channels: int = 0, height: int = 0, width: int = 0) -> Tensor:
+    """Memory for a tensor like x, but for the sizes that are given."""
+    shape = (x.shape[0], channels or x.shape[1], height or x.shape[2], width or x.shape[3])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
