@@ -33,7 +33,7 @@ def check_batch(plan: Plan) -> None:
     Raises:
         InputError: a batch was asked for and cannot be.
     """
-    if plan.batch is not None and plan.batch > 1 and plan.cache is not None:
+    if isinstance(plan.batch, int) and plan.batch > 1 and plan.cache is not None:
         raise InputError(
             f"batch={plan.batch}: a step cache decides for all pictures of a batch at once, so that each would depend "
             "on the others; with a cache batch must be 1"
@@ -45,13 +45,13 @@ def at_once(plan: Plan, looked_at: bool, hidden_size: int, run: Run) -> int:
 
     Args:
         looked_at: whether a function of the caller's follows each picture step by step, or takes part in the network.
-            Unless a batch is asked for, it sees one picture at a time.
+            Unless a batch is asked for, be it "auto", it sees one picture at a time.
         run: of one picture.
     """
-    if plan.batch is not None:
+    if isinstance(plan.batch, int):
         return plan.batch
     image_tokens = plan.rows * plan.columns
-    if looked_at or plan.cache is not None or image_tokens % ROWS or run.more_tokens % ROWS:
+    if (looked_at and plan.batch is None) or plan.cache is not None or image_tokens % ROWS or run.more_tokens % ROWS:
         return 1
     tokens = image_tokens + run.text_tokens + run.more_tokens
     return max(1, PAYS // (tokens * hidden_size * run.batch))

@@ -6,7 +6,14 @@ tells our own refusals from those of the libraries underneath.
 
 
 class MinifluxError(ValueError):
-    """The root of everything the library raises on purpose."""
+    """The root of everything the library raises on purpose.
+
+    Attributes:
+        which: of several requests that are drawn together, the number of the one that it is about; None if it is about
+            none or all of them.
+    """
+
+    which: int | None = None
 
 
 class InputError(MinifluxError):

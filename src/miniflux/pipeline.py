@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -150,7 +150,7 @@ class Pipeline:
         run: RunBlock | None = None,
         wraps: Sequence[Wrap] = (),
         attend: Attend | None = None,
-        batch: int | None = None,
+        batch: int | Literal["auto"] | None = None,
     ) -> Result:
         """Draw.
 
@@ -199,8 +199,9 @@ class Pipeline:
                 `run`, see `sampling.denoise`.
             batch: pictures that are drawn together at most, with memory for all of them; 1 for one after the other.
                 None for as many as are faster so and fit, see `batching`: large ones are not, and a callback, `watch`,
-                `run`, `wraps` and `attend` then see one picture at a time. A picture of a batch is the one that is
-                drawn alone, if need be but for rounding; its `settings` say how many were drawn at once.
+                `run`, `wraps` and `attend` then see one picture at a time; "auto" for as many then, too. A picture of
+                a batch is the one that is drawn alone, if need be but for rounding; its `settings` say how many were
+                drawn at once.
 
         Numbers may be those of numpy and torch.
 
@@ -269,13 +270,17 @@ class Pipeline:
         work, needs, fits, done = Drawing(self, plan), plan.needs(self.device), self._fits(), Steps(plan, progress)
         looked_at = bool(plan.wrapped) or callback is not None or watch is not None
         most = at_once(plan, looked_at, self.transformer.config.hidden_size, needs)
+        asked = plan.batch if isinstance(plan.batch, int) else None
+
+        def needed(i: int) -> bool:
+            return results is None or (keys[i] not in results and keys.index(keys[i]) == i)
 
         def draw(wanted: Sequence[int]) -> list[Later]:
             with self._watched(needs, fits):
                 if not work.begun:
                     fits.check(needs)
-                together = work.together(wanted[:most], 1 if batch else ROWS)
-                together = together[: fitting(len(together), batch, needs, fits)]
+                together = work.together(wanted[:most], 1 if asked else ROWS)
+                together = together[: fitting(len(together), asked, needs, fits)]
             with (
                 self._watched(replace(needs, batch=len(together) * needs.batch), fits),
                 nullcontext() if own_loras is None else own_loras.drawing(together),
@@ -284,8 +289,8 @@ class Pipeline:
                 return work.draw(together, watchers, decode)
 
         pictures: list[Drawn] = []
-        with self._decoding(needs, fits, batch or 1, plan.total > most) as (needs, decode):
-            batches = Batches(plan.total, draw, lambda i: results is None or keys[i] not in results, needs.decoding)
+        with self._decoding(needs, fits, asked or 1, plan.total > most) as (needs, decode):
+            batches = Batches(plan.total, draw, needed, needs.decoding)
             for i, about in enumerate(settings):
                 if results is None:
                     picture, cached = batches.picture(i), {} if unkeyed is None else {"not_cached": unkeyed}
@@ -299,6 +304,12 @@ class Pipeline:
         latents = torch.cat([picture.latents for picture in pictures])
         moment = pictures[0].moment if plan.total == 1 else None
         return Result([picture.image for picture in pictures], latents, settings, moment, files, tuple(keys))
+
+    def at_once(self, plan: Plan) -> int:
+        """How many pictures of such a call it pays to draw together, that fit into what is free now."""
+        needs = plan.needs(self.device)
+        most = at_once(plan, False, self.transformer.config.hidden_size, needs)
+        return fitting(most, None, needs, self._fits())
 
     def as_it_is(self) -> Variant:
         """The variant with the sizes that the networks have now."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -79,7 +79,7 @@ class Plan:
         steps_asked: what was asked for, or what the variant was made for.
         levels: the noise levels that are gone through.
         run, wraps, attend: functions of the caller's in place of, and around, those that run a block and attend.
-        batch: pictures that are drawn together at most; None for what is fastest.
+        batch: pictures that are drawn together at most; None for what is fastest, "auto" also where somebody looks on.
     """
 
     prompts: list[str]
@@ -113,7 +113,7 @@ class Plan:
     run: RunBlock | None
     wraps: tuple[Wrap, ...]
     attend: Attend | None
-    batch: int | None
+    batch: int | Literal["auto"] | None
 
     @classmethod
     def of(
@@ -147,7 +147,7 @@ class Plan:
         run: RunBlock | None = None,
         wraps: Sequence[Wrap] = (),
         attend: Attend | None = None,
-        batch: int | None = None,
+        batch: int | Literal["auto"] | None = None,
     ) -> Plan:
         """Resolve a call. Needs no weights: whoever wants to know what a call will do asks here.
 
@@ -251,7 +251,7 @@ class Plan:
             run=run,
             wraps=wraps,
             attend=attend,
-            batch=None if batch is None else whole("batch", batch, 1, MAX_IMAGES),
+            batch=batch if batch is None or batch == "auto" else whole("batch", batch, 1, MAX_IMAGES),
         )
 
     @property

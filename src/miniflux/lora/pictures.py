@@ -47,8 +47,8 @@ class PerPicture:
             raise InputError(f"LoRAs were given for {len(self.uses)} pictures, and {pictures} are to be drawn")
         if once and self.layers:
             raise InputError(
-                "references that are looked at once are seen with one set of LoRAs for all pictures: attach them at the "
-                "strengths that all are to have, or look at references at every step (once=False)"
+                "references that are looked at once are seen with one set of LoRAs for all pictures: attach that, or "
+                "look at references at every step (once=False)"
             )
 
     def described(self, i: int, attached: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from miniflux.service.grids import Axis, Grid, batch, parse_prompts
 from miniflux.service.history import Entry, History, new_session
 from miniflux.service.models import Models
 from miniflux.service.queue import Cost, Job, Queue, Status
+from miniflux.service.together import kin
 
 __all__ = [
     "Axis",
@@ -24,6 +25,7 @@ __all__ = [
     "Queue",
     "Status",
     "batch",
+    "kin",
     "new_session",
     "parse_prompts",
 ]

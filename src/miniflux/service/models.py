@@ -6,8 +6,8 @@ import gc
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -17,24 +17,41 @@ from typing import Any, cast
 import torch
 
 from miniflux import lora
+from miniflux.batching import at_once
 from miniflux.cache import ResultCache, result_cache
-from miniflux.errors import CheckpointError, LoraError
+from miniflux.errors import CheckpointError, LoraError, MinifluxError
+from miniflux.families import FAMILIES
 from miniflux.lora import Receipt
 from miniflux.lora.attaching import resolved
 from miniflux.lora.fitting import fitted
 from miniflux.lora.models import stand_ins
+from miniflux.lora.pictures import shared
 from miniflux.memory.room import Room
 from miniflux.pipeline import Pipeline, load
-from miniflux.plan import Plan
+from miniflux.plan import Plan, once_for
 from miniflux.result import Result
 from miniflux.sampling import Moment
 from miniflux.service.catalogue import Catalogue, Listed
 from miniflux.service.given import Given, unsteered
 from miniflux.service.queue import Cost, Preview, Step
+from miniflux.service.together import (
+    StepOf,
+    Teller,
+    about,
+    alike,
+    by_loras,
+    decoder_of,
+    in_one_line,
+    joint,
+    kin,
+    shares,
+)
 from miniflux.service.writers import Writers
 from miniflux.settings import LoraUse, Request
 from miniflux.variants import ALIASES, VARIANTS
 from miniflux.weights.origin import Stamp, stamps
+
+__all__ = ["Models", "kin"]
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +130,12 @@ class Models:
         networks = stand_ins(sizes)
         return fitted(networks, lora.read(resolved(file)), strict=True).receipt(str(file), networks)
 
+    def loaded(self) -> dict[str, int]:
+        """Names of the models in memory, and bytes of their weights."""
+        with self._lock:
+            found = [(name, loaded.bytes) for (name, _), loaded in self._loaded.items()]
+        return {name: sum(size for one, size in found if one == name) for name, _ in found}
+
     # Models at work
 
     @contextmanager
@@ -123,13 +146,16 @@ class Models:
             WeightsNotFoundError, LoraError, CheckpointError: what is missing or does not fit; the pipeline has no LoRAs
                 then.
         """
-        loaded = self._load(request)
-        files = [_file(use) for use in request.loras]
+        with self._with(self._load(request), request.loras, [_file(use) for use in request.loras]) as pipe:
+            yield pipe
+
+    @contextmanager
+    def _with(self, loaded: _Loaded, uses: tuple[LoraUse, ...], files: list[Path]) -> Generator[Pipeline]:
         with loaded.change:
-            while loaded.users and loaded.uses != request.loras:
+            while loaded.users and loaded.uses != uses:
                 loaded.change.wait()
             if not loaded.users:
-                _attach(loaded, request.loras, files)
+                _attach(loaded, uses, files)
             loaded.users += 1
         try:
             yield loaded.pipe
@@ -189,8 +215,7 @@ class Models:
         with self.use(request) as pipe:
             plan = request.plan(pipe.as_it_is(), steering.get("conditions", ()))
             preview: list[Preview | None] = [None]
-            # The table takes 1.4 % of a step of nano at 128x128, the tiny decoder 14 %.
-            decoder = "table" if pipe.variant.preview else "tiny" if pipe.tiny is not None else None
+            decoder = decoder_of(pipe)
 
             def watch(_: int, moment: Moment) -> None:
                 if decoder is not None:
@@ -201,21 +226,129 @@ class Models:
 
             with self._beside_others(pipe, plan, lambda: step(0, None)):
                 result = pipe.generate(**request.arguments(), **steering, watch=watch, progress=progress)
+        self._remember(request, result)
+        return result
+
+    def draw_together(self, requests: Sequence[Request], step: StepOf) -> list[Result]:
+        """Draw requests of several people, those that are alike (`together.kin`) in one batch as far as that pays and
+        fits. Each gets what `draw` gives, bit for bit where `batching` says so; its settings may say `batch`, and it
+        has no moment to go on from.
+
+        Args:
+            step: called after every step with (number of the request, steps done of it, what makes the preview); it
+                may raise to stop all.
+
+        Raises:
+            InputError, MinifluxError: as `draw`. What is about one of them has its number as `which`, and is raised
+                before any request of its batch is drawn: the others can be asked for again.
+        """
+        made: dict[int, Result] = {}
+        for group in alike(requests):
+            made |= self._draw_alike(group, step)
+        return [made[which] for which in range(len(requests))]
+
+    def most_at_once(self, request: Request) -> int:
+        """How many pictures of requests like this one it pays to draw together, and fit into what is free now, if the
+        model is loaded. 1 where they are drawn one after the other: large ones, with a step cache, with a variation.
+
+        Raises:
+            InputError, WeightsNotFoundError: as `cost`.
+        """
+        loaded, plan = self._planned(request)
+        if request.variation is not None:
+            return 1
+        if loaded is not None:
+            return loaded.pipe.at_once(plan)
+        return at_once(plan, False, self.catalogue.variant_of(request.model).transformer.hidden_size, plan.needs())
+
+    def _draw_alike(self, group: Mapping[int, Request], step: StepOf) -> dict[int, Result]:
+        """Draw requests that are alike but for their LoRAs, if need be one set of them after the other."""
+        with ExitStack() as stack:
+            pipe, apart = self._use_all(stack, group)
+            if not apart:
+                return self._draw_one_batch(pipe, group, step)
+        others = {which: request for which, request in group.items() if which not in apart}
+        sets = [others] if others else []
+        made: dict[int, Result] = {}
+        for one in [*sets, *by_loras({which: group[which] for which in apart})]:
+            made |= self._draw_alike(one, step)
+        return made
+
+    def _use_all(self, stack: ExitStack, group: Mapping[int, Request]) -> tuple[Pipeline, list[int]]:
+        """A pipeline on which each picture of these requests has its own LoRAs, until the stack is closed; and the
+        requests with one that can only be the same for all pictures."""
+        (first, request), *_ = group.items()
+        if len(by_loras(group)) == 1:
+            with about(first):
+                return stack.enter_context(self.use(request)), []
+        with about(first):
+            loaded = self._load(request)
+            variant, conditions = loaded.pipe.variant, self._steering(request).get("conditions", ())
+            once = once_for(variant, FAMILIES[variant.family], conditions)
+        if once:  # they see one set of LoRAs
+            return loaded.pipe, list(group)
+        files: list[list[Path]] = []
+        for which, request in group.items():
+            with about(which):
+                files.append([_file(use) for use in request.loras])
+        line, places = in_one_line(files)
+        try:
+            off = tuple(LoraUse(str(file), 0.0) for file in line)  # for whoever sees nothing of `per_picture`
+            pipe = stack.enter_context(self._with(loaded, off, line))
+            names = [name for name, _ in loaded.attached]
+            fixed = {i for i, name in enumerate(names) if shared(pipe, name) is not None}
+            apart = [which for which, own in zip(group, places, strict=True) if fixed & set(own)]
+            if not apart:
+                uses = [
+                    {names[i]: use.strength for i, use in zip(own, request.loras, strict=True)}
+                    for request, own in zip(group.values(), places, strict=True)
+                    for _ in range(request.images)
+                ]
+                stack.enter_context(lora.per_picture(pipe, uses))
+            return pipe, apart
+        except MinifluxError:
+            stack.close()
+            for which, request in group.items():  # whose LoRA is it?
+                with about(which), self.use(request):
+                    pass
+            return loaded.pipe, list(group)  # nobody's: some cannot be beside each other
+
+    def _draw_one_batch(self, pipe: Pipeline, group: Mapping[int, Request], step: StepOf) -> dict[int, Result]:
+        (first, request), *_ = group.items()
+        with about(first):
+            steering = self._steering(request)
+            plan = joint(request.plan(pipe.as_it_is(), steering.get("conditions", ())), group)
+        teller = Teller(group, pipe, plan, step)
+        own = {"prompt": plan.prompts, "seed": plan.seeds, "images": 1}
+        call: dict[str, Any] = {**request.arguments(), **steering, **own, "batch": "auto"}
+        with self._beside_others(pipe, plan, teller.waiting, min(plan.total, pipe.at_once(plan))):
+            result = pipe.generate(**call, watch=teller.watch, progress=teller.progress)
+        teller.over()
+        made = shares(result, group)
+        for which, mine in made.items():
+            self._remember(group[which], mine)
+        return made
+
+    def _remember(self, request: Request, result: Result) -> None:
+        """For `answer`."""
         if result.keys and len(request.prompt) < LONG:
             with self._lock:
                 self._answers[request] = replace(result, images=[], latents=torch.empty(0), moment=None)
                 if len(self._answers) > REMEMBERED:
                     self._answers.popitem(last=False)
-        return result
 
     def _steering(self, request: Request) -> dict[str, Any]:
         return unsteered(request) if self.given is None else self.given.steering(request)
 
-    def _beside_others(self, pipe: Pipeline, plan: Plan, waiting: Callable[[], None]) -> AbstractContextManager[None]:
-        """Begins when there is memory for the run beside those at work."""
+    def _beside_others(
+        self, pipe: Pipeline, plan: Plan, waiting: Callable[[], None], pictures: int = 1
+    ) -> AbstractContextManager[None]:
+        """Begins when there is memory for the run, of so many pictures at once, beside those at work."""
         if pipe.memory is None:
             return nullcontext()
-        return self._room.taken(pipe.memory.ledger(plan.needs(pipe.memory.device)).working, pipe.memory.device, waiting)
+        needs, device = plan.needs(pipe.memory.device), pipe.memory.device
+        run = replace(needs, batch=pictures * needs.batch)
+        return self._room.taken(pipe.memory.ledger(run).working, device, waiting)
 
     def answer(self, request: Request) -> Result | None:
         """What was drawn for the same request before, if the cache still holds it: for `Queue(answer=...)`."""
@@ -239,6 +372,17 @@ class Models:
         Raises:
             InputError, WeightsNotFoundError: a model or a picture that is not here.
         """
+        key, (_, plan) = self._key(request), self._planned(request)
+        method = None if request.guide is None else type(request.guide).__name__
+        kind = (key, request.solver, method)
+        # Of one picture, all that its guide and its solver ask for.
+        tokens = plan.calls * (
+            plan.rows * plan.columns + sum(c.tokens(plan.rows, plan.columns) for c in plan.conditions)
+        )
+        return Cost(kind=kind, size=tokens / plan.steps, steps=plan.total * plan.steps)
+
+    def _planned(self, request: Request) -> tuple[_Loaded | None, Plan]:
+        """The model, if it is loaded, and what a request will do on it."""
         key = self._key(request)
         with self._lock:
             loaded = self._loaded.get(key)
@@ -247,14 +391,7 @@ class Models:
         chosen = self.catalogue.variant_of(key[0]) if loaded is None else loaded.pipe.variant
         if self.given is None:
             unsteered(request)
-        plan = request.plan(chosen, () if self.given is None else self.given.conditions(request, LONGER))
-        method = None if request.guide is None else type(request.guide).__name__
-        kind = (key, request.solver, method)
-        # Of one picture, all that its guide and its solver ask for.
-        tokens = plan.calls * (
-            plan.rows * plan.columns + sum(c.tokens(plan.rows, plan.columns) for c in plan.conditions)
-        )
-        return Cost(kind=kind, size=tokens / plan.steps, steps=plan.total * plan.steps)
+        return loaded, request.plan(chosen, () if self.given is None else self.given.conditions(request, LONGER))
 
 
 def _attach(loaded: _Loaded, uses: tuple[LoraUse, ...], files: list[Path]) -> None:
