@@ -44,11 +44,11 @@ def parser() -> Parser:
     root.add_argument("--version", action="version", version=f"miniflux {__version__}")
     commands = root.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    from miniflux.apps import convert, fetch, generate, inspect, lora, replay, study, ui
+    from miniflux.apps import batch, convert, fetch, generate, inspect, lora, replay, study, ui
     from miniflux.apps.serve import command as serve
     from miniflux.apps.serve import key_command as keys
 
-    for command in (generate, inspect, lora, study, replay, fetch, convert, ui, serve, keys):
+    for command in (generate, batch, inspect, lora, study, replay, fetch, convert, ui, serve, keys):
         command.add(commands)
     return root
 
