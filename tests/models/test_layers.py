@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -61,6 +63,29 @@ def test_rope_is_a_complex_product() -> None:
     """Breaks with another frequency, direction, pairing of channels or order of axes."""
     ids, x = positions(5), randn(2, 3, 5, sum(AXES))
     assert_close(apply_rope(x, rope_rotations(ids, AXES, THETA)), rotate_slowly(x, ids), rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_rotations_are_kept_by_the_numbers_of_positions() -> None:
+    """The same ones are looked up; those that were edited in place, of other axes or of another batch are not."""
+    ids, freely = positions(5), rope_rotations(positions(5), AXES, THETA)
+    with layers.rotations_kept():
+        first = rope_rotations(ids, AXES, THETA)
+        assert torch.equal(first, freely)
+        assert rope_rotations(ids.clone(), list(AXES), THETA) is first
+        for other, axes, theta in (ids[:1], AXES, THETA), (ids, (6, 4, 6), THETA), (ids, AXES, 100.0):
+            expected = layers._rotations(other, axes, theta)
+            assert torch.equal(rope_rotations(other, axes, theta), expected)
+        ids.data[1, 2, 0] += 1
+        assert torch.equal(rope_rotations(ids, AXES, THETA), layers._rotations(ids, AXES, THETA))
+        with torch.enable_grad():
+            assert rope_rotations(positions(5), AXES, THETA) is not first
+        with ThreadPoolExecutor(1) as another:
+            assert another.submit(rope_rotations, positions(5), AXES, THETA).result() is not first
+    assert rope_rotations(positions(5), AXES, THETA) is not first
+    gone = weakref.ref(first)
+    del first
+    assert gone() is None
 
 
 def test_rope_at_position_zero_is_the_identity() -> None:

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+import miniflux
 from miniflux.errors import ConfigError, InputError
+from miniflux.models import layers
 from miniflux.models.flux1 import Flux1, Flux1Config
 from miniflux.sampling import Moment, State, denoise, flux1_schedule, solver
 from tests.tiny import FLUX1, flux1_inputs, randn, randomise
@@ -184,3 +186,15 @@ def test_reference_tokens_need_their_positions(inputs: dict) -> None:
     for half in ({"img_cond_seq": randn(2, 3, 16)}, {"img_cond_seq_ids": randn(2, 3, 3)}):
         with pytest.raises(InputError, match="img_cond_seq and img_cond_seq_ids"):
             run(field, inputs, SIGMAS, **half)
+
+
+@pytest.mark.parametrize("name", ["flux1-schnell", "flux2-klein-4b", "flux3-klein"])
+def test_rotations_are_made_once_a_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many steps there are."""
+    pipe, made, numbers, plain = miniflux.tiny(name), [], [], layers._rotations
+    monkeypatch.setattr(layers, "_rotations", lambda *given: made.append(given) or plain(*given))
+    for steps in (1, 4):
+        made.clear()
+        pipe.generate("a red circle", width=32, height=32, steps=steps)
+        numbers.append(len(made))
+    assert numbers[0] == numbers[1] > 0

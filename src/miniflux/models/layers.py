@@ -7,8 +7,11 @@ Letters in shapes: B batch, L tokens, H heads, D head size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +19,7 @@ from torch import Tensor, nn
 
 from miniflux.errors import ConfigError
 from miniflux.models.linear import Linear
-from miniflux.models.rows import by_row
+from miniflux.models.rows import by_row, key_of
 
 # Device types that cannot compute in float64. Rotary angles are made on the CPU for them: an angle is a position times
 # a frequency, and at position 256 float32 would already be 1e-5 off.
@@ -26,10 +29,25 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 """What takes the place of `attention`: (q, k, v, pe, mask) -> (B, L, H * D)."""
 
 
+_kept: ContextVar[dict[tuple[Any, ...], Tensor] | None] = ContextVar("rotations", default=None)
+
+
+@contextmanager
+def rotations_kept() -> Generator[None]:
+    """In here `rope_rotations` makes those of the same positions once: around a run, once for all of its steps."""
+    token = _kept.set({})
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
 def rope_rotations(ids: Tensor, axes_dim: Sequence[int], theta: float) -> Tensor:
     """Rotation matrices of the rotary position embedding, one group of channels per axis.
 
     Angles are computed in float64 and returned as float32, on every device (RoFormer, arXiv 2104.09864, section 3.2).
+    Inside `rotations_kept` they may be looked up, by the numbers in `ids`. On CPUs alone: elsewhere reading these would
+    wait for the device.
 
     Args:
         ids: positions (B, L, A), one number per axis; whole numbers in practice.
@@ -39,6 +57,18 @@ def rope_rotations(ids: Tensor, axes_dim: Sequence[int], theta: float) -> Tensor
     Returns:
         (B, 1, L, D / 2, 2): cosine and sine of the angle by which each pair of channels turns; 1 stands for the heads.
     """
+    apart = torch.compiler.is_compiling() or torch.is_grad_enabled() or ids.device.type != "cpu"
+    kept = None if apart else _kept.get()
+    if kept is None:
+        return _rotations(ids, axes_dim, theta)
+    key = (key_of(ids), ids.shape, tuple(axes_dim), theta)
+    if key not in kept:
+        kept[key] = _rotations(ids, axes_dim, theta)
+    return kept[key]
+
+
+def _rotations(ids: Tensor, axes_dim: Sequence[int], theta: float) -> Tensor:
+    """`rope_rotations`, made."""
     device = ids.device
     positions = (ids.cpu() if device.type in NO_FLOAT64 else ids).double()
     angle = positions @ frequencies(axes_dim, theta).to(positions.device)

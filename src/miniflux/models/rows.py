@@ -80,7 +80,7 @@ def known(note: Callable[[], object]) -> Generator[None]:
 
 
 def key_of(row: Tensor) -> Key:
-    """What a row is found by: its bytes, and what they mean."""
+    """What a row, or any tensor of one shape, is found by: its bytes, and what they mean."""
     return row.dtype, row.contiguous().view(torch.uint8).cpu().numpy().tobytes()
 
 

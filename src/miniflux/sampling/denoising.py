@@ -14,7 +14,7 @@ from torch import Tensor
 from miniflux.checks import shown
 from miniflux.errors import InputError
 from miniflux.models.flux1 import Attend, RunBlock, run_block
-from miniflux.models.layers import attention
+from miniflux.models.layers import attention, rotations_kept
 from miniflux.models.transformer import Transformer, TransformerConfig
 from miniflux.sampling.caches import OTHERWISE, Bill, Branch, Cache
 from miniflux.sampling.forwards import Told, Velocity, Words, flux1_velocity
@@ -68,6 +68,7 @@ StepCallback = Callable[[Moment], "Tensor | None"]
 
 
 @torch.inference_mode()
+@rotations_kept()
 def denoise(
     model: Transformer,
     img: Tensor,
