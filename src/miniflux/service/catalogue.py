@@ -279,6 +279,18 @@ class Catalogue:
         found = self._files.get(Path(model))
         return (self.first[0] if self.first else None) if found is None else found.parts
 
+    def files_of(self, model: str) -> list[Stamp]:
+        """The files of a model as they are now; none of one that is not listed.
+
+        Raises:
+            WeightsNotFoundError: files of a variant are missing.
+            CheckpointError: one cannot be read any more.
+        """
+        found = self._files.get(Path(model))
+        if found is not None:
+            return [Stamp.of(stamp.path) for stamp in found.files]
+        return [stamp for _, stamp in stamped(find(variant(model), self.first))] if model in VARIANTS else []
+
     def bytes_of(self, model: str) -> int:
         """How large the files of a model are; 0 of one that is not listed.
 
