@@ -1,6 +1,7 @@
-"""Full-size transformers with random weights on a GPU, 1024x1024, bfloat16: eager, compiled by block, with a step
-cache, and with float8 linears (torchao); against diffusers with the same weights, in turns, and against the
-arithmetic alone.
+"""Full-size transformers with random weights on a GPU, 1024x1024, bfloat16: eager, compiled by block, as CUDA graphs,
+with a step cache, and with float8 linears (torchao); against diffusers with the same weights, in turns, and against
+the arithmetic alone. Also blocks that wait in RAM (each network is written to a temporary folder for it), and two
+pictures that are decoded: each while the next one is denoised, or one after the other.
 
     python benchmarks/gpu.py [--models flux1-dev flux2-klein-4b flux3-klein] [--tflops 989]
 
@@ -10,8 +11,12 @@ arithmetic alone.
 from __future__ import annotations
 
 import importlib.util
+import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import peers
@@ -20,8 +25,13 @@ from timing import Report, Taken, options, times
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from miniflux.checkpoints import save
 from miniflux.checkpoints.networks import BY_CONFIG
+from miniflux.checkpoints.opened import open_part
 from miniflux.families import FAMILIES
+from miniflux.memory.bands import through
+from miniflux.memory.lanes import Aside, directly, lane_of
+from miniflux.memory.streaming import offload, partitioned
 from miniflux.models.compiling import compile_blocks
 from miniflux.sampling import denoise
 from miniflux.sampling.caches import FirstBlockCache
@@ -35,12 +45,14 @@ SIDE, TEXT, MOST = 1024, 512, 28  # pixels, tokens, steps
 
 @dataclass(frozen=True)
 class Given:
-    """A network and what it reads."""
+    """A network and what it reads, and the autoencoder behind it."""
 
     network: Any
+    autoencoder: Any
     about: Variant
     told: Told
     steps: int
+    sides: tuple[int, int]
 
     @property
     def sigmas(self) -> list[float]:
@@ -51,6 +63,28 @@ class Given:
         told, velocity = self.told, FAMILIES[self.about.family].velocity
         return denoise(self.network, told.img, told.img_ids, told.words, timesteps=self.sigmas,
                        guidance=None if self.about.guidance is None else 3.5, velocity=velocity, **more)  # fmt: skip
+
+    def two(self, beside: bool) -> list[Tensor]:
+        """Two pictures, decoded while the next one is denoised, or one after the other."""
+        dtype = self.autoencoder.decoder.conv_in.weight.dtype
+
+        def decoded(tokens: Tensor) -> Tensor:
+            latents = FAMILIES[self.about.family].unpack(tokens, *self.sides)
+            return self.autoencoder.decode(latents.to(dtype), through)
+
+        with Aside(lane_of(self.told.img.device)) if beside else nullcontext(directly) as start:
+            waiting = [start(partial(decoded, self.drawn())) for _ in range(2)]
+            return [wait() for wait in waiting]
+
+    def offloaded(self, folder: Path) -> Given:
+        """The same with blocks that wait in RAM."""
+        path = folder / "transformer.safetensors"
+        save(self.network, path)
+        with torch.device("meta"):
+            network = type(self.network)(self.network.config)
+        source = open_part(path, type(network))
+        offload(partitioned(network, source, self.told.img.dtype), source, self.told.img.device)
+        return replace(self, network=network.eval())
 
     def theirs(self) -> Callable[[], Tensor]:
         """The same by diffusers."""
@@ -78,11 +112,15 @@ def given(name: str, small: bool, steps: int | None) -> Given:
     device, dtype = ("cpu", torch.float32) if small else ("cuda", torch.bfloat16)
     if small:
         pipe = tiny(name)
-        about, network = pipe.variant, pipe.transformer
+        about, network, autoencoder = pipe.variant, pipe.transformer, pipe.autoencoder
     else:
         with torch.device("meta"):
-            network = BY_CONFIG[type(about.transformer)].kind(about.transformer)
-        network = randomise(network.to(dtype).to_empty(device=device))
+            both: list[Any] = [
+                BY_CONFIG[type(config)].kind(config) for config in (about.transformer, about.autoencoder)
+            ]
+        network, autoencoder = (randomise(one.to(dtype).to_empty(device=device)) for one in both)
+        for buffer_name, buffer in autoencoder.named_buffers():  # statistics of latents
+            buffer.fill_(buffer_name.endswith("var"))
     network.eval().requires_grad_(False)
     config, family = network.config, FAMILIES[about.family]
     places = (2, 4) if small else (SIDE // 16, SIDE // 16)
@@ -92,7 +130,12 @@ def given(name: str, small: bool, steps: int | None) -> Given:
     words = Words(txt, family.text_ids(*txt.shape[:2]).to(device), vec=vec)
     img = torch.randn(1, places[0] * places[1], config.in_channels, **shared)
     told = Told(img, family.image_ids(1, *places).to(device), words, torch.ones(1, **shared), None)
-    return Given(network, about, told, steps or min(about.steps, MOST))
+    return Given(network, autoencoder, about, told, steps or min(about.steps, MOST), (16 * places[0], 16 * places[1]))
+
+
+def gap_of(ours: Tensor, other: Tensor) -> float:
+    """How far another result is from ours, over the largest number."""
+    return float((ours - other).abs().max() / ours.abs().max())
 
 
 def float8(network: Any) -> str | None:
@@ -132,19 +175,39 @@ def main() -> None:
         theirs = case.theirs()
         if torch.cuda.is_available():
             flops += f"; {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB with theirs"
-        gap = float((ours - theirs()).abs().max() / ours.abs().max())
+        gap = gap_of(ours, theirs())
         eager, peer = times(case.drawn, theirs, rounds=asked.rounds)
         report.add(f"{name}, {case.steps} steps, eager", eager, peer, floor, f"{flops}; apart by {gap:.0e}")
         if case.about.family == "flux1":
             (cached,) = times(lambda: case.drawn(cache=FirstBlockCache(threshold=0.12)), rounds=asked.rounds)  # noqa: B023
             report.add(f"{name}, step cache", cached, peer, floor)
+        with tempfile.TemporaryDirectory() as folder:
+            waits = case.offloaded(Path(folder))
+            same = f"the same: {torch.equal(ours, waits.drawn())}"
+            report.add(
+                f"{name}, blocks wait in RAM; peer: they stay",
+                times(waits.drawn, rounds=asked.rounds)[0],
+                eager,
+                floor,
+                same,
+            )
+        beside, apart = (partial(case.two, beside) for beside in (True, False))
+        same = f"the same: {all(map(torch.equal, beside(), apart()))}"
+        report.add(
+            f"{name}, two decoded meanwhile; peer: one after the other",
+            *times(beside, apart, rounds=asked.rounds),
+            None,
+            same,
+        )
         if asked.tiny:
-            print(f"{name}, compiled, float8: not run on a CPU")
+            print(f"{name}, compiled, CUDA graphs, float8: not run on a CPU")
             continue
+        for what, graphs in (("compiled", False), ("compiled, CUDA graphs", True)):
+            compile_blocks(case.network, graphs=graphs)
+            case.drawn()
+            taken, peer = times(case.drawn, theirs, rounds=asked.rounds)
+            report.add(f"{name}, {what}", taken, peer, floor, f"apart by {gap_of(ours, case.drawn()):.0e}")
         compile_blocks(case.network)
-        case.drawn()
-        compiled, peer = times(case.drawn, theirs, rounds=asked.rounds)
-        report.add(f"{name}, compiled", compiled, peer, floor)
         why = float8(case.network)
         if why is not None:
             print(f"{name}, float8: not run, {why}")

@@ -34,3 +34,5 @@ def test_the_one_for_a_gpu_runs_small_and_says_that_it_is_no_measurement() -> No
     assert "NOT a measurement" in said and said.count("not run on a CPU") == 3
     apart = [float(line.rpartition("apart by ")[2]) for line in said.splitlines() if "apart by" in line]
     assert len(apart) == 3 and max(apart) < 1e-4
+    assert said.count("the same: True") == 6 and "the same: False" not in said  # waiting blocks, two decoded
+    assert said.count("compiled, CUDA graphs, float8: not run on a CPU") == 3
