@@ -133,6 +133,10 @@ def test_whoever_looks_on_sees_one_picture_at_a_time(pipe: Pipeline) -> None:
     assert batches(together) == [2, 2] and seen == [(0, 1), (1, 1), (0, 2), (1, 2)]
     assert torch.equal(plain.latents, together.latents)
 
+    seen.clear()
+    fastest = pipe.generate("a star", images=2, watch=watch, batch="auto", **options)
+    assert batches(fastest) == [2, 2] and len(seen) == 4 and torch.equal(plain.latents, fastest.latents)
+
     def turned(index: int, moment: Moment) -> torch.Tensor | None:
         return -moment.x if index == 1 and moment.step == 1 else None
 
