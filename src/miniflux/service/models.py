@@ -32,7 +32,7 @@ from miniflux.plan import Plan, once_for
 from miniflux.result import Result
 from miniflux.sampling import Moment
 from miniflux.service.catalogue import Catalogue, Listed
-from miniflux.service.given import Given, unsteered
+from miniflux.service.given import Pictures, unsteered
 from miniflux.service.queue import Cost, Preview, Step
 from miniflux.service.together import (
     StepOf,
@@ -97,7 +97,7 @@ class Models:
         max_bytes: int | None = None,
         cache: ResultCache | str | Path | None = None,
         folder: str | Path | None = None,
-        given: Given | None = None,
+        given: Pictures | None = None,
     ) -> None:
         self.given = given
         self.weights, self.device, self.dtype, self.max_bytes = weights, device, dtype, max_bytes
@@ -135,6 +135,11 @@ class Models:
         with self._lock:
             found = [(name, loaded.bytes) for (name, _), loaded in self._loaded.items()]
         return {name: sum(size for one, size in found if one == name) for name, _ in found}
+
+    def loaded(self) -> dict[str, int]:
+        """The models that are loaded, and the bytes of their weights."""
+        with self._lock:
+            return {key[0]: loaded.bytes for key, loaded in self._loaded.items()}
 
     # Models at work
 
