@@ -136,11 +136,6 @@ class Models:
             found = [(name, loaded.bytes) for (name, _), loaded in self._loaded.items()]
         return {name: sum(size for one, size in found if one == name) for name, _ in found}
 
-    def loaded(self) -> dict[str, int]:
-        """The models that are loaded, and the bytes of their weights."""
-        with self._lock:
-            return {key[0]: loaded.bytes for key, loaded in self._loaded.items()}
-
     # Models at work
 
     @contextmanager
