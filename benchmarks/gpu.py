@@ -196,8 +196,7 @@ def main() -> None:
         report.add(
             f"{name}, two decoded meanwhile; peer: one after the other",
             *times(beside, apart, rounds=asked.rounds),
-            None,
-            same,
+            note=same,
         )
         if asked.tiny:
             print(f"{name}, compiled, CUDA graphs, float8: not run on a CPU")
