@@ -6,6 +6,7 @@ import base64
 import colorsys
 import io
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -62,6 +63,7 @@ class Painter(threading.Thread):
     Attributes:
         at_work: whether it takes any.
         seconds: of a step.
+        quick: whether it does without steps.
         refuses: (kind, message) with which it fails all jobs.
         began: ids, in order.
     """
@@ -72,6 +74,7 @@ class Painter(threading.Thread):
         self.at_work, self.ending = threading.Event(), threading.Event()
         self.at_work.set()
         self.seconds = 0.0
+        self.quick = False
         self.refuses: tuple[str, str] | None = None
         self.began: list[str] = []
 
@@ -88,7 +91,7 @@ class Painter(threading.Thread):
     def draw(self, job: Job) -> None:
         size = (job.output["size"][0], job.output["size"][1])
         steps = job.steps // job.pictures
-        for step in range(1, job.steps + 1):
+        for step in range(1, 1 + (0 if self.quick else job.steps)):
             time.sleep(self.seconds)
             told = self.bench.told([job.id])[job.id]
             if told.stopping or self.ending.is_set():
@@ -114,9 +117,9 @@ class Painter(threading.Thread):
 class Served:
     """An app on a folder of its own, with a painter, a key, and a client of the same process."""
 
-    def __init__(self, folder: Path, **options: Any) -> None:
-        self.url = sqlite_url(folder / "jobs.sqlite")
-        self.store, self.blobs, self.inputs = Store(self.url), Blobs(folder / "pictures"), Inputs(folder / "given")
+    def __init__(self, place: Path, /, **options: Any) -> None:
+        self.url = sqlite_url(place / "jobs.sqlite")
+        self.store, self.blobs, self.inputs = Store(self.url), Blobs(place / "pictures"), Inputs(place / "given")
         migrate(self.store)
         self.key = keys.add(self.store, "somebody")
         self.options = Options(**{"models": None, **options})
@@ -167,9 +170,7 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
     made: list[tuple[Served, Any]] = []
 
     def make(**options: Any) -> Served:
-        folder = tmp_path / f"data{len(made)}"
-        folder.mkdir()
-        served = Served(folder, **options)
+        served = Served(Path(tempfile.mkdtemp(dir=tmp_path)), **options)
         entered = TestClient(served.app, raise_server_exceptions=False)
         served.client = entered.__enter__()
         made.append((served, entered))

@@ -164,7 +164,12 @@ def test_what_has_no_effect_is_said(shared: Served) -> None:
 
 @pytest.mark.parametrize(
     ("ratio", "resolution", "size"),
-    [("16:9", None, [176, 96]), ("9:16", "768sq", [576, 1024]), (None, "1k", [1024, 1024]), ("auto", "1K", [1024, 1024])],
+    [
+        ("16:9", None, [176, 96]),
+        ("9:16", "768sq", [576, 1024]),
+        (None, "1k", [1024, 1024]),
+        ("auto", "1K", [1024, 1024]),
+    ],
 )
 def test_shapes(shared: Served, ratio: str | None, resolution: str | None, size: list[int]) -> None:
     body = {name: value for name, value in (("aspect_ratio", ratio), ("resolution", resolution)) if value is not None}

@@ -94,9 +94,7 @@ def wanted(site: Site, asked: Asked, key: Key | None, base: str) -> Wanted:
     with said(asked.names):
         conditions = () if request.loras else site.inputs.conditions(request, CHECKED)  # a control LoRA changes much
         plan = request.plan(offer.variant, conditions)
-    if plan.width * plan.height > site.options.pixels:
-        size = f"{plan.width}x{plan.height}"
-        raise UnfitError(asked.names["width"], f"pictures have at most {site.options.pixels} pixels here, not {size}")
+    _check_pixels(site, asked, plan.width, plan.height)
     needs = plan.needs()
     usage = {"text": needs.text_tokens, "image": needs.more_tokens + needs.kept_tokens}
     return Wanted(
@@ -134,6 +132,8 @@ def _request(site: Site, asked: Asked, offer: Offer, key: str) -> Request:
     if asked.varied:
         conditions.append(redux_of(site, asked))
     width, height = size or (None, None)
+    if width is not None and height is not None:
+        _check_pixels(site, asked, width, height)
     if asked.negative is not None and asked.cfg is None and offer.variant.cfg is None:
         raise UnfitError(
             asked.names["negative"], f"has no effect with {offer.name} without {asked.names['cfg']}, the scale of it"
@@ -183,6 +183,12 @@ def _seed(asked: Asked, key: str) -> int:
         digest = hashlib.sha256(f"{key} {asked.once}".encode()).digest()
         return int.from_bytes(digest[:8], "big") % (SEEDS - asked.images)
     return secrets.randbelow(SEEDS - asked.images)
+
+
+def _check_pixels(site: Site, asked: Asked, width: int, height: int) -> None:
+    most = site.options.pixels
+    if width * height > most:
+        raise UnfitError(asked.names["width"], f"pictures have at most {most:,} pixels here, got {width}x{height}")
 
 
 def _size(

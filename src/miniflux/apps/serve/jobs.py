@@ -267,6 +267,7 @@ async def _happening(
     if previews and not job.over:
         await run_in_threadpool(site.store.want_previews, job.id, previews)
     shown: set[tuple[int, int]] = set()
+    yield None
     async with aclosing(site.watch.follow(job.id, PATIENCE)) as news:
         async for moved in news:
             if moved is None:

@@ -436,6 +436,7 @@ async def _happening(
         return full, {"type": full, "b64_json": data, "created_at": int(time.time()), **_about(job), **more}
 
     try:
+        yield None  # so that the client sees at once that it is taken
         async with aclosing(site.watch.follow(job.id, PATIENCE)) as news:
             async for moved in news:
                 if moved is None:

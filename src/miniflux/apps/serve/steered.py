@@ -25,6 +25,8 @@ from miniflux.settings import ConditionUse
 from miniflux.steering import BUNDLED_CONTROLNETS
 from miniflux.variants import Variant
 
+FAR = 0.9  # a picture to look at is brought to a size that the model learned if that has so much less of its pixels
+
 
 def learned(variant: Variant, width: int, height: int) -> tuple[int, int]:
     """The size of a given picture, in whole tokens, brought down to what a model has learned."""
@@ -130,7 +132,8 @@ def looked_at(
     for i, (_, picture) in enumerate(opened):
         seen = on_white(picture)
         smaller = learned(offer.variant, *seen.size)
-        if smaller[0] * smaller[1] < 0.9 * seen.width * seen.height:  # far beyond what the model was shown
+        least = 0 if (sides := offer.variant.learned.sides) is None else sides[0]
+        if smaller[0] * smaller[1] < FAR * seen.width * seen.height and min(smaller) >= least:
             seen = brought(seen, smaller)
         found.append(ConditionUse("Reference", (("picture", site.inputs.add(seen)), ("index", begin + i))))
     return found
