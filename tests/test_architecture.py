@@ -73,9 +73,9 @@ MAY_IMPORT = {
 REAL_SIZES = {3072, 12288, 15360, 21504, 9216}
 # Installed only with an extra, or slow to import: what a user has not asked for must not be loaded.
 HEAVY = {
-    *("accelerate", "bitsandbytes", "cv2", "datasets", "diffusers", "fastapi", "gguf", "gradio"),
-    *("huggingface_hub", "matplotlib", "pandas", "peft", "scipy", "streamlit", "torchvision", "transformers"),
-    *("uvicorn", "wandb"),
+    *("accelerate", "alembic", "bitsandbytes", "cv2", "datasets", "diffusers", "fastapi", "gguf", "gradio", "httpx"),
+    *("huggingface_hub", "matplotlib", "openai", "pandas", "peft", "prometheus_client", "psycopg", "pydantic"),
+    *("schemathesis", "scipy", "sqlalchemy", "streamlit", "torchvision", "transformers", "uvicorn", "wandb"),
 }
 
 
