@@ -74,6 +74,9 @@ class Watch:
             except GONE as error:
                 log.warning("the database does not answer: %s", str(error).partition("\n")[0])
                 wait = AGAIN
+            except Exception:  # whoever waits must not wait for ever because of a mistake of ours
+                log.exception("jobs are not watched")
+                wait = AGAIN
             else:
                 for id in ids:
                     self._tell(id, Moved(*found[id]) if id in found else None)
