@@ -274,6 +274,10 @@ class Catalogue:
         found = self._files.get(Path(model))
         return variant(model) if found is None else found.variant
 
+    def lists(self, model: str) -> bool:
+        """Whether a name is that of a variant, or a path is listed."""
+        return model in VARIANTS or model in ALIASES or Path(model) in self._files
+
     def weights_of(self, model: str) -> dict[str, Path] | Path | None:
         """Where `miniflux.load` is to look for the parts of a model."""
         found = self._files.get(Path(model))

@@ -111,7 +111,7 @@ class Painter(threading.Thread):
             data, ending = encoded(plain(size, job.request.seed + i), job.output)
             blob, about = self.blobs.add(data, ending), {"width": size[0], "height": size[1], "bytes": len(data)}
             pictures.append(Picture(number=i, blob=blob, seed=job.request.seed + i, **about))
-        self.bench.finish(job.id, "painter", pictures, 0.01)
+        self.bench.finish("painter", {job.id: pictures}, 0.01)
 
 
 class Served:

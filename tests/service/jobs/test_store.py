@@ -37,6 +37,10 @@ def picture(number: int = 0, seed: int = 0) -> Picture:
     return Picture(number=number, blob=BLOB, bytes=9, width=64, height=64, seed=seed)
 
 
+def finished(bench: Workbench, id: str, worker: str, pictures: list[Picture], seconds: float) -> bool:
+    return bench.finish(worker, {id: pictures}, seconds) == {id}
+
+
 def later(store: Store, id: str, seconds: float) -> None:
     """As if a job had been asked for so much earlier."""
     with store.writing() as c:
@@ -67,7 +71,7 @@ def test_a_finished_job(store: Store, bench: Workbench) -> None:
     bench.advance("w", {id: 5}, [(id, Shown(number=0, step=2, blob=BLOB))])  # told twice
     assert store.moved([id]) == {id: ("running", 5, 1)}
     made = [picture(0, seed=2**64 - 2), picture(1, seed=2**64 - 1)]
-    assert bench.finish(id, "w", made, 2.0, 4)
+    assert finished(bench, id, "w", made, 1.0)
     assert store.pictures(id) == made and store.moved([id, "none"]) == {id: ("done", 8, 1)}
     assert store.shown(id) == [Shown(number=0, step=2, blob=BLOB)]
     assert store.seconds_of_line() == 0
@@ -81,8 +85,8 @@ def test_a_worker_that_lost_a_job_changes_nothing(store: Store, bench: Workbench
     assert bench.claim("quick")
     bench.advance("slow", {id: 3}, [(id, Shown(number=0, step=1, blob=BLOB))])
     assert store.moved([id]) == {id: ("running", 0, 0)}
-    assert not bench.finish(id, "slow", [picture()], 1.0) and not bench.fail(id, "slow", "fault", "x")
-    assert bench.finish(id, "quick", [picture()], 1.0) and not bench.finish(id, "quick", [picture()], 1.0)
+    assert not finished(bench, id, "slow", [picture()], 1.0) and not bench.fail(id, "slow", "fault", "x")
+    assert finished(bench, id, "quick", [picture()], 1.0) and not finished(bench, id, "quick", [picture()], 1.0)
     assert len(store.pictures(id)) == 1 and store.used("")[0] == 1
 
 
@@ -114,7 +118,7 @@ def test_many_workers_take_each_job_once(store: Store, url: str) -> None:
         while (job := bench.claim(str(worker))) is not None:
             jobs = [job, *bench.claim_alike(str(worker), job.kin, 2)]
             for one in jobs:
-                assert bench.finish(one.id, str(worker), [picture()], 0.1, len(jobs))
+                assert finished(bench, one.id, str(worker), [picture()], 0.1)
             taken += [one.id for one in jobs]
         bench.close()
         return taken
@@ -199,7 +203,7 @@ def test_the_same_request_is_answered_from_what_is_there(store: Store, bench: Wo
     id = store.submit(one).id
     assert store.submit(one).state == "waiting"  # nothing is there yet
     bench.claim("w")
-    bench.finish(id, "w", [picture(seed=5)], 1.0)
+    finished(bench, id, "w", [picture(seed=5)], 1.0)
     again = store.submit(one)
     assert again.state == "done" and again.cached and again.charged == 0 and again.steps_done == 4
     assert store.pictures(again.id) == [picture(seed=5)]
@@ -282,7 +286,7 @@ def test_webhooks_are_due_until_told(store: Store, bench: Workbench) -> None:
     id = store.submit(wanted(webhook="http://x", webhook_secret="s")).id
     assert store.to_tell() == []
     bench.claim("w")
-    bench.finish(id, "w", [picture()], 1.0)
+    finished(bench, id, "w", [picture()], 1.0)
     (job,) = store.to_tell(again=60)
     assert job.webhook == "http://x" and job.webhook_secret == "s" and store.to_tell() == []  # another tells it now
     store.was_told(id, again=-1)
@@ -296,7 +300,7 @@ def test_forgetting(store: Store, bench: Workbench) -> None:
     old, told, new = (store.submit(wanted(name, webhook="http://x" if name == "b" else None)).id for name in "abc")
     for id in (old, told):
         bench.claim("w")
-        bench.finish(id, "w", [picture()], 1.0)
+        finished(bench, id, "w", [picture()], 1.0)
         later(store, id, 100_000)
     assert store.forget(3600) == 1  # the other is still to be told
     assert set(store.jobs([old, told, new])) == {told, new} and store.pictures(old) == []
@@ -308,7 +312,7 @@ def test_what_jobs_need(store: Store, bench: Workbench) -> None:
     assert store.needed() == {digest}
     bench.claim("w")
     assert store.needed() == {digest}
-    bench.finish(id, "w", [picture()], 1.0)
+    finished(bench, id, "w", [picture()], 1.0)
     assert store.needed() == set()
 
 
@@ -318,7 +322,7 @@ def test_previews_are_wanted_later(store: Store, bench: Workbench) -> None:
     store.want_previews(id, 8)
     store.want_previews(id, 1)
     assert bench.told([id])[id].previews == 8
-    bench.finish(id, "w", [picture()], 1.0)
+    finished(bench, id, "w", [picture()], 1.0)
     store.want_previews(id, 9)
     assert store.job(id).previews == 8  # type: ignore[union-attr]
 
@@ -382,7 +386,7 @@ def test_random_lives(store: Store, bench: Workbench) -> None:
         elif act == 3:
             bench.put_back(worker)
         elif (job := bench.claim(worker)) is not None and act < 6:
-            bench.finish(job.id, worker, [picture(i) for i in range(job.pictures)], 0.1)
+            finished(bench, job.id, worker, [picture(i) for i in range(job.pictures)], 0.1)
             assert not bench.fail(job.id, worker, "fault", "late")
     jobs = store.jobs(asked)
     assert len(jobs) == len(set(asked)) == len(asked)

@@ -15,6 +15,7 @@ from PIL import Image
 
 from miniflux.errors import InputError, OutOfMemoryError, OutputError
 from miniflux.result import Result
+from miniflux.service import Catalogue
 from miniflux.service.jobs import worker as workers
 from miniflux.service.jobs.blobs import Blobs
 from miniflux.service.jobs.database import GONE
@@ -38,6 +39,7 @@ class StandIn:
     def __init__(self) -> None:
         self.batches: list[list[str]] = []
         self.at_once = 1
+        self.catalogue = Catalogue()
         self.before: Callable[[Request, int], None] = lambda request, step: None
 
     def loaded(self) -> dict[str, int]:
@@ -117,7 +119,7 @@ def test_a_batch(store: Store, worker: Worker, models: StandIn) -> None:
     work(worker, 2)
     assert models.batches == [["0", "1", "2"], ["3"]]
     assert {of(store, id).state for id in ids} == {"done"}
-    assert store.numbers()["batch 3"] == 3 and store.numbers()["batch 1"] == 1
+    assert store.numbers()["batch 3"] == 1 and store.numbers()["batch 1"] == 1
 
 
 def test_cancelled_within_a_step(store: Store, worker: Worker, models: StandIn) -> None:
@@ -188,9 +190,22 @@ def test_when_previews_are_made(store: Store, steps: int, count: int, marks: set
     assert Drawing(job, previews=count).marks == marks
 
 
+def test_which_picture_a_preview_shows(store: Store) -> None:
+    """Three pictures of four steps, of which two are drawn at once, and then the third."""
+    request = Request(prompt="x", images=3)
+    one = Drawing(of(store, store.submit(Wanted(request=request, kin="k", steps=12)).id))
+    assert [one.reach(done) for done in (2, 4, 6, 8)] == [(1, 1), (1, 2), (1, 3), (1, 4)]
+    assert [one.reach(done) for done in (9, 10, 11, 12)] == [(2, 1), (2, 2), (2, 3), (2, 4)]
+
+
 def test_progress_is_told(store: Store, worker: Worker, models: StandIn) -> None:
     id, seen = ask(store, images=2), list[int]()
-    models.before = lambda request, step: seen.append(of(store, id).steps_done)
+
+    def before(request: Request, step: int) -> None:
+        worker.telling.submit(lambda: None).result()  # behind what was told before
+        seen.append(of(store, id).steps_done)
+
+    models.before = before
     work(worker)
     assert seen == [0, 2, 4, 6] and of(store, id).steps_done == 8
 
@@ -271,3 +286,14 @@ def test_signs_of_life(store: Store, worker: Worker) -> None:
     worker.live()
     (seen,) = store.workers()
     assert seen["about"]["models"] == ["nano"] and seen["about"]["resident"] > 10**7 and seen["about"]["silent"] is None
+
+
+def test_a_model_that_is_new_in_the_folder(
+    store: Store, worker: Worker, models: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[str] = []
+    monkeypatch.setattr(models.catalogue, "scan", lambda: looked.append("again"))
+    for model in ("nano", "/models/new.safetensors"):
+        store.submit(Wanted(request=Request(prompt="x", model=model), kin=model, steps=STEPS))
+        work(worker)
+    assert looked == ["again"]

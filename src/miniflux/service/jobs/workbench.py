@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -68,49 +68,56 @@ class Workbench(Database):
 
     def advance(self, worker: str, done: Mapping[str, int], shown: Sequence[tuple[str, Shown]] = ()) -> None:
         """Steps that are done, of jobs that this worker draws, and previews that it has made."""
+        alike: dict[int, list[str]] = {}  # those of a batch mostly are: one statement for all of them
+        for id, steps in done.items():
+            alike.setdefault(steps, []).append(id)
         with self.writing() as c:
-            for id, steps in done.items():
-                c.execute(update(JOBS).where(*own(id, worker)).values(steps_done=steps))
+            for steps, ids in alike.items():
+                c.execute(update(JOBS).where(*own(ids, worker)).values(steps_done=steps))
             for id, one in shown:
-                if c.execute(select(JOBS.c.id).where(*own(id, worker))).scalar() is not None:
+                if c.execute(select(JOBS.c.id).where(*own([id], worker))).scalar() is not None:
                     row = {"job": id, "number": one.number, "step": one.step, "blob": one.blob}
                     c.execute(self.insert(PREVIEWS).values(row).on_conflict_do_nothing())
 
-    def finish(self, id: str, worker: str, pictures: Sequence[Picture], seconds: float, batch: int = 1) -> bool:
-        """A job is drawn.
+    def finish(self, worker: str, drawn: Mapping[str, Sequence[Picture]], seconds: float) -> set[str]:
+        """A batch is drawn.
 
         Args:
-            seconds: that its batch took.
-            batch: pictures in it.
+            drawn: the pictures of each job.
+            seconds: that it took.
 
         Returns:
-            Whether it was still this worker's: else it was given to another, and nothing is changed.
+            The jobs that were still this worker's: the others were given to another, and are not changed.
         """
-        now = time.time()
+        now, batch = time.time(), sum(map(len, drawn.values()))
         with self.writing() as c:
-            done = update(JOBS).where(*own(id, worker))
+            done = update(JOBS).where(*own(drawn, worker)).returning(JOBS.c.id, JOBS.c.kin, JOBS.c.steps)
             values = {"state": "done", "ended": now, "steps_done": JOBS.c.steps, **told_from(now)}
-            if not c.execute(done.values(values)).rowcount:
-                return False
-            job = c.execute(select(JOBS.c.kin, JOBS.c.steps).where(JOBS.c.id == id)).one()
-            rows = [{f.name: getattr(one, f.name) for f in fields(one)} for one in pictures]
-            c.execute(insert(PICTURES), [{**row, "job": id, "seed": str(row["seed"]), "made": now} for row in rows])
-            share = seconds * len(pictures) / batch
-            self.count(
-                c, {"done": 1, "pictures": len(pictures), "steps": job.steps, "drawing": share, f"batch {batch}": 1}
-            )
-            self._learn(c, job.kin, share / len(pictures))
-        return True
+            jobs = c.execute(done.values(values)).all()
+            if not jobs:
+                return set()
+            rows = [
+                {f.name: getattr(one, f.name) for f in fields(one)}
+                | {"job": job.id, "seed": str(one.seed), "made": now}
+                for job in jobs
+                for one in drawn[job.id]
+            ]
+            c.execute(insert(PICTURES), rows)
+            counted = {"done": len(jobs), "pictures": len(rows), "steps": sum(job.steps for job in jobs)}
+            self.count(c, {**counted, "drawing": seconds, f"batch {batch}": 1})
+            for kin in {job.kin for job in jobs}:
+                self._learn(c, kin, seconds / batch)
+            return {job.id for job in jobs}
 
     def fail(self, id: str, worker: str, kind: str, error: str) -> bool:
-        """A job cannot be drawn, or was stopped (kind `cancelled`); returns as `finish`."""
+        """A job cannot be drawn, or was stopped (kind `cancelled`); whether it was still this worker's."""
         now = time.time()
         state = "cancelled" if kind == "cancelled" else "failed"
         with self.writing() as c:
             values = {"state": state, "ended": now, "error_kind": kind, "error": error, **told_from(now)}
             if state == "failed":
                 values["charged"] = 0
-            if not c.execute(update(JOBS).where(*own(id, worker)).values(values)).rowcount:
+            if not c.execute(update(JOBS).where(*own([id], worker)).values(values)).rowcount:
                 return False
             self.count(c, {state: 1})
         return True
@@ -175,6 +182,6 @@ def _bucket(seconds: float) -> str:
     return next((str(bound) for bound in BUCKETS if seconds <= bound), "inf")
 
 
-def own(id: str, worker: str) -> tuple[Any, ...]:
-    """A job, as long as it is this worker's."""
-    return JOBS.c.id == id, JOBS.c.worker == worker, JOBS.c.state == "running"
+def own(ids: Collection[str], worker: str) -> tuple[Any, ...]:
+    """Jobs, as long as they are this worker's."""
+    return JOBS.c.id.in_(ids), JOBS.c.worker == worker, JOBS.c.state == "running"

@@ -71,18 +71,40 @@ class Duty:
 
 @dataclass(eq=False)
 class Drawing:
-    """A job at work; `dropped` says why its picture is not wanted any more: cancelled, or time."""
+    """A job at work.
+
+    Attributes:
+        done: steps of all its pictures.
+        finished: steps of the pictures before those that are drawn now.
+        dropped: why its pictures are not wanted any more: cancelled, or time.
+    """
 
     job: Job
     done: int = 0
+    finished: int = 0
     previews: int = 0
     dropped: str = ""
 
     @property
+    def steps(self) -> int:
+        """Of one picture."""
+        return self.job.steps // self.job.pictures
+
+    @property
     def marks(self) -> set[int]:
         """The steps of a picture after which a preview is kept, evenly between its begin and its end."""
-        steps = self.job.steps // self.job.pictures
-        return {round(i * steps / (self.previews + 1)) for i in range(1, self.previews + 1)} - {0, steps}
+        return {round(i * self.steps / (self.previews + 1)) for i in range(1, self.previews + 1)} - {0, self.steps}
+
+    def reach(self, done: int) -> tuple[int, int]:
+        """So many steps are done; returns the picture that a preview shows now, and how many of its own are. Of several
+        that are drawn at once, each a step further, it is the last."""
+        at_once = max(1, done - self.done)
+        step = (done - self.finished) // at_once
+        number = self.finished // self.steps + at_once - 1
+        self.done = done
+        if step == self.steps:
+            self.finished = done
+        return number, step
 
 
 class Worker:
@@ -96,7 +118,8 @@ class Worker:
         self.id, self.bench, self.blobs, self.models = id, bench, blobs, models
         self.stop = threading.Event()
         self.sign: float | None = None  # of the last step, or of the begin of a batch; None while nothing is drawn
-        self._keeping = ThreadPoolExecutor(1, "miniflux-keeping")
+        self.telling = ThreadPoolExecutor(1, "miniflux-telling")  # of progress
+        self._keeping = ThreadPoolExecutor(1, "miniflux-keeping")  # of what is drawn
         self._kept: Future[None] | None = None
 
     def serve(self) -> None:
@@ -111,6 +134,7 @@ class Worker:
                     self.stop.wait(1.0)
         finally:
             self._keeping.shutdown()
+            self.telling.shutdown()
 
     def next(self) -> bool:
         """Draw the next in line, with those behind it that are alike; whether anybody waited."""
@@ -118,6 +142,8 @@ class Worker:
         if first is None:
             return False
         self.sign = time.monotonic()
+        if not self.models.catalogue.lists(first.request.model):  # new in the folder of models
+            self.models.catalogue.scan()
         jobs = [first]
         try:
             room = self.models.most_at_once(first.request) - first.pictures
@@ -131,10 +157,11 @@ class Worker:
         return True
 
     def _draw(self, drawings: Sequence[Drawing]) -> None:
-        began = time.monotonic()
+        began, steps = time.monotonic(), Steps(self, drawings)
         try:
             requests = [one.job.request for one in drawings]
-            results = self.models.draw_together(requests, Steps(self, drawings))
+            results = self.models.draw_together(requests, steps)
+            steps.close()
         except (OutputError, OSError) as error:  # a full disk: the jobs are not to blame
             log.warning("put back, because of the disk: %s", _line(error))
             self._put_back(drawings)
@@ -144,9 +171,8 @@ class Worker:
                 self._put_back(drawings)
             elif isinstance(error, CancelledError):
                 self._refuse(drawings, error)
-            elif len(drawings) > 1:  # whichever it was: the others can be drawn
-                for one in drawings:
-                    self._draw([one])
+            elif len(drawings) > 1:
+                self._draw_the_others(drawings, error)
             else:
                 self._refuse(drawings, error)
         else:
@@ -154,6 +180,13 @@ class Worker:
                 self._kept.result()
             seconds = time.monotonic() - began
             self._kept = self._keeping.submit(self._keep, list(drawings), results, seconds)
+
+    def _draw_the_others(self, drawings: Sequence[Drawing], error: Exception) -> None:
+        """One of a batch cannot be drawn. If it is known which: all others together; else each alone."""
+        which = error.which if isinstance(error, MinifluxError) else None
+        apart = [[one] for one in drawings] if which is None else [[drawings[which]], _without(drawings, which)]
+        for some in apart:
+            self._draw(some)
 
     def _put_back(self, drawings: Sequence[Drawing]) -> None:
         self._patiently(lambda: self.bench.put_back(self.id, [one.job.id for one in drawings]))
@@ -168,22 +201,27 @@ class Worker:
 
     def _keep(self, drawings: list[Drawing], results: list[Result], seconds: float) -> None:
         """Write the pictures of a batch, and say so; while the next one is drawn."""
-        batch = sum(len(result.images) for result in results)
-        for one, result in zip(drawings, results, strict=True):
+        drawn = {
+            one.job.id: (one.job, result) for one, result in zip(drawings, results, strict=True) if not one.dropped
+        }
+        if drawn:
+            self._patiently(lambda: self._finish(drawn, seconds))
+        for one in drawings:
             if one.dropped:
                 self._refuse([one], CancelledError(one.dropped))
-            else:
-                self._patiently(lambda one=one, result=result: self._finish(one.job, result, seconds, batch))
 
-    def _finish(self, job: Job, result: Result, seconds: float, batch: int) -> None:
+    def _finish(self, drawn: Mapping[str, tuple[Job, Result]], seconds: float) -> None:
+        pictures = {id: self._written(job, result) for id, (job, result) in drawn.items()}
+        for id in pictures.keys() - self.bench.finish(self.id, pictures, seconds):
+            log.warning("job %s was drawn here, and is another's now", id)
+
+    def _written(self, job: Job, result: Result) -> list[Picture]:
         pictures: list[Picture] = []
         for i, (image, about) in enumerate(zip(result.images, result.settings, strict=True)):
             data, ending = encoded(image, job.output)
-            name = self.blobs.add(data, ending)
             size = {"bytes": len(data), "width": image.width, "height": image.height}
-            pictures.append(Picture(number=i, blob=name, seed=about["seed"], **size))
-        if not self.bench.finish(job.id, self.id, pictures, seconds, batch):
-            log.warning("job %s was drawn here, and is another's now", job.id)
+            pictures.append(Picture(number=i, blob=self.blobs.add(data, ending), seed=about["seed"], **size))
+        return pictures
 
     def _patiently(self, act: Callable[[], object]) -> None:
         """Do it; if the database or the disk does not take it, again and again."""
@@ -228,6 +266,7 @@ class Steps:
         self.worker, self.drawings = worker, drawings
         self.began = self.asked = self.reported = time.monotonic()
         self.shown: list[tuple[str, Shown]] = []
+        self.telling: Future[None] | None = None
 
     def __call__(self, which: int, done: int, preview: Preview | None) -> None:
         """
@@ -235,22 +274,18 @@ class Steps:
             CancelledError: nobody wants any picture of the batch, or the worker is to end.
         """
         worker, one, now = self.worker, self.drawings[which], time.monotonic()
-        worker.sign, one.done = now, done
+        worker.sign, (number, at) = now, one.reach(done)
         if now - self.began > one.job.seconds:
             one.dropped = one.dropped or "time"
-        if preview is not None and one.previews:
-            self._show(one, done, preview)
+        if preview is not None and at in one.marks:
+            self._show(one, number, at, preview)
         if now - self.asked >= OFTEN:
             self.asked = now
             self._talk(now)
         if worker.stop.is_set() or all(one.dropped for one in self.drawings):
             raise CancelledError("cancelled")
 
-    def _show(self, one: Drawing, done: int, preview: Preview) -> None:
-        steps = one.job.steps // one.job.pictures
-        number, step = divmod(done, steps)
-        if step not in one.marks:
-            return
+    def _show(self, one: Drawing, number: int, step: int, preview: Preview) -> None:
         image = preview()
         if image is not None:
             data, ending = encoded(image, one.job.output)
@@ -272,12 +307,26 @@ class Steps:
                     one.dropped = one.dropped or "cancelled"
                 else:
                     one.previews = news.previews
-            if self.shown or now - self.reported >= REPORT:
-                self.reported = now
-                bench.advance(self.worker.id, {one.job.id: one.done for one in self.drawings}, self.shown)
-                self.shown = []
+        except GONE as error:
+            log.warning("whether to stop is not known: %s", _line(error))
+        if (self.shown or now - self.reported >= REPORT) and (self.telling is None or self.telling.done()):
+            self.reported = now
+            done, shown, self.shown = {one.job.id: one.done for one in self.drawings}, self.shown, []
+            self.telling = self.worker.telling.submit(self._tell, done, shown)
+
+    def _tell(self, done: Mapping[str, int], shown: Sequence[tuple[str, Shown]]) -> None:
+        """Beside the drawing: a write waits for the disk."""
+        try:
+            self.worker.bench.advance(self.worker.id, done, shown)
         except GONE as error:
             log.warning("progress is not told: %s", _line(error))
+
+    def close(self) -> None:
+        """Everything is told before the jobs are over."""
+        if self.telling is not None:
+            self.telling.result()
+        if self.shown:
+            self._tell({}, self.shown)
 
 
 def encoded(image: Image.Image, output: Mapping[str, Any]) -> tuple[bytes, str]:
@@ -313,15 +362,16 @@ def _reason(one: Drawing, error: Exception) -> tuple[str, str]:
     return ("input", _line(error)) if isinstance(error, MinifluxError) else ("fault", "an error of the server")
 
 
+def _without(drawings: Sequence[Drawing], which: int) -> list[Drawing]:
+    return [*drawings[:which], *drawings[which + 1 :]]
+
+
 def _line(error: Exception) -> str:
     return str(error).partition("\n")[0]
 
 
-def main() -> None:
-    """Read the duty, draw until standard input closes."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    duty = Duty(**json.loads(sys.stdin.readline()))
-    bench = Workbench(duty.database)
+def worker_of(duty: Duty) -> Worker:
+    """The worker that has a duty."""
     models = Models(
         weights=duty.weights,
         device=duty.device,
@@ -330,7 +380,13 @@ def main() -> None:
         folder=duty.models,
         given=Inputs(duty.inputs),
     )
-    worker = Worker(duty.worker, bench, Blobs(duty.blobs), models)
+    return Worker(duty.worker, Workbench(duty.database), Blobs(duty.blobs), models)
+
+
+def main() -> None:
+    """Read the duty, draw until standard input closes."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    worker = worker_of(Duty(**json.loads(sys.stdin.readline())))
 
     def unwanted() -> None:
         sys.stdin.read()
@@ -340,7 +396,7 @@ def main() -> None:
     signs.start()
     threading.Thread(target=unwanted, name="miniflux-unwanted", daemon=True).start()
     worker.serve()
-    bench.put_back(duty.worker)
+    worker.bench.put_back(worker.id)
 
 
 if __name__ == "__main__":
