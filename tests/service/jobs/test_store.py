@@ -173,16 +173,26 @@ def test_workers_that_end_give_back(store: Store, bench: Workbench) -> None:
 
 def test_a_job_that_ends_workers_is_given_up(store: Store, bench: Workbench) -> None:
     id = store.submit(wanted()).id
-    for i in range(workbench.TRIES):
+    for i in range(workbench.CRASHES):
         assert bench.claim(f"w{i}") is not None
-        bench.put_back(f"w{i}")
+        bench.put_back(f"w{i}", crashed=True)
     job = store.job(id)
-    assert job is not None and job.state == "failed" and "3 workers ended" in (job.error or "") and not job.charged
+    assert job is not None and job.state == "failed" and "workers ended again" in (job.error or "") and not job.charged
+
+
+def test_a_job_is_not_blamed_for_what_others_end(store: Store, bench: Workbench) -> None:
+    id = store.submit(wanted()).id
+    for _ in range(workbench.TRIES - 1):
+        assert bench.claim("w") is not None
+        assert bench.put_back("w") == 1
+    assert store.job(id).state == "waiting"  # type: ignore[union-attr]
+    bench.claim("w")
+    assert bench.put_back("w") == 0 and store.job(id).state == "failed"  # type: ignore[union-attr]
 
 
 def test_a_job_put_back_on_purpose_is_not_to_blame(store: Store, bench: Workbench) -> None:
     id = store.submit(wanted()).id
-    for _ in range(2 * workbench.TRIES):
+    for _ in range(2 * workbench.CRASHES):
         assert bench.claim("w") is not None
         assert bench.put_back("w", [id]) == 1
     assert store.job(id).tries == 0  # type: ignore[union-attr]

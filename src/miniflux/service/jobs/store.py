@@ -71,6 +71,7 @@ class Store(Database):
             "state": "waiting",
             "stopping": False,
             "tries": 0,
+            "crashes": 0,
             "steps": wanted.steps,
             "steps_done": 0,
             "seconds": wanted.seconds,

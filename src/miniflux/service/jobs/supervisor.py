@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import IO
+from typing import IO, Protocol
 
 from miniflux.checks import whole
 from miniflux.service.jobs.database import GONE
@@ -30,15 +31,36 @@ LONGEST_PAUSE = 30.0
 ENDS = 10.0  # seconds that workers have to end
 
 
+class Process(Protocol):
+    """What has the place of a worker, as `subprocess.Popen` has it. When `stdin` is closed the worker is to end."""
+
+    stdin: IO[bytes] | None
+    returncode: int
+
+    @property
+    def pid(self) -> int: ...
+    def poll(self) -> int | None: ...
+    def kill(self) -> None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+
+
 @dataclass(eq=False)
-class _Process:
-    """One place for a worker, with the process that has it now."""
+class Place:
+    """One place for a worker, with the process that has it now; nobody takes it while it is not wanted."""
 
     duty: Duty
-    process: subprocess.Popen[bytes] | None = None
+    wanted: bool = True
+    hung: bool = False
+    process: Process | None = None
     started: float = 0.0
     pause: float = 0.0
     since: float = field(default_factory=time.monotonic)  # the place is empty
+
+    def end(self) -> None:
+        """End what hangs."""
+        self.hung = True
+        if self.process is not None:
+            self.process.kill()
 
 
 class Supervisor:
@@ -54,7 +76,7 @@ class Supervisor:
     def __init__(self, duty: Duty, count: int, hang: float = 900.0, threads: int | None = None) -> None:
         self.bench, self.hang = Workbench(duty.database), hang
         self.threads = threads or max(1, (os.cpu_count() or 1) // whole("workers", count, 1, 64))
-        self._places = [_Process(duty) for _ in range(count)]
+        self.places = [Place(duty) for _ in range(count)]
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="miniflux-supervisor", daemon=True)
 
@@ -66,7 +88,7 @@ class Supervisor:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        running = [place.process for place in self._places if place.process is not None]
+        running = [place.process for place in self.places if place.process is not None]
         for process in running:
             _close(process.stdin)
         until = time.monotonic() + ENDS
@@ -75,66 +97,73 @@ class Supervisor:
                 process.wait(max(0.0, until - time.monotonic()))
             process.kill()
             process.wait()
-        for place in self._places:
+        for place in self.places:
             self._quietly(lambda id=place.duty.worker: self.bench.put_back(id))
         self.bench.close()
 
     @property
     def pids(self) -> list[int]:
         """Of the workers that run."""
-        return [place.process.pid for place in self._places if place.process is not None]
+        return [place.process.pid for place in self.places if place.process is not None]
 
     def _watch(self) -> None:
         rounds = 0.0
         while not self._stop.wait(LOOKS):
             now = time.monotonic()
-            for place in self._places:
+            for place in self.places:
                 if place.process is not None and place.process.poll() is not None:
                     self._ended(place, now)
-                if place.process is None and now - place.since >= place.pause:
+                if place.process is None and place.wanted and now - place.since >= place.pause:
                     self._start(place)
             if now - rounds >= ROUNDS:
                 rounds = now
-                self._quietly(self._round)
+                self._quietly(self.round)
 
-    def _start(self, place: _Process) -> None:
+    def _start(self, place: Place) -> None:
         place.duty = replace(place.duty, worker=secrets.token_hex(16))
+        place.process, place.started = self.begin(place.duty), time.monotonic()
+
+    def begin(self, duty: Duty) -> Process:
+        """A worker, begun."""
         # Its own session: Ctrl-C at a terminal ends the server, which then ends the workers.
-        place.process = subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "miniflux.service.jobs.worker"],
             stdin=subprocess.PIPE,
             start_new_session=True,
             env=os.environ | {"OMP_NUM_THREADS": str(self.threads)},
         )
-        place.started = time.monotonic()
-        assert place.process.stdin is not None
+        assert process.stdin is not None
         with suppress(OSError):  # it has ended already, which is seen at the next look
-            place.process.stdin.write(f"{place.duty.text()}\n".encode())
-            place.process.stdin.flush()
+            process.stdin.write(f"{duty.text()}\n".encode())
+            process.stdin.flush()
+        return process
 
-    def _ended(self, place: _Process, now: float) -> None:
+    def _ended(self, place: Place, now: float) -> None:
         """A worker is no more: what it had goes back into the line, another takes its place."""
         assert place.process is not None
-        if not self._quietly(lambda: self.bench.put_back(place.duty.worker)):
+        outside = place.process.returncode in (0, -signal.SIGKILL, -signal.SIGTERM) and not place.hung
+        if not self._quietly(lambda: self.bench.put_back(place.duty.worker, crashed=not outside)):
             return  # at the next look
-        log.warning("a worker ended (%s); another is started", place.process.returncode)
+        place.hung = False
+        if place.wanted:
+            log.warning("a worker ended (%s); another is started", place.process.returncode)
         _close(place.process.stdin)
         soon = now - place.started < SOON
         place.pause = min(LONGEST_PAUSE, max(1.0, 2 * place.pause)) if soon else 0.0
         place.process, place.since = None, now
 
-    def _round(self) -> None:
+    def round(self) -> None:
         """End those that hang; give back what those had that fell silent."""
-        own = {place.duty.worker: place.process for place in self._places if place.process is not None}
+        own = {place.duty.worker: place for place in self.places if place.process is not None}
         for worker in self.bench.workers():
-            process, silent = own.get(worker["id"]), worker["about"].get("silent")
-            if process is not None and silent is not None and silent > self.hang:
+            place, silent = own.get(worker["id"]), worker["about"].get("silent")
+            if place is not None and silent is not None and silent > self.hang:
                 log.warning("a worker has made no step for %.0f s, and is ended", silent)
-                process.kill()
+                place.end()
         for id in self.bench.lost(LOST):
-            process = own.get(id)
-            if process is not None:  # it is there, and says nothing at all
-                process.kill()
+            place = own.get(id)
+            if place is not None:  # it is there, and says nothing at all
+                place.end()
             else:
                 log.warning("worker %s is lost", id)
                 self.bench.put_back(id)

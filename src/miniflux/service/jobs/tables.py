@@ -39,6 +39,7 @@ JOBS = Table(
     Column("stopping", Boolean, nullable=False),
     Column("worker", String(32)),
     Column("tries", Integer, nullable=False),  # how often a worker has begun it
+    Column("crashes", Integer, nullable=False),  # how many workers crashed while they had it
     Column("steps", Integer, nullable=False),  # of all its pictures
     Column("steps_done", Integer, nullable=False),
     Column("seconds", Float, nullable=False),  # that it may take once it runs

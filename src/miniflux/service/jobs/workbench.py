@@ -19,7 +19,8 @@ from miniflux.service.jobs.database import IN_LINE, Database, told_from
 from miniflux.service.jobs.records import COLUMNS, Job, Picture, Shown, Told, job_of
 from miniflux.service.jobs.tables import JOBS, PACES, PICTURES, PREVIEWS, WORKERS
 
-TRIES = 3  # begun so often by workers that ended, it is taken for what ends them
+CRASHES = 3  # so many workers have crashed with a job that is taken for what makes them
+TRIES = 100  # the same, whatever has ended them: the system ends those that take too much memory
 NEWEST = 0.2  # weight of the newest measurement in a running mean
 BUCKETS = (0.1, 0.5, 1, 2, 5, 10, 30, 60, 300, 1800)  # seconds of waiting, as they are counted
 
@@ -122,12 +123,14 @@ class Workbench(Database):
             self.count(c, {state: 1})
         return True
 
-    def put_back(self, worker: str, ids: Sequence[str] | None = None) -> int:
+    def put_back(self, worker: str, ids: Sequence[str] | None = None, crashed: bool = False) -> int:
         """Jobs of a worker that will not draw them go back to where they stood in line; returns how many.
 
         Args:
-            ids: None for all of a worker that has ended, with whatever it did not finish. What was to be stopped is;
-                what has brought several workers to their end is not begun again.
+            ids: None for all of a worker that has ended, with whatever it did not finish. What was to be stopped is.
+            crashed: whether it ended by itself, or hung: the jobs may be to blame, and those that have been there
+                several times are not begun again. Whoever was ended from outside says nothing about its jobs, but for
+                being ended over and over.
         """
         now = time.time()
         with self.writing() as c:
@@ -141,10 +144,12 @@ class Workbench(Database):
                 .where(*own, JOBS.c.stopping)
                 .values(state="cancelled", ended=now, error_kind="cancelled", error="cancelled", **told_from(now))
             ).rowcount
-            why = f"{TRIES} workers ended while they drew it"
+            if crashed:
+                c.execute(update(JOBS).where(*own).values(crashes=JOBS.c.crashes + 1))
+            why = "workers ended again and again while they drew it"
             failed = c.execute(
                 update(JOBS)
-                .where(*own, JOBS.c.tries >= TRIES)
+                .where(*own, (JOBS.c.crashes >= CRASHES) | (JOBS.c.tries >= TRIES))
                 .values(state="failed", ended=now, charged=0, error_kind="fault", error=why, **told_from(now))
             ).rowcount
             self.count(c, {"cancelled": stopped, "failed": failed})

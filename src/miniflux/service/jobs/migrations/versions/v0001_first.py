@@ -35,6 +35,7 @@ def upgrade() -> None:
         Column("stopping", Boolean, nullable=False),
         Column("worker", String(32)),
         Column("tries", Integer, nullable=False),
+        Column("crashes", Integer, nullable=False),
         Column("steps", Integer, nullable=False),
         Column("steps_done", Integer, nullable=False),
         Column("seconds", Float, nullable=False),
