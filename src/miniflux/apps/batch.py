@@ -26,7 +26,7 @@ except ImportError:  # Windows
     fcntl = None
 
 if TYPE_CHECKING:
-    from miniflux.apps.hands import Hand, Hands, Unit
+    from miniflux.apps.hands import Hand, Hands, RayHands, Unit
     from miniflux.settings import Request
 
 WINDOW = 512  # pictures among which those that can be drawn together are looked for
@@ -57,6 +57,8 @@ def add(commands: Any) -> None:
                        "cannot be drawn; else the others are drawn")  # fmt: skip
     batch.add_argument("--workers", type=count, default=1, metavar="N", help="processes that draw, each with models of "
                        "its own; with several GPUs one for each; default %(default)s: this one")  # fmt: skip
+    batch.add_argument("--ray", nargs="?", const="local", metavar="ADDRESS", help="have Ray place them; of a cluster "
+                       "that runs: auto, or its address. Needs the extra ray")  # fmt: skip
     lines = batch.add_argument_group("what lines do not say themselves")
     lines.add_argument("--model", default="nano", metavar="NAME|PATH", help="default %(default)s, which is bundled")
     lines.add_argument("--seed", type=int, metavar="N", help="of every line; default 0")
@@ -350,21 +352,23 @@ def windows(lines: Iterator[Line]) -> Iterator[list[Line]]:
 
 
 @contextmanager
-def _hands(options: argparse.Namespace) -> Generator[Hand | Hands]:
-    from miniflux.apps.hands import Hand, Hands, How
+def _hands(options: argparse.Namespace) -> Generator[Hand | Hands | RayHands]:
+    from miniflux.apps.hands import Hand, Hands, How, RayHands
 
     how = How(weights=options.weights, device=options.device, metadata=not options.no_metadata)
-    if options.workers == 1:
+    if options.workers == 1 and options.ray is None:
         yield Hand(how)
         return
-    hands = Hands(how, options.workers)
+    hands = Hands(how, options.workers) if options.ray is None else RayHands(how, options.workers, options.ray)
     try:
         yield hands
     finally:
         hands.close()
 
 
-def _draw(window: Sequence[Line], folder: Folder, hands: Hand | Hands, bar: Any, counts: Count, strict: bool) -> None:
+def _draw(
+    window: Sequence[Line], folder: Folder, hands: Hand | Hands | RayHands, bar: Any, counts: Count, strict: bool
+) -> None:
     """Draw what is not there of some lines."""
     from miniflux.service import kin
 

@@ -1,4 +1,4 @@
-"""Who draws the pictures of `miniflux batch`: this process, or several that it starts.
+"""Who draws the pictures of `miniflux batch`: this process, several that it starts, or actors of Ray.
 
 A picture is written beside and renamed by whoever drew it: what is kept is in the folder, and nowhere else.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miniflux.errors import CancelledError, MinifluxError, OutOfMemoryError
+from miniflux.service.cluster import share, started
 
 if TYPE_CHECKING:
     from multiprocessing.synchronize import Event
@@ -143,6 +144,59 @@ class Hands:
         """End the processes, within a step of what they draw."""
         self.stop.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+class RayHands:
+    """Draws in actors that Ray places, one for each GPU; what one had that ended is drawn by another.
+
+    Args:
+        count: how many at once.
+        address: as of `cluster.started`. Folders and files are to be where all machines of the cluster see them.
+    """
+
+    def __init__(self, how: How, count: int, address: str) -> None:
+        self.ray = started(address)
+        lasting = {"max_restarts": -1, "max_task_retries": 3, **share(self.ray, count)}
+        how = replace(how, weights=None if how.weights is None else os.path.abspath(how.weights))
+        actor = self.ray.remote(_Far).options(**lasting)
+        self.actors: list[Any] = [actor.remote(how) for _ in range(count)]
+
+    def draw(self, units: Sequence[Unit]) -> Iterator[tuple[Sequence[Unit], Told]]:
+        """As of `Hand`, in whichever order they are done.
+
+        Raises:
+            OutOfMemoryError: an actor ended again and again with the same pictures.
+        """
+        left, free = list(pieces(units)), list(self.actors)
+        waiting: dict[Any, tuple[Any, Sequence[Unit]]] = {}
+        while left or waiting:
+            while left and free:
+                actor, piece = free.pop(), left.pop(0)
+                far = [Unit(unit.request, unit.path.absolute()) for unit in piece]
+                waiting[actor.drawn.remote(far)] = actor, piece
+            (done,), _ = self.ray.wait(list(waiting), num_returns=1)
+            actor, piece = waiting.pop(done)
+            free.append(actor)
+            try:
+                told: Told = self.ray.get(done)
+            except self.ray.exceptions.RayTaskError as error:
+                raise error.cause from None
+            except self.ray.exceptions.RayError as error:
+                raise OutOfMemoryError("an actor ended again and again: what is drawn is kept") from error
+            yield piece, told
+
+    def close(self) -> None:
+        self.ray.shutdown()
+
+
+class _Far:
+    """A hand, as an actor."""
+
+    def __init__(self, how: How) -> None:
+        self.hand = Hand(how)
+
+    def drawn(self, units: Sequence[Unit]) -> Told:
+        return [why for _, told in self.hand.draw(units) for why in told]
 
 
 def device_of(i: int, asked: str | None) -> str | None:

@@ -140,7 +140,16 @@ def test_commands_and_options_are_those_that_there_are() -> None:
     (serve,) = [one for action in parser()._actions if action.dest == "command" for one in [action.choices["serve"]]]  # type: ignore[index]
     there = {option for action in serve._actions for option in action.option_strings if option.startswith("--")}
     assert named <= there
-    assert there - named == {"--help", "--host", "--port", "--insecure-no-keys", "--device", "--dtype", "--verbose"}
+    assert there - named == {
+        "--help",
+        "--ray",
+        "--host",
+        "--port",
+        "--insecure-no-keys",
+        "--device",
+        "--dtype",
+        "--verbose",
+    }
 
 
 def test_measures_are_those_that_there_are() -> None:

@@ -1,13 +1,16 @@
-"""The server on a Ray of its own: two workers draw, one is killed under load, and nothing is lost."""
+"""The server and files of requests on a Ray of their own: workers are killed under load, and nothing is lost."""
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from tests.apps.serve.running import Running
@@ -66,5 +69,20 @@ def test_a_worker_is_killed_under_load(tmp_path: Path) -> None:
             assert stream.text.count("event: image_generation.completed") == 1
     finally:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(120) == 143
+        assert process.wait(240) == 143
     assert not server.store().workers() and not server.store().numbers().get("state running")
+
+
+def test_an_actor_is_killed_in_a_file_of_requests(tmp_path: Path) -> None:
+    file, out = tmp_path / "prompts.txt", tmp_path / "pictures"
+    file.write_text("".join(f'{{"prompt": "star {i}", "seed": {i}, "steps": {8 + i % 3}}}\n' for i in range(36)))
+    command = [sys.executable, "-m", "miniflux", "batch", str(file), "--size", "64x64", "--no-metadata", "--out"]
+    process = subprocess.Popen([*command, str(out), "--workers", "2", "--ray"])
+    until("some are drawn", lambda: len(list(out.glob("*.png"))) > 3)
+    actors = [one for one in psutil.Process(process.pid).children(True) if "ray::_Far" in " ".join(one.cmdline())]
+    assert len(actors) == 2
+    actors[0].kill()
+    assert process.wait(WAIT) == 0
+    subprocess.run([*command, str(tmp_path / "here")], check=True)
+    here, there = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in (tmp_path / "here", out))
+    assert here == there and len(here) == 37

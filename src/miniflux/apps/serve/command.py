@@ -32,6 +32,9 @@ def add(commands: Any) -> None:
                        "none is named; default: all that are here")  # fmt: skip
     serve.add_argument("--workers", type=count, default=1, metavar="N", help="processes that draw; with several GPUs "
                        "one for each; default %(default)s")  # fmt: skip
+    serve.add_argument("--ray", nargs="?", const="local", metavar="ADDRESS", help="have Ray place the server and up to "
+                       "--workers workers, more while jobs wait; of a cluster that runs: auto, or its address. Needs "
+                       "the extra ray")  # fmt: skip
     serve.add_argument("--insecure-no-keys", action="store_true", help="let everybody who reaches it draw, and see all "
                        "jobs")  # fmt: skip
     serve.add_argument("--folder", type="path", metavar="FOLDER", help="models in it can be asked for as well")
@@ -100,60 +103,31 @@ def run(options: argparse.Namespace) -> None:
     try:
         import uvicorn
 
-        from miniflux.apps.serve.app import create_app
-        from miniflux.apps.serve.site import Options
+        from miniflux.apps.serve.starting import app_of, duty_of
         from miniflux.service.jobs import keys
-        from miniflux.service.jobs.blobs import Blobs
-        from miniflux.service.jobs.inputs import Inputs
         from miniflux.service.jobs.migrations import migrate
         from miniflux.service.jobs.store import Store
         from miniflux.service.jobs.supervisor import Supervisor
-        from miniflux.service.jobs.worker import Duty
     except ModuleNotFoundError as error:
         raise needs_extra(error) from error
-    from miniflux.apps.ui.listening import listen
+    from miniflux.apps.web.listening import listen
 
     where = place_of(options)
-    store, blobs, inputs = Store(where.url), Blobs(where.pictures), Inputs(where.given)
+    store = Store(where.url)
     migrate(store)
     if not options.insecure_no_keys and not keys.any_there(store):
         raise InputError(
             "nobody has a key: make one with miniflux keys add NAME, or let everybody in with --insecure-no-keys"
         )
-    app = create_app(
-        store,
-        blobs,
-        inputs,
-        Options(
-            keys=not options.insecure_no_keys,
-            models=None if options.models is None else tuple(options.models),
-            weights=options.weights,
-            folder=options.folder,
-            loras=_folder("--loras", options.loras),
-            networks=_folder("--networks", options.networks),
-            waiting=options.queue,
-            seconds=options.time_limit,
-            expiry_seconds=3600 * options.keep_hours,
-            expiry_bytes=round(options.keep_gb * 2**30),
-            url=options.url,
-            hosts=tuple(options.allow_fetch),
-            secret=where.secret(),
-        ),
-    )
-    duty = Duty(
-        worker="",
-        database=where.url,
-        blobs=str(blobs.folder),
-        inputs=str(inputs.folder),
-        weights=options.weights,
-        device=options.device,
-        dtype=options.dtype,
-        models=options.folder,
-        max_bytes=None if options.memory_gb is None else round(options.memory_gb * 2**30),
-    )
-    listening = listen(options.host, options.port)
     for name in ("miniflux.serve", "miniflux.service.jobs"):
         logging.getLogger(name).setLevel(logging.INFO)
+    if options.ray is not None:
+        from miniflux.apps.serve import on_ray
+
+        on_ray.run(options, where)
+        return
+    app = app_of(options, where)
+    listening = listen(options.host, options.port)
     server = uvicorn.Server(
         uvicorn.Config(
             app,
@@ -166,18 +140,10 @@ def run(options: argparse.Namespace) -> None:
         )
     )
     try:
-        with Supervisor(duty, options.workers, hang=options.hang):
+        with Supervisor(duty_of(options, where), options.workers, hang=options.hang):
             urls = " and ".join(f"http://{name}:{listening.port}" for name in listening.hosts)
             print(f"miniflux: serving at {urls}, described at /docs (Ctrl+C ends it)", flush=True)
             server.run(listening.sockets)
     finally:
         listening.close()
         store.close()
-
-
-def _folder(option: str, folder: str | None) -> Path | None:
-    if folder is None:
-        return None
-    if not Path(folder).is_dir():
-        raise InputError(f"{option} {folder}: no such folder")
-    return Path(folder)

@@ -1,0 +1,69 @@
+"""From the options of `miniflux serve`: the app, and what its workers are started with."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fastapi import FastAPI
+
+from miniflux.apps.serve.app import create_app
+from miniflux.apps.serve.place import Place
+from miniflux.apps.serve.site import Options
+from miniflux.errors import InputError
+from miniflux.service.jobs.blobs import Blobs
+from miniflux.service.jobs.inputs import Inputs
+from miniflux.service.jobs.store import Store
+from miniflux.service.jobs.worker import Duty
+
+
+def app_of(options: argparse.Namespace, where: Place) -> FastAPI:
+    """The app.
+
+    Raises:
+        InputError: a model or a folder that is not there.
+        OutputError: the folder of the server cannot be written to.
+    """
+    return create_app(
+        Store(where.url),
+        Blobs(where.pictures),
+        Inputs(where.given),
+        Options(
+            keys=not options.insecure_no_keys,
+            models=None if options.models is None else tuple(options.models),
+            weights=options.weights,
+            folder=options.folder,
+            loras=_folder("--loras", options.loras),
+            networks=_folder("--networks", options.networks),
+            waiting=options.queue,
+            seconds=options.time_limit,
+            expiry_seconds=3600 * options.keep_hours,
+            expiry_bytes=round(options.keep_gb * 2**30),
+            url=options.url,
+            hosts=tuple(options.allow_fetch),
+            secret=where.secret(),
+        ),
+    )
+
+
+def duty_of(options: argparse.Namespace, where: Place) -> Duty:
+    """What each worker is started with."""
+    return Duty(
+        worker="",
+        database=where.url,
+        blobs=str(where.pictures),
+        inputs=str(where.given),
+        weights=options.weights,
+        device=options.device,
+        dtype=options.dtype,
+        models=options.folder,
+        max_bytes=None if options.memory_gb is None else round(options.memory_gb * 2**30),
+    )
+
+
+def _folder(option: str, folder: str | None) -> Path | None:
+    if folder is None:
+        return None
+    if not Path(folder).is_dir():
+        raise InputError(f"{option} {folder}: no such folder")
+    return Path(folder)
