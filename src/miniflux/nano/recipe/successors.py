@@ -207,8 +207,8 @@ def blend_loss(student: Student, size: tuple[int, int], words: list[str], x0: Te
     batch, tokens, _ = x0.shape
     sigmas, noise = high_levels(batch, tokens), torch.randn_like(x0)
     strength, target = torch.empty(batch).uniform_(*GUIDANCE_RANGE), sigmas
-    if flow_map(student):
-        target = torch.where(torch.rand(batch) < JUMPS, sigmas * torch.rand(batch), sigmas)
+    if flow_map(student) and torch.rand(()) < JUMPS:
+        sigmas, target = jumps(batch, student.variant.steps)
     v = student(words, mix(x0, noise, sigmas), size, sigmas, strength, target, seen)
     first, second = seen.chunk(2, dim=1)
     return weighted(v, noise - x0, shaped(x0) + 0.5 * (changed(x0, first) + changed(x0, second)))
