@@ -18,9 +18,9 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import cookie_parser
 
-from miniflux.apps.web.listening import address
 from miniflux.apps.ui.routes import COOKIE, UPLOAD, valid
 from miniflux.apps.web.bodies import Message, Receive, Refusal, RefusedError, Send, announced, paced
+from miniflux.apps.web.listening import address
 from miniflux.errors import InputError
 from miniflux.service import new_session
 

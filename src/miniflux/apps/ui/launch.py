@@ -23,10 +23,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from miniflux.apps.ui import layout, look
 from miniflux.apps.ui.guard import Guard, door
 from miniflux.apps.ui.handlers import connect
-from miniflux.apps.web.listening import listen
 from miniflux.apps.ui.routes import router
 from miniflux.apps.ui.site import Site
 from miniflux.apps.web.bodies import PATIENCE
+from miniflux.apps.web.listening import listen
 
 SWEEP_SECONDS = 60.0
 CONNECTIONS = 512  # at once; more are told to come again
