@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from miniflux.apps.ui import listening
+from miniflux.apps.web import listening
 from miniflux.apps.web.listening import address, listen
 from miniflux.errors import InputError
 
