@@ -376,7 +376,8 @@ def load(layout, dtype):
 found = {"sizes": [child(lambda: write(layout)) for layout in ("original", "diffusers")]}
 for layout in ("original", "diffusers"):
     for dtype in (None, torch.float32):
-        found[f"{layout} {dtype}"] = child(lambda: load(layout, dtype))
+        # Pages that were let go may still count on a busy machine: the lower of two is what loading takes.
+        found[f"{layout} {dtype}"] = min(child(lambda: load(layout, dtype)) for _ in range(2))
 print(json.dumps(found))
 '''
 
