@@ -19,8 +19,8 @@ from PIL import Image
 from miniflux import service
 from miniflux.apps import batch
 from miniflux.apps.cli import main
-from miniflux.apps.hands import device_of
 from miniflux.errors import InputError
+from miniflux.memory.compute import device_of_process
 from miniflux.result import Result
 from miniflux.settings import Request
 
@@ -249,7 +249,7 @@ def test_encodings_and_line_ends(file: Path, out: Path) -> None:
         (["nothing.jsonl", "--out", "o"], "No such file"),
         (["empty.jsonl", "--out", "o"], "no line with a request"),
         (["one.jsonl", "--out", "one.jsonl"], "one.jsonl"),
-        (["one.jsonl", "--out", "o", "--workers", "0"], "from 1 to 64"),
+        (["one.jsonl", "--out", "o", "--workers", "0"], "at least 1"),
         (["one.jsonl", "--out", "o", "--steps", "0"], "steps"),
         (["one.jsonl", "--out", "o", "--weights", "nowhere"], "no such folder"),
         (["one.jsonl", "--out", "o", "--dtype", "int3"], "dtype"),
@@ -276,10 +276,10 @@ def test_wrong_options(
 
 
 def test_processes_share_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert device_of(1, "cpu") == "cpu"
+    assert device_of_process(1, "cpu") == "cpu"
     for gpus, devices in ((0, [None] * 3), (1, [None] * 3), (2, ["cuda:0", "cuda:1", "cuda:0"])):
         monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
-        assert [device_of(i, None) for i in range(3)] == devices
+        assert [device_of_process(i, None) for i in range(3)] == devices
 
 
 def test_a_real_picture_is_the_one_that_generate_draws(file: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*arguments, **{"allow_abbrev": False, **options})
         self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)")  # argparse knows -1 and -1.5
         self.register("type", "path", path)
+        self.register("type", "count", count)
         self.register("action", None, _Once)
         self.register("action", "store", _Once)
 
@@ -77,6 +78,13 @@ def seed(given: str) -> int | None:
         return int(given)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a whole number or random, got {given!r}") from None
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1."""
+    if not (text.isascii() and text.isdigit() and 0 < int(text) < 10**9):
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 def path(text: str) -> str:

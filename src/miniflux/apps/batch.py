@@ -55,8 +55,8 @@ def add(commands: Any) -> None:
     batch.add_argument("--force", action="store_true", help="draw what is there anew, and write over it")
     batch.add_argument("--strict", action="store_true", help="draw nothing if a line is wrong, and stop where one "
                        "cannot be drawn; else the others are drawn")  # fmt: skip
-    batch.add_argument("--workers", type=count, default=1, metavar="N", help="processes that draw, each with models of "
-                       "its own; with several GPUs one for each; default %(default)s: this one")  # fmt: skip
+    batch.add_argument("--workers", type="count", default=1, metavar="N", help="processes that draw, each with models "
+                       "of its own; with several GPUs one for each; default %(default)s: this one")  # fmt: skip
     batch.add_argument("--ray", nargs="?", const="local", metavar="ADDRESS", help="have Ray place them; of a cluster "
                        "that runs: auto, or its address. Needs the extra ray")  # fmt: skip
     lines = batch.add_argument_group("what lines do not say themselves")
@@ -73,13 +73,6 @@ def add(commands: Any) -> None:
     batch.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16; default what suits the device")
     batch.set_defaults(run=_run)
     arguments.add_verbose(batch)
-
-
-def count(text: str) -> int:
-    """A whole number from 1 to 64."""
-    if not (text.isascii() and text.isdigit() and len(text) < 3 and 1 <= int(text) <= 64):
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 64, got {text!r}")
-    return int(text)
 
 
 @dataclass

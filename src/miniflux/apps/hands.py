@@ -16,7 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from miniflux.checks import whole
 from miniflux.errors import CancelledError, MinifluxError, OutOfMemoryError
+from miniflux.memory.compute import device_of_process
 from miniflux.service.cluster import share, started
 
 if TYPE_CHECKING:
@@ -113,11 +115,12 @@ class Hands:
     """
 
     def __init__(self, how: How, count: int) -> None:
+        whole("workers", count, 1, 64)
         spawned = multiprocessing.get_context("spawn")  # threads of torch do not survive a fork
         places = spawned.SimpleQueue()
         for i in range(count):
-            places.put(device_of(i, how.device))
-        self.count, self.stop = count, spawned.Event()
+            places.put(device_of_process(i, how.device))
+        self.stop = spawned.Event()
         threads = max(1, (os.cpu_count() or 1) // count)
         self._pool = ProcessPoolExecutor(count, spawned, _begin, (how, places, self.stop, threads))
 
@@ -197,14 +200,6 @@ class _Far:
 
     def drawn(self, units: Sequence[Unit]) -> Told:
         return [why for _, told in self.hand.draw(units) for why in told]
-
-
-def device_of(i: int, asked: str | None) -> str | None:
-    """Of process i: the one that is asked for; else the GPUs in turn, if there are several."""
-    import torch
-
-    gpus = torch.cuda.device_count()
-    return f"cuda:{i % gpus}" if asked is None and gpus > 1 else asked
 
 
 def pieces(units: Sequence[Unit]) -> Iterator[Sequence[Unit]]:

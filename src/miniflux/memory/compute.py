@@ -35,6 +35,12 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
+def device_of_process(i: int, asked: str | None) -> str | None:
+    """Of process i: the one that is asked for; else the GPUs in turn, if there are several."""
+    gpus = torch.cuda.device_count()
+    return f"cuda:{i % gpus}" if asked is None and gpus > 1 else asked
+
+
 def choose_dtype(
     dtype: str | torch.dtype | None, device: torch.device, stored: torch.dtype, parameters: int
 ) -> torch.dtype:

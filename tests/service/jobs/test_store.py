@@ -110,6 +110,17 @@ def test_who_waits_long_enough_is_next(store: Store, bench: Workbench) -> None:
     assert [job.id for _ in range(3) if (job := bench.claim("w"))] == [old.id, urgent.id, usual.id]
 
 
+def test_places_are_the_order_of_drawing(store: Store, bench: Workbench) -> None:
+    """Also where two came at the same moment."""
+    asked = [store.submit(wanted(f"{i}")) for i in range(6)]
+    with store.writing() as c:
+        c.execute(update(JOBS).values(due=1.0))
+        c.execute(update(JOBS).where(JOBS.c.id.in_([job.id for job in asked[3:]])).values(created=2.0))
+    places = {job.id: store.place(job) for job in asked}
+    drawn = [job.id for _ in asked if (job := bench.claim("w"))]
+    assert [places[id] for id in drawn] == [1, 2, 3, 4, 5, 6]
+
+
 def test_many_workers_take_each_job_once(store: Store, url: str) -> None:
     asked = [store.submit(wanted(f"{i}", kin=str(i % 2))).id for i in range(40)]
 
@@ -219,7 +230,9 @@ def test_the_same_request_is_answered_from_what_is_there(store: Store, bench: Wo
     assert store.pictures(again.id) == [picture(seed=5)]
     assert {job.id for job in store.to_tell()} == {id, again.id}
     assert store.submit(replace(one, identity="y")).state == "waiting"
-    store.forget_pictures([])
+    store.forget_pictures(lambda name: True)
+    assert store.pictures(id)
+    store.forget_pictures(lambda name: False)
     assert store.pictures(id) == [] and store.submit(one).state == "waiting"  # they have expired
 
 

@@ -210,23 +210,6 @@ def test_progress_is_told(store: Store, worker: Worker, models: StandIn) -> None
     assert seen == [0, 2, 4, 6] and of(store, id).steps_done == 8
 
 
-def test_a_full_disk_while_drawing_blames_nobody(
-    store: Store, worker: Worker, models: StandIn, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    id = ask(store)
-    monkeypatch.setattr(worker.stop, "wait", lambda seconds: False)
-
-    def full(request: Request, step: int) -> None:
-        raise OutputError("no room")
-
-    models.before = full
-    work(worker)
-    assert of(store, id).state == "waiting" and of(store, id).tries == 0
-    models.before = lambda request, step: None
-    work(worker)
-    assert of(store, id).state == "done"
-
-
 def test_pictures_wait_for_room_and_for_the_database(
     store: Store, worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,6 +230,28 @@ def test_pictures_wait_for_room_and_for_the_database(
     monkeypatch.setattr(worker.bench, "finish", finishing)
     work(worker)
     assert of(store, id).state == "done" and len(store.pictures(id)) == 1
+
+
+def test_what_is_never_kept_is_given_back(
+    store: Store, worker: Worker, models: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that stays full: the worker waits, seems alive, and gives back what it has drawn when it ends."""
+    id = ask(store)
+
+    def full(*_: object) -> str:
+        raise OutputError("no room")
+
+    monkeypatch.setattr(worker.blobs, "add", full)
+    thread = threading.Thread(target=worker.serve)
+    thread.start()
+    until = time.monotonic() + 30
+    while not models.batches and time.monotonic() < until:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    assert of(store, id).state == "running" and (worker.about()["silent"] or 0) < 5
+    worker.stop.set()
+    thread.join(10)
+    assert worker.bench.put_back("w") == 1 and of(store, id).state == "waiting"
 
 
 def test_drawing_goes_on_while_the_database_is_away(

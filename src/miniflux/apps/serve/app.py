@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse
@@ -20,7 +20,7 @@ from miniflux.apps.serve.offers import Offers
 from miniflux.apps.serve.pages import page
 from miniflux.apps.serve.refusals import Answer, install, too_much
 from miniflux.apps.serve.site import Options, Site
-from miniflux.apps.serve.watching import Watch
+from miniflux.apps.serve.watching import Watch, meanwhile
 from miniflux.apps.serve.webhooks import UndeliveredError, deliver, next_try
 from miniflux.errors import InputError, MinifluxError
 from miniflux.service import Catalogue
@@ -57,7 +57,7 @@ def create_app(store: Store, blobs: Blobs, inputs: Inputs, options: Options | No
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(site.watch.running())
             for seconds, act in ((TELLING, tell), (MINUTE, tidy)):
-                await stack.enter_async_context(_again_and_again(seconds, act, site))
+                await stack.enter_async_context(meanwhile(_again_and_again(seconds, act, site)))
             yield
 
     app = FastAPI(
@@ -85,27 +85,16 @@ def create_app(store: Store, blobs: Blobs, inputs: Inputs, options: Options | No
     return app
 
 
-@asynccontextmanager
-async def _again_and_again(seconds: float, act: Callable[[Site], Awaitable[None]], site: Site) -> AsyncGenerator[None]:
+async def _again_and_again(seconds: float, act: Callable[[Site], Awaitable[None]], site: Site) -> None:
     """Do something every so many seconds, whatever becomes of it."""
-
-    async def going() -> None:
-        while True:
-            await asyncio.sleep(seconds)
-            try:
-                await act(site)
-            except (GONE, OSError, MinifluxError) as error:
-                log.warning("%s: %s", act.__name__, str(error).partition("\n")[0])
-            except Exception:
-                log.exception("%s failed", act.__name__)
-
-    task = asyncio.create_task(going())
-    try:
-        yield
-    finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
+    while True:
+        await asyncio.sleep(seconds)
+        try:
+            await act(site)
+        except (GONE, OSError, MinifluxError) as error:
+            log.warning("%s: %s", act.__name__, str(error).partition("\n")[0])
+        except Exception:
+            log.exception("%s failed", act.__name__)
 
 
 async def tell(site: Site) -> None:
@@ -134,7 +123,7 @@ async def tidy(site: Site) -> None:
 def _tidied(site: Site) -> None:
     options, store = site.options, site.store
     site.blobs.expire(options.expiry_seconds, options.expiry_bytes)
-    store.forget_pictures({path.name for path in site.blobs.folder.iterdir()})
+    store.forget_pictures(lambda name: name in site.blobs)
     store.forget(options.expiry_seconds)
     site.inputs.expire(store.needed())
     site.offers.refresh()

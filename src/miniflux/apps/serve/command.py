@@ -30,7 +30,7 @@ def add(commands: Any) -> None:
     place(serve)
     serve.add_argument("--models", nargs="+", metavar="NAME", help="those that may be asked for, the first one where "
                        "none is named; default: all that are here")  # fmt: skip
-    serve.add_argument("--workers", type=count, default=1, metavar="N", help="processes that draw; with several GPUs "
+    serve.add_argument("--workers", type="count", default=1, metavar="N", help="processes that draw; with several GPUs "
                        "one for each; default %(default)s")  # fmt: skip
     serve.add_argument("--ray", nargs="?", const="local", metavar="ADDRESS", help="have Ray place the server and up to "
                        "--workers workers, more while jobs wait; of a cluster that runs: auto, or its address. Needs "
@@ -45,7 +45,9 @@ def add(commands: Any) -> None:
     serve.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16; default what suits the device")
     serve.add_argument("--memory-gb", type=positive, metavar="N", help="of weights that one worker keeps loaded; the "
                        "models used least recently go first; default: no bound")  # fmt: skip
-    serve.add_argument("--queue", type=count, default=256, metavar="N", help="jobs that may wait; default %(default)s")
+    serve.add_argument(
+        "--queue", type="count", default=256, metavar="N", help="jobs that may wait; default %(default)s"
+    )
     serve.add_argument("--time-limit", type=positive, default=600.0, metavar="SECONDS", help="that a job may take once "
                        "it is begun; default %(default)g")  # fmt: skip
     serve.add_argument("--hang", type=positive, default=900.0, metavar="SECONDS", help="without a step, after which a "
@@ -67,13 +69,6 @@ def place(command: argparse.ArgumentParser) -> None:
                          f"MINIFLUX_DATA, else {default_folder()}")  # fmt: skip
     command.add_argument("--database", metavar="URL", help="for jobs and keys, instead of a file in that folder: "
                          "postgresql+psycopg://USER:PASSWORD@HOST/NAME; default MINIFLUX_DATABASE")  # fmt: skip
-
-
-def count(text: str) -> int:
-    """A whole number of at least 1."""
-    if not (text.isascii() and text.isdigit() and 0 < int(text) < 10**9):
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
 
 
 def positive(text: str) -> float:

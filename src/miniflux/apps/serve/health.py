@@ -80,7 +80,7 @@ class Stored(Collector):
         for name, (called, what) in COUNTERS.items():
             yield CounterMetricFamily(f"miniflux_{called}", what, value=numbers.get(name, 0))
         yield _waits(numbers)
-        batches = CounterMetricFamily("miniflux_batches", "Jobs by the pictures drawn together", labels=["pictures"])
+        batches = CounterMetricFamily("miniflux_batches", "Batches by the pictures in them", labels=["pictures"])
         for name, value in sorted(numbers.items()):
             if name.startswith("batch "):
                 batches.add_metric([name.removeprefix("batch ")], value)

@@ -43,7 +43,9 @@ class Place:
     @property
     def url(self) -> str:
         """Of the database."""
-        return self.database or f"sqlite:///{self.folder.resolve() / 'jobs.sqlite'}"
+        from miniflux.service.jobs.database import sqlite_url
+
+        return self.database or sqlite_url(self.folder / "jobs.sqlite")
 
     @property
     def pictures(self) -> Path:

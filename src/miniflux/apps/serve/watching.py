@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from miniflux.service.jobs.database import GONE
 from miniflux.service.jobs.records import OVER, JobState
@@ -41,6 +41,18 @@ class _Seen:
         self.listeners: set[asyncio.Event] = set()
 
 
+@asynccontextmanager
+async def meanwhile(work: Coroutine[Any, Any, None]) -> AsyncGenerator[None]:
+    """In here something else is done, too; it is stopped at the end."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
 class Watch:
     """Who waits for which jobs. One for each process; a thousand who wait cost one question."""
 
@@ -56,13 +68,8 @@ class Watch:
         self._somebody = asyncio.Event()  # of this event loop
         # A thread of its own: never behind requests that are slow.
         with ThreadPoolExecutor(1, "miniflux-watching") as thread:
-            task = asyncio.create_task(self._ask(thread))
-            try:
+            async with meanwhile(self._ask(thread)):
                 yield
-            finally:
-                task.cancel()
-                with suppress(asyncio.CancelledError):
-                    await task
 
     async def _ask(self, thread: ThreadPoolExecutor) -> None:
         loop = asyncio.get_running_loop()

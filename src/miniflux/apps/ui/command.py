@@ -43,8 +43,8 @@ def add(commands: Any) -> None:
     ui.add_argument("--weights", type="path", metavar="FOLDER", help="look for models here first")
     ui.add_argument("--device", metavar="NAME", help="cpu, cuda, mps ...; default the best there is")
     ui.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16; default what suits the device")
-    ui.add_argument("--queue", type=_count, default=64, metavar="N", help="jobs that may wait; default %(default)s")
-    ui.add_argument("--workers", type=_count, default=1, metavar="N", help="pictures drawn at once, as far as memory "
+    ui.add_argument("--queue", type="count", default=64, metavar="N", help="jobs that may wait; default %(default)s")
+    ui.add_argument("--workers", type="count", default=1, metavar="N", help="pictures drawn at once, as far as memory "
                     "allows; default %(default)s")  # fmt: skip
     ui.add_argument("--cache", type="path", metavar="FOLDER",
                     help="keep drawn pictures here, to answer repeated requests at once; "
@@ -61,12 +61,6 @@ def _auth(text: str) -> tuple[str, str]:
     if not (user and colon and password) or user != user.strip():
         raise argparse.ArgumentTypeError("expected USER:PASSWORD, without spaces around USER")
     return user, password
-
-
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
 
 
 @contextmanager

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -35,14 +36,10 @@ class Blobs:
             OutputError: it cannot be written.
         """
         name = f"{hashlib.sha256(data).hexdigest()}.{ending}"
-        path = self.path(name)
         try:
-            path.stat()
-        except FileNotFoundError:
-            write_beside(path, lambda beside: beside.write_bytes(data))
-        else:
-            with suppress(OSError):
-                path.touch()
+            os.utime(self.path(name))
+        except OSError:
+            write_beside(self.path(name), lambda beside: beside.write_bytes(data))
         return name
 
     def path(self, name: str) -> Path:
@@ -65,24 +62,19 @@ class Blobs:
                 about = path.stat()
                 yield about.st_mtime, about.st_size, path
 
-    def expire(self, seconds: float, max_bytes: int, kept: Collection[str] = ()) -> int:
-        """Remove what is older, then the oldest until the rest is small enough.
-
-        Args:
-            kept: names of files that are needed however old they are.
-
-        Returns:
-            How many files went.
-        """
+    def expire(self, seconds: float, max_bytes: int) -> int:
+        """Remove what is older, then the oldest until the rest is small enough; returns how many files went."""
         now, gone = time.time(), 0
         files = sorted(self._files())
         left = sum(size for _, size, _ in files)
         for when, size, path in files:
             finished = NAME.fullmatch(path.name) is not None
             old = now - when > (seconds if finished else LEFT_OVER)
-            if path.name in kept or not (old or (finished and left > max_bytes)):
+            if not (old or (finished and left > max_bytes)):
                 continue
             with suppress(FileNotFoundError):
+                if path.stat().st_mtime > when:  # somebody has just kept the same content
+                    continue
                 path.unlink()
             left -= size
             gone += 1

@@ -2,8 +2,7 @@
 
     store = Store("sqlite:////srv/miniflux/jobs.sqlite")      # or postgresql+psycopg://user:password@host/name
     job = store.submit(Wanted(request=request, kin=kin(request), steps=4))
-    store.claim("worker 1")       # the next in line, now that worker's
-    store.finish(...)             # once, by the worker that has it
+    store.place(job), store.job(job.id).state, store.pictures(job.id)     # what workers do with it: `workbench`
 
 Every change is one transaction, and asks for the state that it changes: whatever ends in the middle of one, and however
 often it is tried again, a job is drawn once, charged once, and never lost. SQLite (in its WAL mode) and PostgreSQL.
@@ -14,13 +13,13 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import Connection, delete, func, insert, select, tuple_, update
 from sqlalchemy.exc import IntegrityError
 
 from miniflux.errors import InputError, QueueFullError, QuotaError
-from miniflux.service.jobs.database import Database, told_from
+from miniflux.service.jobs.database import IN_LINE, Database, told_from
 from miniflux.service.jobs.records import (
     COLUMNS,
     NO_BOUNDS,
@@ -225,13 +224,12 @@ class Store(Database):
     def place(self, job: Job) -> int:
         """0 if it runs or is over, 1 for the next in line ..."""
         with self.reading() as c:
-            own = c.execute(select(JOBS.c.due, JOBS.c.state, JOBS.c.created).where(JOBS.c.id == job.id)).one_or_none()
-            if own is None or own.state != "waiting":
+            waits = JOBS.c.state == "waiting"
+            own = c.execute(select(*IN_LINE).where(JOBS.c.id == job.id, waits)).one_or_none()
+            if own is None:
                 return 0
-            earlier = (JOBS.c.due < own.due) | (
-                (JOBS.c.due == own.due) & ((JOBS.c.created < own.created) | (JOBS.c.id < job.id))
-            )
-            return 1 + c.execute(select(func.count()).where(JOBS.c.state == "waiting", earlier)).scalar_one()
+            before = tuple_(*IN_LINE) < tuple_(*own)
+            return 1 + c.execute(select(func.count()).where(waits, before)).scalar_one()
 
     def seconds_of_line(self, c: Connection | None = None) -> float:
         """How long all that wait will take one after the other, as far as that is known from those before."""
@@ -280,14 +278,18 @@ class Store(Database):
                 c.execute(delete(table).where(table.c.job.in_(old)))
             return c.execute(delete(JOBS).where(JOBS.c.ended < before, JOBS.c.webhook_due.is_(None))).rowcount
 
-    def forget_pictures(self, there: Iterable[str]) -> None:
-        """Forget pictures and previews whose files have expired; `there`: the names of those that have not."""
-        known = set(there)
+    def forget_pictures(self, there: Callable[[str], bool]) -> None:
+        """Forget pictures and previews whose files have expired.
+
+        Args:
+            there: whether there is a file of this name. Asked after the names are known: files are written before
+                they are named here, so that none is missed which has just come.
+        """
         with self.writing() as c:
             for table in (PICTURES, PREVIEWS):
-                names = set(c.execute(select(table.c.blob).distinct()).scalars()) - known
-                for name in names:
-                    c.execute(delete(table).where(table.c.blob == name))
+                for name in c.execute(select(table.c.blob).distinct()).scalars().all():
+                    if not there(name):
+                        c.execute(delete(table).where(table.c.blob == name))
 
     def needed(self) -> set[str]:
         """SHA-256 of the pictures that jobs that are not over were given."""

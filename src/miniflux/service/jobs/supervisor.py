@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import IO, Protocol
 
 from miniflux.checks import whole
+from miniflux.memory.compute import device_of_process
 from miniflux.service.jobs.database import GONE
 from miniflux.service.jobs.workbench import Workbench
 from miniflux.service.jobs.worker import Duty
@@ -124,7 +125,9 @@ class Supervisor:
         place.process, place.started = self.begin(place.duty), time.monotonic()
 
     def begin(self, duty: Duty) -> Process:
-        """A worker, begun."""
+        """A worker, begun; with several GPUs each has the next one."""
+        place = [place.duty for place in self.places].index(duty)
+        duty = replace(duty, device=device_of_process(place, duty.device))
         # Its own session: Ctrl-C at a terminal ends the server, which then ends the workers.
         process = subprocess.Popen(
             [sys.executable, "-m", "miniflux.service.jobs.worker"],

@@ -10,20 +10,19 @@ import io
 import json
 import logging
 import os
-import resource
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from PIL import Image
 
 from miniflux.errors import CancelledError, MinifluxError, OutOfMemoryError, OutputError
+from miniflux.memory.ledger import resident_size
 from miniflux.result import QUALITY, Result
 from miniflux.service.jobs.blobs import Blobs
 from miniflux.service.jobs.database import GONE
@@ -39,7 +38,6 @@ IDLE = 0.02  # seconds between two looks at an empty line
 OFTEN = 0.005  # seconds between two questions whether to stop
 REPORT = 0.1  # seconds between two reports of progress
 SIGNS = 2.0  # seconds between two signs of life
-PATIENCE = 300.0  # seconds for which finished pictures are kept while the database or the disk takes nothing
 ENDINGS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
 
 
@@ -162,10 +160,6 @@ class Worker:
             requests = [one.job.request for one in drawings]
             results = self.models.draw_together(requests, steps)
             steps.close()
-        except (OutputError, OSError) as error:  # a full disk: the jobs are not to blame
-            log.warning("put back, because of the disk: %s", _line(error))
-            self._put_back(drawings)
-            self.stop.wait(1.0)
         except Exception as error:
             if self.stop.is_set():
                 self._put_back(drawings)
@@ -184,7 +178,10 @@ class Worker:
     def _draw_the_others(self, drawings: Sequence[Drawing], error: Exception) -> None:
         """One of a batch cannot be drawn. If it is known which: all others together; else each alone."""
         which = error.which if isinstance(error, MinifluxError) else None
-        apart = [[one] for one in drawings] if which is None else [[drawings[which]], _without(drawings, which)]
+        again = [replace(one, done=0, finished=0) for one in drawings]
+        apart = [[one] for one in again]
+        if which is not None:
+            apart = [apart.pop(which), [one for (one,) in apart]]
         for some in apart:
             self._draw(some)
 
@@ -224,19 +221,20 @@ class Worker:
         return pictures
 
     def _patiently(self, act: Callable[[], object]) -> None:
-        """Do it; if the database or the disk does not take it, again and again."""
-        until, wait = time.monotonic() + PATIENCE, 0.1
+        """Do it; if the database or the disk does not take it, again and again, until it does or the worker is to end,
+        which gives back what is not told. Meanwhile nothing else is drawn, and the worker does not hang."""
+        wait = 0.1
         while True:
             try:
                 act()
                 return
             except (GONE, OutputError, OSError) as error:
-                if time.monotonic() > until:
-                    log.error("given up: %s", _line(error))
-                    return
                 log.warning("not kept yet: %s", _line(error))
-            time.sleep(wait)
+            if self.stop.wait(wait):
+                return
             wait = min(5.0, 2 * wait)
+            if self.sign is not None:
+                self.sign = time.monotonic()
 
     def about(self) -> dict[str, Any]:
         """What it tells of itself."""
@@ -244,7 +242,7 @@ class Worker:
         return {
             "models": sorted(loaded),
             "bytes": sum(loaded.values()),
-            "resident": resident_bytes(),
+            "resident": resident_size(),
             "silent": None if (sign := self.sign) is None else time.monotonic() - sign,
         }
 
@@ -341,16 +339,6 @@ def encoded(image: Image.Image, output: Mapping[str, Any]) -> tuple[bytes, str]:
     return data.getvalue(), "jpg" if kind == "jpeg" else kind
 
 
-def resident_bytes() -> int:
-    """Memory that this process has now, where the system tells; else the most it ever had."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * resource.getpagesize()
-    except (OSError, ValueError, IndexError):
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return most if sys.platform == "darwin" else most * 1024
-
-
 def _reason(one: Drawing, error: Exception) -> tuple[str, str]:
     """The kind of an error, and a line about it that tells nothing of this machine."""
     if one.dropped == "time":
@@ -360,10 +348,6 @@ def _reason(one: Drawing, error: Exception) -> tuple[str, str]:
     if isinstance(error, OutOfMemoryError):
         return "memory", _line(error)
     return ("input", _line(error)) if isinstance(error, MinifluxError) else ("fault", "an error of the server")
-
-
-def _without(drawings: Sequence[Drawing], which: int) -> list[Drawing]:
-    return [*drawings[:which], *drawings[which + 1 :]]
 
 
 def _line(error: Exception) -> str:
