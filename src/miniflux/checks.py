@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any, TypeVar, cast
@@ -35,6 +36,11 @@ def shown(value: object) -> str:
     except ValueError:  # Python writes no whole number of more than 4300 digits
         return "a number of thousands of digits"
     return text if len(text) <= LONGEST else text[:LONGEST] + "..."
+
+
+def without_folders(text: str) -> str:
+    """A message for people elsewhere: of every absolute path in it only the last name. Addresses stay as they are."""
+    return re.sub(r"(?<![\w:/.\\])(?:[A-Za-z]:[\\/]|/)(?:[^\s:'\"\\/]+[\\/])+", "", text)
 
 
 def finite(value: Any) -> bool:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from miniflux.errors import InputError, OutOfMemoryError, OutputError
+from miniflux.errors import InputError, LoraError, OutOfMemoryError, OutputError
 from miniflux.result import Result
 from miniflux.service import Catalogue
 from miniflux.service.jobs import worker as workers
@@ -157,6 +157,7 @@ def test_too_long(store: Store, worker: Worker, models: StandIn) -> None:
     [
         (InputError("width must be 16\nand more"), "input", "width must be 16"),
         (OutOfMemoryError("too large"), "memory", "too large"),
+        (LoraError("LoRA '/srv/loras/x.safetensors': damaged"), "input", "LoRA 'x.safetensors': damaged"),
         (RuntimeError("/secret/path"), "fault", "an error of the server"),
     ],
 )

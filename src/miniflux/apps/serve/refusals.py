@@ -24,7 +24,7 @@ from starlette.types import Scope
 from miniflux.apps.serve.offers import UnknownModelError
 from miniflux.apps.serve.site import site_of
 from miniflux.apps.web.bodies import RefusedError
-from miniflux.checks import shown
+from miniflux.checks import shown, without_folders
 from miniflux.errors import InputError, MinifluxError, OutputError, QueueFullError, QuotaError
 from miniflux.service.jobs.database import GONE
 
@@ -196,7 +196,7 @@ async def _http(web: WebRequest, error: Exception) -> Response:
 
 async def _refused(web: WebRequest, error: Exception) -> Response:
     """Refusals of the library, whose messages are for whoever asked."""
-    path, line = web.url.path, str(error).partition("\n")[0]
+    path, line = web.url.path, without_folders(str(error).partition("\n")[0])
     if isinstance(error, QuotaError):
         return refusal(path, 429, line, code="quota_exceeded", wait=error.seconds)
     if isinstance(error, QueueFullError):

@@ -21,6 +21,7 @@ from typing import Any
 
 from PIL import Image
 
+from miniflux.checks import without_folders
 from miniflux.errors import CancelledError, MinifluxError, OutOfMemoryError, OutputError
 from miniflux.memory.ledger import resident_size
 from miniflux.result import QUALITY, Result
@@ -345,9 +346,9 @@ def _reason(one: Drawing, error: Exception) -> tuple[str, str]:
         return "time", f"it took longer than {one.job.seconds:g} s"
     if isinstance(error, CancelledError):
         return "cancelled", "cancelled"
-    if isinstance(error, OutOfMemoryError):
-        return "memory", _line(error)
-    return ("input", _line(error)) if isinstance(error, MinifluxError) else ("fault", "an error of the server")
+    if not isinstance(error, MinifluxError):
+        return "fault", "an error of the server"
+    return "memory" if isinstance(error, OutOfMemoryError) else "input", without_folders(_line(error))
 
 
 def _line(error: Exception) -> str:
