@@ -93,6 +93,8 @@ def not_keyed(
         return f"changed in memory since it was loaded: {'; '.join(settings['changed'])}"
     if plan.wrapped:
         return f"functions of the caller's take part: {', '.join(plan.wrapped)}"
+    if plan.observers:
+        return "somebody looks on, who would see nothing of pictures that are kept"
     if callback:
         return "a callback may replace the latents (watch only looks on)"
     if plan.resume is not None:

@@ -96,10 +96,12 @@ class Drawing:
         begun = self.begun = self.begun or self._begin()
         noise, start = torch.cat([self._noise(i) for i in pictures]), begun.added.start
         begin = noise if start is None else add_noise(start, 0.0, plan.levels[0], noise)
+        for observer in plan.observers:
+            observer.began(pictures)
         moments, bill = self._denoise(plan, begun, pictures, begin, noise, watchers)
         exact = None
         if plan.check_cache:
-            alone = replace(plan, cache=None)
+            alone = replace(plan, cache=None, observers=())
             ((exact,), _) = self._denoise(alone, begun, pictures, begin, noise, Watchers(pictures))
         about: dict[str, Any] = {}
         if len(pictures) > 1:
@@ -210,6 +212,7 @@ class Drawing:
                 wraps=(*added.wraps, *plan.wraps),
                 attend=plan.attend or attention,
                 velocity=velocity if added.hears else plan.family.velocity,
+                observers=plan.observers,
             )
         return watch.moments, bill
 

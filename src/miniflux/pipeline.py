@@ -268,7 +268,7 @@ class Pipeline:
 
         # 3. Every picture from its own seed: text, noise, denoising, decoding - unless it was drawn before.
         work, needs, fits, done = Drawing(self, plan), plan.needs(self.device), self._fits(), Steps(plan, progress)
-        looked_at = bool(plan.wrapped) or callback is not None or watch is not None
+        looked_at = bool(plan.wrapped or plan.observers) or callback is not None or watch is not None
         most = at_once(plan, looked_at, self.transformer.config.hidden_size, needs)
         asked = plan.batch if isinstance(plan.batch, int) else None
 
@@ -289,7 +289,8 @@ class Pipeline:
                 return work.draw(together, watchers, decode)
 
         pictures: list[Drawn] = []
-        with self._decoding(needs, fits, asked or 1, plan.total > most) as (needs, decode):
+        aside = plan.total > most and not plan.observers  # who look on from this thread alone
+        with self._decoding(needs, fits, asked or 1, aside) as (needs, decode):
             batches = Batches(plan.total, draw, needed, needs.decoding)
             for i, about in enumerate(settings):
                 if results is None:

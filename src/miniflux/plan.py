@@ -56,6 +56,7 @@ from miniflux.sampling.caches import Cache, check_cached
 from miniflux.sampling.denoising import check_part, check_skipped
 from miniflux.sampling.guidance import Cfg, Nag, Scale, SkipLayer, scale_at
 from miniflux.sampling.latents import PIXELS_PER_TOKEN
+from miniflux.sampling.observing import Observer, observers
 from miniflux.text import ChatForm, Padding, Text, check_padding
 from miniflux.variants import Variant
 
@@ -79,6 +80,7 @@ class Plan:
         steps_asked: what was asked for, or what the variant was made for.
         levels: the noise levels that are gone through.
         run, wraps, attend: functions of the caller's in place of, and around, those that run a block and attend.
+        observers: those who look on, or change what happens.
         batch: pictures that are drawn together at most; None for what is fastest, "auto" also where somebody looks on.
     """
 
@@ -113,6 +115,7 @@ class Plan:
     run: RunBlock | None
     wraps: tuple[Wrap, ...]
     attend: Attend | None
+    observers: tuple[Observer, ...]
     batch: int | Literal["auto"] | None
 
     @classmethod
@@ -219,6 +222,8 @@ class Plan:
         check_part(levels, cache, resume, plain(stop))
         if isinstance(guide, SkipLayer):
             check_skipped(variant.transformer, guide, levels)
+        once = once_for(variant, family, conditions)
+        check_altered(cache is not None, once)
         return cls(
             prompts=prompts,
             images=images,
@@ -234,7 +239,7 @@ class Plan:
             family=family,
             chat=variant.chat,
             conditions=steered,
-            once=once_for(variant, family, conditions),
+            once=once,
             crop=crop,
             spacing=spacing,
             steps_asked=variant.steps if steps is None and named else steps,
@@ -251,6 +256,7 @@ class Plan:
             run=run,
             wraps=wraps,
             attend=attend,
+            observers=observers(),
             batch=batch if batch is None or batch == "auto" else whole("batch", batch, 1, MAX_IMAGES),
         )
 
@@ -286,9 +292,10 @@ class Plan:
 
     @property
     def wrapped(self) -> list[str]:
-        """Which of the network's functions the caller replaced."""
+        """Which of the network's functions the caller replaced, and what observers change."""
         given = {"run": self.run, "wraps": self.wraps or None, "attend": self.attend}
-        return [name for name, function in given.items() if function is not None]
+        names = [name for name, function in given.items() if function is not None]
+        return [*names, *(observer.alters for observer in self.observers if observer.alters is not None)]
 
     def longest(self, prompt: str) -> int:
         """Tokens that a prompt has at most, where it has as many as it needs: each byte one, and its form."""
@@ -363,6 +370,17 @@ class Plan:
     def cache_described(self) -> dict[str, Any]:
         name = next(name for name, kind in CACHES.items() if kind is type(self.cache))
         return {"name": name, **{f.name: _listed(getattr(self.cache, f.name)) for f in fields(self.cache)}}  # pyright: ignore
+
+
+def check_altered(cached: bool, once: bool) -> None:
+    """Raises InputError where observers would alter less than they say."""
+    altered = next((observer.alters for observer in observers() if observer.alters is not None), None)
+    if altered is None:
+        return
+    if cached:
+        raise InputError(f"{altered}: a step cache leaves blocks out, and these are not altered: draw without cache")
+    if once:
+        raise InputError(f"{altered}: references that are looked at once are not altered: give them once=False")
 
 
 def once_for(variant: Variant, family: Family, conditions: Sequence[Condition]) -> bool:

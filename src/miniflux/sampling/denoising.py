@@ -19,6 +19,7 @@ from miniflux.models.transformer import Transformer, TransformerConfig
 from miniflux.sampling.caches import OTHERWISE, Bill, Branch, Cache
 from miniflux.sampling.forwards import Told, Velocity, Words, flux1_velocity
 from miniflux.sampling.guidance import Cfg, Nag, Scale, SkipLayer, scale_at
+from miniflux.sampling.observing import Call, Observer
 from miniflux.sampling.running import advance, start
 from miniflux.sampling.schedules import Schedule, custom_schedule
 from miniflux.sampling.solvers import Solver, State, StepNoise, data, solver
@@ -98,12 +99,13 @@ def denoise(
     wraps: Sequence[Wrap] = (),
     attend: Attend = attention,
     velocity: Velocity = flux1_velocity,
+    observers: Sequence[Observer] = (),
 ) -> Tensor:
     """Integrate the flow from the first to the last of `timesteps`.
 
     The first arguments are named as in `flux/sampling.py` of the original release.
 
-    What runs a block is built from the inside out: `run`, each of `wraps` around those before it, the bill, and
+    What runs a block is built from the inside out: `run`, each of `wraps` and of the observers, the bill, and
     outermost the step cache or skip-layer guidance, which may leave out all that is inside.
 
     Args:
@@ -130,6 +132,7 @@ def denoise(
         wraps: around it, for those who want to look on or add.
         attend: called in place of `attention`, likewise.
         velocity: calls the network, see `sampling.forwards`.
+        observers: those who look on, see `sampling.observing`.
 
     Returns:
         (B, L, C), of float32 at least: rounding the sum of many small steps to bfloat16 would cost visible detail.
@@ -151,6 +154,7 @@ def denoise(
     _check(model, schedule, method, guide, words, rng)
     check_part(schedule, cache, resume, stop)
 
+    around = [*wraps, *(observer.wrap for observer in observers)]
     tell = _Network(
         model,
         img.dtype,
@@ -164,9 +168,10 @@ def denoise(
         cache,
         method.model_calls(schedule.falling),
         bill,
-        wrapped(run, [*wraps, *([] if bill is None else [partial(_counting, bill)])]),
+        wrapped(run, [*around, *([] if bill is None else [partial(_counting, bill)])]),
         attend,
         velocity,
+        observers,
     )
     x, state, memory = img.float(), start(schedule), None
     if resume is not None:
@@ -316,7 +321,11 @@ class _Network:
     run: RunBlock
     attend: Attend
     velocity: Velocity
+    observers: Sequence[Observer]
+    steps: int = 0
     call: int = -1
+    step: int = -1
+    number: int = 0  # of calls of the network in this step
     branches: dict[tuple[str, ...], Branch] = field(default_factory=dict[tuple[str, ...], Branch])
 
     def __call__(
@@ -325,6 +334,9 @@ class _Network:
         """The guided velocity (B, L, C) in float32, and what the guide remembers. `target`: the noise level that it is
         used to jump to."""
         self.call += 1
+        if step != self.step:
+            self.step, self.number = step, 0
+        self.steps = steps
         wanted = self.guide.wants(sigma, step, steps)
         parts: dict[str, Tensor] = {}
         together = tuple(name for name in wanted if name not in ("skipped", "attended"))
@@ -380,6 +392,9 @@ class _Network:
             x.shape[1],
             names,
         )
+        for observer in self.observers:
+            observer.calling(Call(step=self.step, steps=self.steps, number=self.number, sigma=sigma, told=told))
+        self.number += 1
         v = self.velocity(self.model, told, **more)
         return v[:, : x.shape[1]].float()
 

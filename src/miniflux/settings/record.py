@@ -105,7 +105,7 @@ def record_of(value: object) -> Record:
     others = strict.integer("batch", about.get("batch") or 1) - 1
     if others:
         doubts.append(f"it was drawn in one batch with {others} more, which may round otherwise")
-    for name in strict.items("wrapped", about.get("wrapped") or [], 3):
+    for name in strict.items("wrapped", about.get("wrapped") or [], MAX_CHANGES):
         doubts.append(f"a function of the caller's was given as {strict.text('wrapped', name, 100)}")
     steered = [
         strict.record("conditions", x) for x in strict.items("conditions", about.get("conditions") or [], MAX_CHANGES)
