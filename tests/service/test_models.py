@@ -183,6 +183,9 @@ def test_models_are_loaded_once_and_let_go_for_others(monkeypatch: pytest.Monkey
     for request in (dev, schnell, dev, schnell):
         large.draw(request, quiet)
     assert len(loads) == 5
+    monkeypatch.setattr(models, "free_ram", lambda: 10_000_000)  # the file of another one takes 13 MB
+    large.draw(ask(model="nano-kontext"), quiet)
+    assert [key[0] for key in large._loaded] == ["nano-kontext"]
 
 
 def test_through_queue_and_history(tmp_path: Path) -> None:

@@ -26,6 +26,9 @@ from miniflux.lora.attaching import resolved
 from miniflux.lora.fitting import fitted
 from miniflux.lora.models import stand_ins
 from miniflux.lora.pictures import shared
+from miniflux.memory.compute import choose_device
+from miniflux.memory.free import free_ram, free_vram
+from miniflux.memory.modes import SPARED
 from miniflux.memory.room import Room
 from miniflux.pipeline import Pipeline, load
 from miniflux.plan import Plan, once_for
@@ -78,8 +81,8 @@ class Models:
 
     Args:
         weights, device, dtype: as of `miniflux.load`.
-        max_bytes: of loaded weights; the least recently used models that nobody uses are let go first. None for no
-            bound.
+        max_bytes: of loaded weights, None for what is free: the least recently used models that nobody uses are let go
+            before another one is loaded for which there is no room.
         cache: pictures that were drawn before, see `miniflux.load`; shared by all models.
         folder: models in it are listed as well, see `Catalogue.scan`.
         given: where pictures are that requests name; None to refuse such requests.
@@ -184,24 +187,31 @@ class Models:
 
     def _make_room(self, name: str) -> None:
         """Let models go until there is room for the files of another one."""
-        if self.max_bytes is not None:
+        if self._loaded:
             self._let_go(self.catalogue.bytes_of(name))
 
     def _let_go(self, wanted: int, kept: tuple[str, str | None] | None = None) -> None:
-        """Let go of what nobody uses, the least recently used first, until so many more bytes are within the bound."""
-        gone = False
+        """Let go of what nobody uses, the least recently used first, until there is room for so many more bytes."""
         with self._lock:
             for key in [key for key, loaded in self._loaded.items() if not loaded.users and key != kept]:
-                total = wanted + sum(loaded.bytes for loaded in self._loaded.values())
-                if self.max_bytes is None or total <= self.max_bytes:
+                if (full := self._full(wanted)) is None:
                     break
-                log.info("letting go of %s: %d bytes of weights are too many", key[0], total)
+                log.info("letting go of %s: %s", key[0], full)
                 del self._loaded[key]
-                gone = True
-        if gone:
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+                gc.collect()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+
+    def _full(self, wanted: int) -> str | None:
+        """Why there is no room for so many bytes; None if there is."""
+        total = wanted + sum(loaded.bytes for loaded in self._loaded.values())
+        if self.max_bytes is not None and total > self.max_bytes:
+            return f"{total} bytes of weights are too many"
+        device = choose_device(self.device)
+        free = free_ram() if device.type == "cpu" else free_vram(device)
+        if self.max_bytes is None and free is not None and wanted > SPARED * free:
+            return f"{wanted} bytes are wanted for another model, {free} are free"
+        return None
 
     # Work for the queue
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from miniflux.checks import shown
 from miniflux.conditions import fill_channels
-from miniflux.errors import InputError
+from miniflux.errors import CheckpointError, InputError
 from miniflux.families import FAMILIES
 from miniflux.service import Catalogue, Listed
 from miniflux.variants import ALIASES, Variant
@@ -114,6 +115,7 @@ class Offers:
         self.catalogue, self.allowed, self.aliases = catalogue, allowed, dict(aliases or {})
         self._models: dict[str, Listed] = {}
         self._names: dict[str, str] = {}
+        self._paths: dict[str, list[str]] = {}
         self.refresh()
         for alias, name in self.aliases.items():
             if name not in self._models:
@@ -125,7 +127,7 @@ class Offers:
         """Look again at what there is."""
         self.catalogue.scan()
         models = {one.name: one for one in self.catalogue.listed()}
-        self._models, self._names = models, {**ALIASES, **HOSTED, **self.aliases}
+        self._models, self._names, self._paths = models, {**ALIASES, **HOSTED, **self.aliases}, {}
 
     @property
     def default(self) -> str:
@@ -171,5 +173,10 @@ class Offers:
         return UnknownModelError(f"there is no model {shown(name)} here; there are {', '.join(there)}")
 
     def files(self, offer: Offer) -> list[Stamp]:
-        """What it is made of, as the files are now."""
-        return self.catalogue.files_of(offer.model)
+        """What it is made of, as the files are now. Which files they are is looked for once until `refresh`."""
+        with suppress(CheckpointError):  # one of them is gone
+            if (paths := self._paths.get(offer.model)) is not None:
+                return [Stamp.of(path) for path in paths]
+        found = self.catalogue.files_of(offer.model)
+        self._paths[offer.model] = [stamp.path for stamp in found]
+        return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,9 @@ from miniflux.service.jobs.store import Store
 
 log = logging.getLogger(__name__)
 
-EVERY = 0.025  # seconds between two questions
+EVERY = 0.025  # seconds between two questions, at least
+SHARE = 0.05  # of the time, at most, in which questions are asked: they take it from whoever draws on this machine
+SELDOM = 0.25  # seconds between two questions, at most, of a database that answers
 AGAIN = 1.0  # the same, while the database does not answer
 
 
@@ -75,9 +78,10 @@ class Watch:
         loop = asyncio.get_running_loop()
         while True:
             await self._somebody.wait()
-            ids, wait = list(self._jobs), self.every
+            ids, wait, began = list(self._jobs), self.every, time.monotonic()
             try:
                 found = await loop.run_in_executor(thread, self.store.moved, ids)
+                wait = max(wait, min(SELDOM, (time.monotonic() - began) / SHARE))
             except GONE as error:
                 log.warning("the database does not answer: %s", str(error).partition("\n")[0])
                 wait = AGAIN
