@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import miniflux
+from miniflux.cache import ResultCache
 from miniflux.models.flux1 import RunBlock
 from miniflux.plan import Plan
 from miniflux.sampling.observing import Call, observed, observers
@@ -60,7 +61,7 @@ def test_who_only_looks_on_changes_nothing(model: str) -> None:
 
 
 def test_what_is_altered_is_said_and_not_kept() -> None:
-    pipe = miniflux.load("nano", cache="memory")
+    pipe = miniflux.load("nano", cache=ResultCache())
     asked: dict[str, Any] = {"width": 64, "height": 64, "steps": 2}
     plain = pipe.generate("a red circle", **asked)
     with observed(Notes(alters="half of everything")):
