@@ -13,6 +13,8 @@ ARG BASE=python:3.11-slim-bookworm
 FROM ${BASE} AS build
 # Which wheels of PyTorch: cpu, or a version of CUDA as PyTorch names it, such as cu130.
 ARG TORCH=cpu
+# With the page of `serve --ui`: serve,postgres,ui.
+ARG EXTRAS=serve,postgres
 RUN command -v pip3 >/dev/null \
     || (apt-get update && apt-get install -y --no-install-recommends python3 python3-venv && rm -rf /var/lib/apt/lists/*)
 RUN python3 -m venv /opt/miniflux
@@ -20,7 +22,7 @@ WORKDIR /build
 COPY pyproject.toml setup.py MANIFEST.in README.md LICENSE constraints.txt ./
 COPY src ./src
 RUN /opt/miniflux/bin/pip install --no-cache-dir -c constraints.txt \
-    --extra-index-url "https://download.pytorch.org/whl/${TORCH}" ".[serve,postgres]"
+    --extra-index-url "https://download.pytorch.org/whl/${TORCH}" ".[${EXTRAS}]"
 
 FROM ${BASE}
 RUN command -v python3 >/dev/null \

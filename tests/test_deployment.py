@@ -110,8 +110,11 @@ def test_the_package_is_built_from_what_is_copied(tmp_path: Path) -> None:
     command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     about = (tmp_path / "miniflux.egg-info" / "PKG-INFO").read_text("utf-8")
-    (extras,) = re.findall(r'"\.\[(.+?)\]"', (ROOT / "Dockerfile").read_text("utf-8"))
-    assert {f"Provides-Extra: {extra}" for extra in extras.split(",")} <= set(about.splitlines())
+    arguments = dict(rest.split("=", 1) for word, rest in instructions() if word == "ARG")
+    assert '".[${EXTRAS}]"' in (ROOT / "Dockerfile").read_text("utf-8")
+    with_page = composed("deploy/compose.ui.yaml")["services"]["server"]["build"]["args"]["EXTRAS"]
+    for extras in (arguments["EXTRAS"], with_page):
+        assert {f"Provides-Extra: {extra}" for extra in extras.split(",")} <= set(about.splitlines())
 
 
 def test_the_health_check_asks_the_server() -> None:
@@ -167,11 +170,18 @@ def test_variables_are_those_of_the_example_and_no_secret_has_a_value() -> None:
     assert "/.env" in (ROOT / ".gitignore").read_text("utf-8").split()
 
 
-def test_the_composition_with_gpus_changes_services_that_there_are() -> None:
-    more = composed("deploy/compose.cuda.yaml")["services"]
+@pytest.mark.parametrize("which", ["cuda", "ui"])
+def test_more_of_the_composition_changes_services_that_there_are(which: str) -> None:
+    more = composed(f"deploy/compose.{which}.yaml")["services"]
     assert set(more) <= set(composed()["services"])
     arguments = {rest.partition("=")[0] for word, rest in instructions() if word == "ARG"}
     assert set(more["server"]["build"]["args"]) <= arguments
+
+
+def test_the_composition_with_the_page_starts_the_same_server() -> None:
+    words = composed("deploy/compose.ui.yaml")["services"]["server"]["command"]
+    assert words == [*composed()["services"]["server"]["command"], "--ui"]
+    assert parser().parse_args([interpolated(word) for word in words]).ui
 
 
 # The unit

@@ -22,7 +22,7 @@ import pytest
 from gradio.components import Textbox
 
 from miniflux.apps.cli import main
-from miniflux.apps.ui.command import _no_stubs
+from miniflux.apps.ui.surroundings import no_stubs
 from tests.apps.ui.test_listening import has_ipv6
 
 NOBODY = "127.0.0.1:9"  # the port that discards, where no proxy is
@@ -165,7 +165,7 @@ def test_without_gradio_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, caps
 
 def test_gradio_is_kept_from_its_sources_only_while_it_is_imported() -> None:
     before = inspect.getfile
-    with _no_stubs():
+    with no_stubs():
         with pytest.raises(OSError, match="source code"):
             inspect.getfile(Textbox)
         assert inspect.getfile(Path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ def add(commands: Any) -> None:
     serve.add_argument("--ray", nargs="?", const="local", metavar="ADDRESS", help="have Ray place the server and up to "
                        "--workers workers, more while jobs wait; of a cluster that runs: auto, or its address. Needs "
                        "the extra ray")  # fmt: skip
+    serve.add_argument("--ui", action="store_true", help="serve the page of miniflux ui as well, at /ui; needs the "
+                       "extra ui, too")  # fmt: skip
     serve.add_argument("--insecure-no-keys", action="store_true", help="let everybody who reaches it draw, and see all "
                        "jobs")  # fmt: skip
     serve.add_argument("--folder", type="path", metavar="FOLDER", help="models in it can be asked for as well")
@@ -44,7 +47,7 @@ def add(commands: Any) -> None:
     serve.add_argument("--device", metavar="NAME", help="cpu, cuda, mps ...; default the best there is")
     serve.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16; default what suits the device")
     serve.add_argument("--memory-gb", type=positive, metavar="N", help="of weights that one worker keeps loaded; the "
-                       "models used least recently go first; default: no bound")  # fmt: skip
+                       "models used least recently go first; default: as many as there is free memory for")  # fmt: skip
     serve.add_argument(
         "--queue", type="count", default=256, metavar="N", help="jobs that may wait; default %(default)s"
     )
@@ -92,9 +95,11 @@ def run(options: argparse.Namespace) -> None:
 
     Raises:
         MissingExtraError: a package of the extra is not installed.
-        InputError: nobody has a key; a port that is taken; a model or a folder that is not there.
+        InputError: nobody has a key; a port that is taken; a model or a folder that is not there; `--ui` with `--ray`.
         OutputError: the folder cannot be written to.
     """
+    if options.ui and options.ray is not None:
+        raise InputError("--ui with --ray: the page is one process with one queue; start miniflux ui beside the server")
     try:
         import uvicorn
 
@@ -106,6 +111,7 @@ def run(options: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         raise needs_extra(error) from error
     from miniflux.apps.web.listening import listen
+    from miniflux.apps.web.serving import Server
 
     where = place_of(options)
     store = Store(where.url)
@@ -123,21 +129,27 @@ def run(options: argparse.Namespace) -> None:
         return
     app = app_of(options, where)
     listening = listen(options.host, options.port)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            proxy_headers=False,
-            server_header=False,
-            access_log=False,
-            log_config=None,
-            ws="none",
-            timeout_graceful_shutdown=END_SECONDS,
-        )
-    )
     try:
-        with Supervisor(duty_of(options, where), options.workers, hang=options.hang):
+        with ExitStack() as stack:
+            page = None
+            if options.ui:
+                from miniflux.apps.serve.beside import beside
+
+                page = stack.enter_context(beside(app, listening, options, where))
+            config = uvicorn.Config(
+                page or app,
+                proxy_headers=False,
+                server_header=False,
+                access_log=False,
+                log_config=None,
+                ws="none",
+                timeout_graceful_shutdown=END_SECONDS,
+            )
+            server = uvicorn.Server(config) if page is None else Server(config, page.page.end)
+            stack.enter_context(Supervisor(duty_of(options, where), options.workers, hang=options.hang))
             urls = " and ".join(f"http://{name}:{listening.port}" for name in listening.hosts)
-            print(f"miniflux: serving at {urls}, described at /docs (Ctrl+C ends it)", flush=True)
+            more = "" if page is None else ", the page at /ui"
+            print(f"miniflux: serving at {urls}, described at /docs{more} (Ctrl+C ends it)", flush=True)
             server.run(listening.sockets)
     finally:
         listening.close()

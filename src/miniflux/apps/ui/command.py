@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import logging
 import os
 import signal
-import tempfile
 import threading
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from miniflux.errors import InputError, MissingExtraError
+from miniflux.apps.ui.surroundings import clean, imported
+from miniflux.errors import InputError
 
 log = logging.getLogger(__name__)
 
-HONOURED = ("GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT", "GRADIO_ROOT_PATH", "GRADIO_TEMP_DIR")  # of Gradio's settings
+HONOURED = ("GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT", "GRADIO_ROOT_PATH")  # of Gradio's settings
 
 
 def add(commands: Any) -> None:
@@ -63,32 +60,8 @@ def _auth(text: str) -> tuple[str, str]:
     return user, password
 
 
-@contextmanager
-def _no_stubs() -> Generator[None]:
-    """While it is imported, Gradio parses the source of all its components and writes stubs for editors beside it: half
-    of the time that its import takes, and files that nobody asked for. It leaves out components that have no source
-    file, as those of a notebook; for so long, Python says that they have none. A Gradio that does not ask is imported
-    as ever."""
-    getfile = inspect.getfile
-
-    def hidden(what: Any) -> str:
-        if isinstance(what, type) and what.__module__.startswith("gradio."):
-            raise OSError("source code not available")  # as Python says of such classes
-        return getfile(what)
-
-    inspect.getfile = hidden
-    try:
-        yield
-    finally:
-        inspect.getfile = getfile
-
-
 def _from_environment(options: argparse.Namespace) -> str:
     """Fill host and port from what users of Gradio set; the root that the page is served under.
-
-    Everything else that would change what the page promises is taken away from this process: Gradio's other settings,
-    and the proxies of the machine. The page asks nobody outside; but Gradio does not even load if a proxy needs a
-    package that is not there.
 
     Raises:
         InputError: a port that is no number.
@@ -100,15 +73,7 @@ def _from_environment(options: argparse.Namespace) -> str:
             raise InputError(f"GRADIO_SERVER_PORT={port}: expected 0 to 65535")
         options.port = int(port)
     root = os.environ.get("GRADIO_ROOT_PATH", "")
-    others = [name for name in sorted(os.environ) if name.startswith("GRADIO_") and name not in HONOURED]
-    for name in others:
-        del os.environ[name]
-    if others:
-        log.warning("without effect here: %s", ", ".join(others))
-    proxies = [name for name in os.environ if name.lower().endswith("_proxy")]
-    for name in ("GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT", "GRADIO_ROOT_PATH", *proxies):
-        os.environ.pop(name, None)  # Gradio fails while it is imported if one of its own is not as it expects
-    os.environ["NO_PROXY"] = "*"  # nor those that the system has without a variable
+    clean(*HONOURED)
     return root
 
 
@@ -121,28 +86,13 @@ def run(options: argparse.Namespace) -> None:
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl+C: the temporary folder goes as well
     root = _from_environment(options)
-    beside = os.environ.get("GRADIO_TEMP_DIR") or None
-    try:
-        folder = tempfile.TemporaryDirectory(prefix="miniflux-ui-", dir=beside, ignore_cleanup_errors=True)
-    except OSError as error:
-        raise InputError(
-            f"{beside or tempfile.gettempdir()}: no temporary folder can be made: {error.strerror}"
-        ) from error
-    with folder as temporary:
-        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-        os.environ["GRADIO_TEMP_DIR"] = str(Path(temporary) / "uploads")  # read when Gradio is imported
-        try:
-            with _no_stubs():
-                from miniflux.apps.ui.launch import served
-        except ModuleNotFoundError as error:
-            if error.name != "gradio":
-                raise
-            raise MissingExtraError("the page needs Gradio: pip install 'miniflux[ui]'") from error
+    with imported() as temporary:
+        from miniflux.apps.ui.launch import served
         from miniflux.apps.ui.site import opened
 
         with (
             opened(
-                Path(options.history or temporary),
+                Path(options.history) if options.history else temporary,
                 first=options.model,
                 weights=options.weights,
                 device=options.device,

@@ -61,11 +61,13 @@ class Door:
         allowed: what a proxy in front of the page is asked for, as (name, port or None); only with one of them are the
             headers believed by which a proxy says what it was asked for.
         prefix: what stands before every path, such as `/draw`, whether a proxy takes it away or not.
+        option: of the command that serves the page, by which a name is allowed.
     """
 
     names: frozenset[str] = frozenset({"localhost"})
     allowed: tuple[tuple[str, int | None], ...] = ()
     prefix: str = ""
+    option: str = "--allow-host NAME"
 
     def serves(self, host: str | None, local: str) -> tuple[str, int | None]:
         """The name and port of a `Host` header.
@@ -84,7 +86,7 @@ class Door:
         own = literal is not None and (literal.is_loopback or literal == address(local))
         if own or name in self.names or any(name == known and other in (None, port) for known, other in self.allowed):
             return found
-        raise RefusedError(421, f"this page is not served as {name[:100]!r}; if it should be: --allow-host NAME")
+        raise RefusedError(421, f"this page is not served as {name[:100]!r}; if it should be: {self.option}")
 
     def own(self, origin: str, asked: tuple[str, int | None]) -> bool:
         """Whether an `Origin` is this page, that was asked for as (name, port)."""

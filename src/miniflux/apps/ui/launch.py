@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
-import socket
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable
@@ -21,12 +19,13 @@ from gradio.routes import App, mount_gradio_app
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from miniflux.apps.ui import layout, look
-from miniflux.apps.ui.guard import Guard, door
+from miniflux.apps.ui.guard import Door, Guard, door
 from miniflux.apps.ui.handlers import connect
 from miniflux.apps.ui.routes import router
 from miniflux.apps.ui.site import Site
 from miniflux.apps.web.bodies import PATIENCE
 from miniflux.apps.web.listening import listen
+from miniflux.apps.web.serving import Server
 
 SWEEP_SECONDS = 60.0
 CONNECTIONS = 512  # at once; more are told to come again
@@ -67,6 +66,54 @@ def blocks(site: Site) -> tuple[gr.Blocks, layout.Controls]:
     return page, controls
 
 
+@dataclass(frozen=True)
+class Application:
+    """The page as an ASGI application, for whoever serves it.
+
+    Attributes:
+        app: the page behind its guard.
+        inner: the page without it.
+        blocks, gradio: Gradio's application, as it is built and as it answers.
+    """
+
+    app: Guard
+    inner: FastAPI
+    blocks: gr.Blocks
+    gradio: App
+
+    def running(self) -> contextlib.AbstractAsyncContextManager[Any]:
+        """While it is served; whoever asks `app` for its lifespan gets the same."""
+        return self.inner.router.lifespan_context(self.inner)
+
+    def end(self) -> None:
+        """End the queue and all streams of events; to be called in the loop that serves."""
+        self.blocks.close(verbose=False)
+        self.gradio.stop_event.set()
+
+
+@contextlib.contextmanager
+def built(site: Site, names: Door, *, auth: tuple[str, str] | None = None, root: str = "") -> Generator[Application]:
+    """The page, which can be served while the context lasts.
+
+    Args:
+        names: under which it answers.
+        auth, root: as of `served`.
+    """
+    before = {name: os.environ.get(name) for name in ("GRADIO_ANALYTICS_ENABLED", "GRADIO_TEMP_DIR")}
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # also for the threads that Gradio starts
+    os.environ["GRADIO_TEMP_DIR"] = str(site.uploads.folder)  # files from elsewhere are never read
+    try:
+        page, _ = blocks(site)
+        app, gradio = _application(site, page, auth, root)
+        yield Application(Guard(app, names, site.uploads.seen), app, page, gradio)
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
 @contextlib.contextmanager
 def served(
     site: Site,
@@ -97,33 +144,23 @@ def served(
     allowed, root = list(allow_hosts), root.rstrip("/")
     door((), allowed, root)  # what is wrong is said before anything is built
     listening = listen(host, port)
-    before = {name: os.environ.get(name) for name in ("GRADIO_ANALYTICS_ENABLED", "GRADIO_TEMP_DIR")}
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # also for the threads that Gradio starts
-    os.environ["GRADIO_TEMP_DIR"] = str(site.uploads.folder)  # files from elsewhere are never read
     try:
-        page, _ = blocks(site)
-        app, gradio = _application(site, page, auth, root)
-        guard = Guard(app, door(listening.names, allowed, root), site.uploads.seen)
-        server = _Server(guard, gradio, page)
-        thread = threading.Thread(target=server.run, args=(listening.sockets,), daemon=True, name="miniflux-ui")
-        thread.start()
-        try:
-            while not server.started and thread.is_alive():
-                time.sleep(0.005)
-            if not server.started:
-                raise RuntimeError("the server ended while it started")
-            urls = [f"http://{name}:{listening.port}" for name in listening.hosts]
-            yield Page(urls[0], urls, listening.only_here, site, page, thread)
-        finally:
-            server.should_exit = True
-            thread.join(END_SECONDS + 3)
+        with built(site, door(listening.names, allowed, root), auth=auth, root=root) as page:
+            server = Server(_config(page.app), page.end)
+            thread = threading.Thread(target=server.run, args=(listening.sockets,), daemon=True, name="miniflux-ui")
+            thread.start()
+            try:
+                while not server.started and thread.is_alive():
+                    time.sleep(0.005)
+                if not server.started:
+                    raise RuntimeError("the server ended while it started")
+                urls = [f"http://{name}:{listening.port}" for name in listening.hosts]
+                yield Page(urls[0], urls, listening.only_here, site, page.blocks, thread)
+            finally:
+                server.should_exit = True
+                thread.join(END_SECONDS + 3)
     finally:
         listening.close()
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 class _Connection(H11Protocol):
@@ -147,32 +184,21 @@ class _Connection(H11Protocol):
             self._look(now)
 
 
-class _Server(uvicorn.Server):
-    """uvicorn, in a thread of ours and on sockets of ours. When it ends, it does not wait for streams of events, which
-    end only with the page that listens to them."""
-
-    def __init__(self, app: Any, gradio: App, page: gr.Blocks) -> None:
-        config = uvicorn.Config(
-            app,
-            http=_Connection,
-            ws="none",
-            loop="asyncio",
-            lifespan="on",
-            proxy_headers=False,  # the guard judges them
-            server_header=False,
-            access_log=False,
-            log_config=None,
-            limit_concurrency=CONNECTIONS,
-            timeout_graceful_shutdown=END_SECONDS,
-        )
-        super().__init__(config)
-        self._gradio, self._page = gradio, page
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # that it cancels what is left is no news
-        self._page.close(verbose=False)  # ends the queue and its streams
-        self._gradio.stop_event.set()
-        await super().shutdown(sockets)
+def _config(app: Guard) -> uvicorn.Config:
+    """For uvicorn, in a thread of ours and on sockets of ours."""
+    return uvicorn.Config(
+        app,
+        http=_Connection,
+        ws="none",
+        loop="asyncio",
+        lifespan="on",
+        proxy_headers=False,  # the guard judges them
+        server_header=False,
+        access_log=False,
+        log_config=None,
+        limit_concurrency=CONNECTIONS,
+        timeout_graceful_shutdown=END_SECONDS,
+    )
 
 
 def _application(site: Site, page: gr.Blocks, auth: tuple[str, str] | None, root: str) -> tuple[FastAPI, App]:

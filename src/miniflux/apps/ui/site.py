@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from miniflux.apps.ui.uploads import Uploads
 from miniflux.cache import ResultCache
+from miniflux.checks import shown
 from miniflux.disk import digest_of, folder_to_fill
 from miniflux.errors import InputError, MinifluxError
 from miniflux.lora import Receipt
@@ -83,16 +84,23 @@ class Site:
         history: what was drawn.
         uploads: files that were dropped.
         first: the model chosen at first.
+        only: names of the models that may be drawn with; None for all.
 
     Raises:
         InputError: the first model is unknown, or its weights are not on this machine.
     """
 
     def __init__(
-        self, models: Models, queue: Queue, history: History, uploads: Uploads, first: str = "nano-dev"
+        self,
+        models: Models,
+        queue: Queue,
+        history: History,
+        uploads: Uploads,
+        first: str = "nano-dev",
+        only: Collection[str] | None = None,
     ) -> None:
         self.models, self.queue, self.history, self.uploads = models, queue, history, uploads
-        self.folder = uploads.place
+        self.folder, self.only = uploads.place, only
         uploads.busy = self._waits_for
         self.listed = self._listed()
         named = next((model.name for model in self.listed.values() if first in (model.name, model.path)), None)
@@ -106,7 +114,8 @@ class Site:
         self._lock, self._scanning = threading.Lock(), threading.Lock()
 
     def _listed(self) -> dict[str, Listed]:
-        return {model.name: model for model in self.models.listed() if not model.missing}
+        found = {model.name: model for model in self.models.listed() if not model.missing}
+        return found if self.only is None else {name: found[name] for name in found if name in self.only}
 
     def refresh(self) -> None:
         """Look again at what is in the folder of models; LoRAs are compared with what is new."""
@@ -240,7 +249,14 @@ class Site:
         return all(digest in shelf.given and given is not None and digest in given for digest in digests)
 
     def _check(self, session: str, requests: Sequence[Request]) -> None:
-        """Nobody draws from pictures of somebody else."""
+        """Nobody draws from pictures of somebody else, nor with a model that is not for everybody."""
+        if self.only is not None:  # an older picture may say another one
+            allowed = {model.model for model in self.listed.values()}
+            for request in requests:
+                if ALIASES.get(request.model, request.model) not in allowed:
+                    raise InputError(
+                        f"the model {shown(request.model)} is not here; there are {', '.join(self.listed)}"
+                    )
         if not self.has(session, (digest for request in requests for digest in request.pictures)):
             raise InputError("a picture that it was made from is not here any more: put it into its slot again")
 
@@ -299,6 +315,7 @@ def opened(
     workers: int = 1,
     cache: str | None = None,
     shelf: str | None = None,
+    only: Collection[str] | None = None,
 ) -> Generator[Site]:
     """Everything behind a page, while the context lasts.
 
@@ -309,6 +326,7 @@ def opened(
         workers: jobs at once, at most; a run begins only when there is memory for it.
         cache: a folder for drawn pictures; None for memory.
         shelf: a folder whose models are listed as well.
+        only: as of `Site`.
 
     Raises:
         InputError, OutputError: something of this cannot be used here.
@@ -331,7 +349,7 @@ def opened(
         with Queue(
             models.draw, models.cost, workers=workers, waiting=waiting, deliver=history.deliver, answer=models.answer
         ) as queue:
-            yield Site(models, queue, history, uploads, first)
+            yield Site(models, queue, history, uploads, first, only)
     finally:
         uploads.close()
         history.close()
