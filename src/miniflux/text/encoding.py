@@ -7,7 +7,9 @@ import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -59,6 +61,20 @@ class Read:
     txt: Tensor
     vec: Tensor | None
     count: int
+
+
+_anew: ContextVar[bool] = ContextVar("anew", default=False)
+
+
+@contextmanager
+def read_anew() -> Generator[None]:
+    """In here, in this thread, every prompt is read, and none is kept: for those who look into the encoders, or change
+    them."""
+    token = _anew.set(True)
+    try:
+        yield
+    finally:
+        _anew.reset(token)
 
 
 class TextReader(ABC):
@@ -132,12 +148,15 @@ class TextReader(ABC):
 
     def _read(self, prompt: str, length: int | None, masked: bool) -> Read:
         key = (prompt, length, masked)
-        found = self._cache.get(key)
+        found = None if _anew.get() else self._cache.get(key)
         if found is None:
-            found = self._cache[key] = self._embed(prompt, length, masked)
+            found = self._embed(prompt, length, masked)
             self.encoded += 1
-            if len(self._cache) > self.cache_size:
-                self._cache.popitem(last=False)
+        if _anew.get():
+            return found
+        self._cache[key] = found
+        if len(self._cache) > self.cache_size:
+            self._cache.popitem(last=False)
         self._cache.move_to_end(key)
         return found
 
