@@ -20,7 +20,7 @@ TESTING := $(VENV)/.miniflux-test-installed
 DEVELOPING := $(VENV)/.miniflux-dev-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev demo ui test check lint format types browser cov nano bench clean
+.PHONY: help venv dev demo ui test check lint format types browser cov nano bench docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -76,7 +76,7 @@ types: $(TESTING)  ## pyright, strict on src
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 browser: $(TESTING)  ## drive the page in headless Chromium; needs chromium and chromedriver
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -m browser tests/apps/ui $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -m browser tests/apps $(ARGS)
 
 cov: $(TESTING)  ## run the tests and measure which lines of src they reach
 	$(PYTEST) --cov --cov-report=term $(ARGS)
@@ -87,6 +87,11 @@ nano: $(RUNTIME)  ## train the bundled models again (hours); stops and resumes a
 bench: $(TESTING)  ## run the short benchmarks; writes benchmarks/RESULTS.md
 	$(BIN)/python benchmarks/short.py
 
+docs: $(RUNTIME)  ## the site of the documents, in site/; installs MkDocs
+	$(INSTALL) -q -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
+	@echo "The site is $(CURDIR)/site/index.html; '$(BIN)/python -m http.server -d site' serves it, with its search"
+
 clean:  ## remove caches, builds and demo.png; keeps the virtual environment and training runs
-	rm -rf build dist .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov demo.png
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov site demo.png
 	find src tests benchmarks -type d \( -name __pycache__ -o -name '*.egg-info' \) -prune -exec rm -rf {} + 2>/dev/null || true

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,13 @@ from miniflux.apps.cli import main
 from miniflux.weights.finding import BUNDLED
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    """All of them, also those that stand in lists."""
+    found = re.findall(rf"^( *)```{language}\n(.*?)^\1```", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    return [textwrap.dedent(code) for _, code in found]
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
@@ -27,6 +30,14 @@ def test_python_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
     names: dict[str, object] = {}
     for code in blocks(page, "python"):
         exec(compile(code, page.name, "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_example_goes_by_another_name(page: Path) -> None:
+    """What is Python is run: `python` here, and `py`, which needs a server, by `tests/apps/serve/test_examples.py`."""
+    known = ("python", "py") if page == ROOT / "docs" / "serve.md" else ("python",)
+    marks = re.findall(r"^ *```+ *([^\n`]*)", page.read_text("utf-8"), re.MULTILINE)
+    assert not [mark for mark in marks if re.match(r"py|ipy", mark, re.IGNORECASE) and mark not in known]
 
 
 COMMANDS = [
