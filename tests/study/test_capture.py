@@ -17,6 +17,7 @@ from torch.testing import assert_close
 
 import miniflux
 from miniflux import lora, study
+from miniflux.cache import ResultCache
 from miniflux.conditions import Reference
 from miniflux.errors import CheckpointError, InputError, OutputError
 from miniflux.pipeline import Pipeline
@@ -366,7 +367,7 @@ def test_two_at_once_see_the_same() -> None:
 
 
 def test_results_are_not_taken_from_the_cache() -> None:
-    pipe = miniflux.load("nano", cache="memory")
+    pipe = miniflux.load("nano", cache=ResultCache())
     pipe.generate("a red circle", **SMALL)
     with study.capture(pipe, "final_layer.out") as seen:
         pipe.generate("a red circle", **SMALL)
