@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from miniflux.apps import arguments, console
+from miniflux.apps import arguments, console, study_count, study_diff, study_maps, study_path
 from miniflux.apps.outputs import check_place, new_file
 
 
@@ -44,6 +44,10 @@ def add(commands: Any) -> None:
     for command in (schedules, solvers):
         arguments.add_verbose(command)
         arguments.add_force(command)
+    study_count.add(subjects)
+    study_diff.add(subjects)
+    study_maps.add(subjects)
+    study_path.add(subjects)
 
 
 def _schedule(options: argparse.Namespace) -> None:

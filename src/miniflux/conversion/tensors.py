@@ -178,14 +178,17 @@ def _dtype_of(source: TensorSource, origin: Counterpart) -> torch.dtype | None:
     return None if scaled else dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
+def fitting(form: Format, shape: tuple[int, ...]) -> Format | None:
+    """What a weight of this shape is packed in: that format, or the one in its place; None if neither can hold it."""
+    candidates = [form, *([FORMATS[FALLBACK[form.name]]] if form.name in FALLBACK else [])]
+    return next((one for one in candidates if one.holds(shape)), None)
+
+
 def _chosen(
     encoding: Encoding | None, packed: bool, shape: tuple[int, ...], was: torch.dtype | None, gguf: bool
 ) -> Encoding:
-    if isinstance(encoding, Format) and packed:
-        candidates = [encoding, *([FORMATS[FALLBACK[encoding.name]]] if encoding.name in FALLBACK else [])]
-        fitting = next((form for form in candidates if form.holds(shape)), None)
-        if fitting is not None:
-            return fitting
+    if isinstance(encoding, Format) and packed and (form := fitting(encoding, shape)) is not None:
+        return form
     if was is not None and not was.is_floating_point:
         return was  # a count, as in the batch norm of FLUX.2's autoencoder
     dtype = encoding if isinstance(encoding, torch.dtype) else was or torch.float32

@@ -43,16 +43,23 @@ def through(network: Encoder | Decoder, x: Tensor) -> Tensor:
     return decoded(network, x) if isinstance(network, Decoder) else encoded(network, x)
 
 
-def activations(config: AutoencoderSizes, pixels: int, itemsize: int) -> int:
+def activations(config: AutoencoderSizes, pixels: int, itemsize: int, *, reserved: bool = False) -> int:
     """Bytes at the worst moment of decoding a large picture: in a level what comes in or two tensors of its width,
     whichever is more (both, where they do not fit into what comes in); or a level and what is moved on to the next;
-    and the bands at work."""
+    and the bands at work.
+
+    Args:
+        reserved: count memory that is there and not written to yet, as devices do; else that which has been used.
+    """
     widths = [config.ch * mult for mult in config.ch_mult]
     before = [*widths[1:], widths[-1]]
     levels = [2 * b if a == b else a if a >= 2 * b else a + 2 * b for a, b in zip(before, widths, strict=True)]
-    moved = [(below + a) / 4 for below, a in zip(levels[1:], before, strict=False)]
-    worst = max([level / 4**i for i, level in enumerate(levels)] + [each / 4**i for i, each in enumerate(moved)])
-    return int((worst * pixels + 6 * before[0] * BAND) * itemsize)
+    room = 4 if reserved else 1
+    moved = [(below + room * a) / 4 for below, a in zip(levels[1:], before, strict=False)]
+    working = max(level / 4**i for i, level in enumerate(levels)) * pixels
+    moving = max((each / 4**i for i, each in enumerate(moved)), default=0) * pixels
+    bands = 6 * before[0] * BAND
+    return int((max(working + bands, moving) if reserved else max(working, moving) + bands) * itemsize)
 
 
 def decoded(decoder: Decoder, latent: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from miniflux.study.capturing import Capture, capture
     from miniflux.study.comparing import diff
     from miniflux.study.concepts import concept_maps
-    from miniflux.study.counting import Counts, count
+    from miniflux.study.counting import count
+    from miniflux.study.counts import Counts
     from miniflux.study.divergence import Diff
     from miniflux.study.editing import add, edit, patch, replace, scale, skip, zero
     from miniflux.study.inventory import points
@@ -33,7 +34,8 @@ _HOMES = {
     **dict.fromkeys(("attention_maps", "patch_maps"), "attention"),
     "concept_maps": "concepts",
     "Maps": "maps",
-    **dict.fromkeys(("Counts", "count"), "counting"),
+    "Counts": "counts",
+    "count": "counting",
     "Diff": "divergence",
     "diff": "comparing",
     "Point": "point",
