@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from miniflux.models import linear as module
-from miniflux.models.linear import LARGE, Linear, linear
+from miniflux.models.linear import LARGE, MANY, Linear, linear
 
 needs_onednn = pytest.mark.skipif(module._onednn is None, reason="oneDNN is used where AVX-512 is")
 
@@ -109,3 +109,18 @@ def test_it_is_a_linear_to_everybody() -> None:
     layer(x).square().sum().backward()
     other(x).square().sum().backward()
     assert layer.weight.grad is not None and torch.equal(layer.weight.grad, other.weight.grad)  # type: ignore[arg-type]
+
+
+@needs_onednn
+@torch.inference_mode()
+def test_many_rows_of_a_huge_weight_go_to_mkl_on_intel(asked: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias = made(rows=MANY + 88)
+    monkeypatch.setattr(module, "_huge", weight.numel())
+    whole = linear(x, weight, bias)
+    assert not asked and torch.equal(whole, F.linear(x, weight, bias))
+    assert torch.equal(linear(x[88:], weight, bias), whole[88:]) and not asked
+    linear(x[89:], weight, bias)
+    assert len(asked) == 1
+    monkeypatch.setattr(module, "_huge", weight.numel() + 1)
+    linear(x, weight, bias)
+    assert len(asked) == 2
