@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from miniflux.service.queue import Preview
     from miniflux.settings import Request
 
+LOOKS = 0.5  # seconds between two looks whether Ray is there
 PIECE = 64  # pictures that a process is given at once, at most: so many are lost if it ends
 
 
@@ -158,7 +159,8 @@ class RayHands:
     """
 
     def __init__(self, how: How, count: int, address: str) -> None:
-        self.ray = started(address)
+        self.cluster = started(address)
+        self.ray = self.cluster.ray
         lasting = {"max_restarts": -1, "max_task_retries": 3, **share(self.ray, count)}
         how = replace(how, weights=None if how.weights is None else os.path.abspath(how.weights))
         actor = self.ray.remote(_Far).options(**lasting)
@@ -169,6 +171,7 @@ class RayHands:
 
         Raises:
             OutOfMemoryError: an actor ended again and again with the same pictures.
+            MinifluxError: Ray itself ended.
         """
         left, free = list(pieces(units)), list(self.actors)
         waiting: dict[Any, tuple[Any, Sequence[Unit]]] = {}
@@ -177,7 +180,10 @@ class RayHands:
                 actor, piece = free.pop(), left.pop(0)
                 far = [Unit(unit.request, unit.path.absolute()) for unit in piece]
                 waiting[actor.drawn.remote(far)] = actor, piece
-            (done,), _ = self.ray.wait(list(waiting), num_returns=1)
+            while not (ended := self.ray.wait(list(waiting), num_returns=1, timeout=LOOKS)[0]):
+                if why := self.cluster.ended():
+                    raise MinifluxError(f"{why}: what is drawn is kept; run it again")
+            (done,) = ended
             actor, piece = waiting.pop(done)
             free.append(actor)
             try:
@@ -189,7 +195,7 @@ class RayHands:
             yield piece, told
 
     def close(self) -> None:
-        self.ray.shutdown()
+        self.cluster.close()
 
 
 class _Far:

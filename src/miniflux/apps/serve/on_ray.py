@@ -20,17 +20,23 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+import httpx
 from fastapi import FastAPI
 
 from miniflux.apps.serve.place import Place
 from miniflux.apps.serve.starting import app_of, duty_of
+from miniflux.apps.web.listening import Listening, listen
+from miniflux.errors import InputError, MinifluxError
 from miniflux.service.cluster import share, started
 from miniflux.service.jobs.store import Store
 from miniflux.service.jobs.supervisor import Process, Supervisor
 from miniflux.service.jobs.worker import Duty, worker_of
 
+NAME = "miniflux"  # of the app, in a cluster
+ANSWERS = 180.0  # seconds that Ray Serve has for its first answer
+LOOKS = 0.5
 EACH = 4  # jobs that wait for each worker before there is one more
-IDLE = 60.0  # seconds without a job that waits, after which there is one less
+IDLE = 60.0  # seconds without a job that waits, after which there is one less, of those that draw nothing
 
 
 class Drawer:
@@ -109,6 +115,14 @@ class Crew(Supervisor):
         """An actor, which begins when the cluster has room for it."""
         return Actor(self.ray, duty, self.resources)
 
+    def __enter__(self) -> Crew:
+        super().__enter__()
+        return self
+
+    def ended(self) -> str:
+        """Why nobody looks after the workers; empty while they are looked after."""
+        return "" if self._thread.is_alive() else "the cluster does not answer"
+
     def round(self) -> None:
         """Look after those that there are, and how many the line wants."""
         super().round()
@@ -119,10 +133,13 @@ class Crew(Supervisor):
             for place in self.places[: math.ceil(waiting / EACH)]:
                 place.wanted = True
         elif there > 1 and now - self.busy > IDLE:
-            self.busy, last = now, self.places[there - 1]
-            last.wanted = False
-            if last.process is not None and last.process.stdin is not None:
-                last.process.stdin.close()  # what it has begun goes back into the line
+            draws = {worker["id"] for worker in self.bench.workers() if worker["about"].get("silent") is not None}
+            for place in reversed(self.places):
+                if place.wanted and place.process is not None and place.duty.worker not in draws:
+                    self.busy, place.wanted = now, False
+                    if place.process.stdin is not None:
+                        place.process.stdin.close()  # what it has begun meanwhile goes back into the line
+                    break
 
 
 def _log() -> None:
@@ -133,17 +150,62 @@ def _log() -> None:
 
 
 def run(options: argparse.Namespace, where: Place) -> None:
-    """Serve until it is stopped; errors as of `command.run`."""
+    """Serve until it is stopped; errors as of `command.run`.
+
+    Raises:
+        InputError: no cluster is there, or it has a server.
+        MinifluxError: Ray does not start, or ended.
+    """
     for name in ("weights", "folder", "loras", "networks"):  # processes of Ray are elsewhere
         if getattr(options, name) is not None:
             setattr(options, name, os.path.abspath(getattr(options, name)))
     where = Place(Path(where.folder).resolve(), where.database)
     app_of(options, where)  # refuses here what the deployment would fail with
-    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # 5 are too few where models are being loaded
-    ray = started(options.ray)
-    from ray import serve  # pyright: ignore[reportMissingImports]
+    listening = listen(options.host, options.port)  # likewise; Ray would share the port with whoever has it
+    listening.close()
+    cluster = started(options.ray)
+    ray, mark = cluster.ray, None
+    try:
+        mark = _mark(ray)
+        _deploy(options, where, listening)
+        with Crew(ray, duty_of(options, where), options.workers, options.hang) as crew:
+            urls = " and ".join(f"http://{name}:{listening.port}" for name in listening.hosts)
+            print(f"miniflux: serving at {urls} on Ray, described at /docs (Ctrl+C ends it)", flush=True)
+            while not (why := cluster.ended() or crew.ended()):
+                time.sleep(LOOKS)
+        raise MinifluxError(f"{why}: start the server again, which goes on with the jobs that there are")
+    finally:
+        if mark is not None and not cluster.folder:  # one that goes on without us
+            with suppress(Exception):
+                _undeploy()
+        cluster.close()
 
-    quiet = {"log_level": "WARNING", "enable_access_log": False}  # a line for each request is ours already
+
+class Mark:
+    """An actor by which a cluster has one server; it ends with the server, however that ends."""
+
+
+def _mark(ray: Any) -> Any:
+    """
+    Raises:
+        InputError: there is a server, whose app ours would replace.
+    """
+    try:
+        return ray.remote(Mark).options(name=NAME, namespace=NAME, num_cpus=0).remote()
+    except ValueError as error:
+        raise InputError("--ray: a server runs on this cluster already; it can have more --workers") from error
+
+
+def _deploy(options: argparse.Namespace, where: Place, listening: Listening) -> None:
+    """Have Ray Serve answer with our app.
+
+    Raises:
+        MinifluxError: it does not.
+    """
+    from ray import exceptions, serve  # pyright: ignore[reportMissingImports]
+
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    quiet = {"log_level": "ERROR", "enable_access_log": False}  # a line for each request is ours already
     told = {name: value for name, value in vars(options).items() if name != "run"}
 
     def app() -> FastAPI:  # made where it answers: a database, threads and the like do not travel
@@ -152,18 +214,35 @@ def run(options: argparse.Namespace, where: Place) -> None:
 
     deployment: Any = serve.deployment(
         serve.ingress(app)(type("Miniflux", (), {})),
-        name="miniflux",
+        name=NAME,
         ray_actor_options={"num_cpus": 0},  # it draws nothing
         max_ongoing_requests=1000,
+        health_check_period_s=1,  # 10 else, in which one that ended is not missed
+        graceful_shutdown_timeout_s=5,
         logging_config=quiet,
     )
     try:
-        serve.start(http_options={"host": options.host, "port": options.port}, logging_config=quiet)
-        serve.run(deployment.bind(), name="miniflux", route_prefix="/")
-        with Crew(ray, duty_of(options, where), options.workers, options.hang):
-            print(f"miniflux: serving at http://{options.host}:{options.port} on Ray (Ctrl+C ends it)", flush=True)
-            threading.Event().wait()
-    finally:
-        with suppress(Exception):  # it may be Ray that has ended
-            serve.shutdown()
-        ray.shutdown()
+        with suppress(TimeoutError):  # after a minute, which is not too long: it is seen below
+            serve.start(http_options={"host": listening.host, "port": listening.port}, logging_config=quiet)
+        with suppress(TimeoutError):
+            serve.run(deployment.bind(), name=NAME, route_prefix="/")
+    except (RuntimeError, exceptions.RayError) as error:
+        raise MinifluxError(f"Ray Serve does not take the app: {str(error).strip().rpartition(chr(10))[2]}") from error
+    url, until = f"http://{listening.hosts[0]}:{listening.port}/healthz", time.monotonic() + ANSWERS
+    while time.monotonic() < until:
+        with suppress(httpx.HTTPError):
+            if httpx.get(url, timeout=10, trust_env=False).status_code == 200:
+                return
+        time.sleep(LOOKS)
+    raise MinifluxError(
+        f"Ray Serve does not answer at {url}: on a cluster where it runs already, give its --host and --port"
+    )
+
+
+def _undeploy() -> None:
+    """Leave a cluster that others may use, too."""
+    from ray import serve  # pyright: ignore[reportMissingImports]
+
+    serve.delete(NAME)
+    if not serve.status().applications:
+        serve.shutdown()
