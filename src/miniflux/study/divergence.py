@@ -22,7 +22,7 @@ from miniflux.study.tensors import Named
 
 # What rounding explains of a block's own error, in roundings of a number: so many of what the block adds to a stream,
 # and so many of the stream. Of two implementations in one precision a tenth to a half of it is seen, of one in two
-# precisions a tenth to a fifth, at all widths (docs/study/diff.md).
+# precisions a tenth to a fifth, at widths of 32 to 64 (docs/study/diff.md).
 CHANGE, STREAM = 16.0, 2.0
 
 
