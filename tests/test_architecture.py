@@ -68,7 +68,7 @@ MAY_IMPORT = {
     "service": LIBRARY | {"replay"},
     "apps.console": set(),  # what all commands say, and how
     "apps.web": set(),  # what the page and the server share
-    "apps.ui": LIBRARY | {"replay", "service", "apps.web"},
+    "apps.ui": LIBRARY | {"replay", "service", "study", "apps.web"},
     "apps.serve": LIBRARY | {"service", "apps.web", "apps.console", "apps.ui"},  # --ui serves the page as well
     "apps": LIBRARY | {"study", "training", "nano", "replay", "service", "apps.ui", "apps.serve", "apps.console"},
     "__main__": {"apps"},

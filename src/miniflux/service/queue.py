@@ -86,6 +86,7 @@ class Job:
     costs: tuple[Cost, ...]
     title: str = ""
     deliver: Deliver | None = None
+    draw: Draw | None = None
     id: str = field(default_factory=lambda: secrets.token_urlsafe(16))
     state: JobState = "waiting"
     error: BaseException | None = None
@@ -176,11 +177,19 @@ class Queue:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, session: str, *requests: Request, title: str = "", deliver: Deliver | None = None) -> Job:
+    def submit(
+        self,
+        session: str,
+        *requests: Request,
+        title: str = "",
+        deliver: Deliver | None = None,
+        draw: Draw | None = None,
+    ) -> Job:
         """Put a job at the end of the line.
 
         Args:
             deliver: told of its results, instead of the queue's own.
+            draw: does its work, instead of the queue's own; nothing of it is then answered at once.
 
         Raises:
             QueueFullError: too many wait.
@@ -190,7 +199,7 @@ class Queue:
         if not requests:
             raise InputError("a job needs at least one request, got none")
         costs = tuple(self.cost(request) for request in requests)
-        job = Job(self, session, requests, costs, title, deliver or self.deliver)
+        job = Job(self, session, requests, costs, title, deliver or self.deliver, draw)
         if self._answered(job):
             return job
         with self._change:
@@ -204,7 +213,7 @@ class Queue:
 
     def _answered(self, job: Job) -> bool:
         """Whether the whole job could be answered at once, and was."""
-        if self.answer is None or self._closed:
+        if self.answer is None or job.draw is not None or self._closed:
             return False
         results: list[Result] = []
         for request in job.requests:
@@ -332,7 +341,7 @@ class Queue:
 
             if job.stopping:
                 raise CancelledError("cancelled")
-            result = self.draw(request, step)
+            result = (job.draw or self.draw)(request, step)
             if job.deliver is not None:
                 job.deliver(job, i, result)
             timer.over()

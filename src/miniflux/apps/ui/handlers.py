@@ -80,6 +80,8 @@ def connect(page: gr.Blocks, site: Site, c: Controls) -> None:
     on(c.stage.cancel, handlers.cancel, None, [c.stage])
     on(c.stage.remove, handlers.remove, None, [c.stage])
     on(c.stage.restore, handlers.restore, None, [c.stage])
+    on(c.inside.look, handlers.look, None, [c.inside, c.stage])
+    on(c.inside.view, handlers.view, None, [c.inside, c.stage], "always_last")
     on(c.loras.remove, handlers.remove_lora, {c.model, c.loras}, [c.loras, c.stage])
     _keep(page, site, c, quick)
     writers = [c.writer, c.told, c.heat, c.rewrite, c.unable]
@@ -229,8 +231,37 @@ class Handlers:
         return {self.c.stage: said("info", "")}
 
     def remove(self, event: gr.EventData, web: gr.Request) -> Given:
-        self.site.history.delete(self._who(web)[0], str(event.id))
+        session, shelf = self._who(web)
+        self.site.history.delete(session, str(event.id))
+        if shelf.recording is not None and shelf.recording.id == str(event.id):
+            shelf.recording = None
         return {self.c.stage: {**said("info", "Deleted."), "undo": [str(event.id)]}}
+
+    # Looking inside; the room of studies is imported when somebody does
+
+    def look(self, event: gr.EventData, web: gr.Request) -> Given:
+        """Show what was seen of a picture, or draw it once more to see it."""
+        from miniflux.apps.ui import inside
+
+        session, shelf = self._who(web)
+        id = str(getattr(event, "id", ""))
+        if shelf.recording is not None and shelf.recording.id == id:
+            return {self.c.inside: inside.view(shelf.recording)}
+        job = inside.look(self.site, session, self.site.history.get(session, id))
+        return {self.c.inside: {"waits": job.id, "id": id}, self.c.stage: said("info", "")}
+
+    def view(self, event: gr.EventData, web: gr.Request) -> Given:
+        """A map of what was seen; nothing where the job that was waited for has ended without one."""
+        from miniflux.apps.ui import inside
+
+        _, shelf = self._who(web)
+        recording, id = shelf.recording, getattr(event, "id", None)
+        if recording is None or recording.id != id:
+            if getattr(event, "waited", False):
+                return {self.c.inside: {}}
+            raise InputError("what was seen of this picture is not kept any more: look inside once more")
+        asked = {name: getattr(event, name, None) for name in ("word", "step", "block", "at")}
+        return {self.c.inside: inside.view(recording, **asked)}
 
     # Filling the controls
 

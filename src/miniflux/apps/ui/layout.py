@@ -18,7 +18,7 @@ from miniflux.sampling.schedules import SPACINGS
 from miniflux.service import Listed
 from miniflux.upsampling.rewriting import SYSTEM
 
-SCRIPTS = ("page", "messages", "keeping", "stage", "history", "viewer", "loras")
+SCRIPTS = ("page", "messages", "keeping", "stage", "history", "viewer", "loras", "inside")
 """What the page does itself, in this order."""
 
 HELP = {
@@ -86,6 +86,9 @@ STAGE = """miniflux.stage(element, props, {
   restore: (d) => trigger('restore', d),
 }, watch);"""
 LORAS = "miniflux.loras(element, props, {remove: (d) => trigger('remove', d)}, watch);"
+INSIDE = (
+    """miniflux.inside(element, props, {look: (d) => trigger('look', d), view: (d) => trigger('view', d)}, watch);"""
+)
 """Gradio finds the names of our events in these texts."""
 
 PAINT = "Paint over what is drawn anew; with nothing painted, all of it is changed."
@@ -164,6 +167,7 @@ class Controls:
     before: gr.Textbox
     take_back: gr.Button
     unable: gr.Textbox
+    inside: gr.HTML
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -221,6 +225,8 @@ def build(site: Site) -> Controls:
                 js_on_load=STAGE,
                 **drawn,
             )
+            with gr.Accordion("Look inside", open=False, elem_classes="mf-room", elem_id="mf-inside"):
+                made["inside"] = gr.HTML(None, elem_id="mf-inside-view", js_on_load=INSIDE, **drawn)
             gr.HTML(None, elem_id="mf-history", js_on_load="miniflux.history(element);", **drawn)
     return Controls(**made)
 

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from miniflux.apps.ui.recording import Recording
 from miniflux.apps.ui.uploads import Uploads
 from miniflux.cache import ResultCache
 from miniflux.checks import shown
@@ -26,6 +27,7 @@ from miniflux.memory.compute import choose_device, choose_dtype
 from miniflux.models.transformer import TransformerConfig
 from miniflux.result import Result
 from miniflux.service import Given, Grid, History, Job, Listed, Models, Queue
+from miniflux.service.queue import Deliver, Draw
 from miniflux.settings import Request
 from miniflux.variants import ALIASES
 
@@ -37,6 +39,7 @@ MAX_LORAS = 32  # files that one session may drop
 MAX_GIVEN = 64  # pictures of one session that its requests may name; the latest ones
 MAX_UNTOLD = 8  # jobs of a session that are over, kept to say so
 CACHE_BYTES = 2**30  # of pictures kept to answer repeated requests
+RECORDED_BYTES = 2**29  # of all sessions' recordings of the insides of models
 BUNDLED = {"realism": "Realism", "canny": "Canny edges"}  # LoRAs, and what the list calls them
 MODEL_FILES = {".safetensors", ".sft", ".gguf"}
 
@@ -66,12 +69,13 @@ class Lora:
 
 @dataclass
 class Shelf:
-    """What a browser session has, beside its history: LoRAs, the SHA-256 of pictures that it gave, the latest last, and
-    jobs whose end it has not been told."""
+    """What a browser session has, beside its history: LoRAs, the SHA-256 of pictures that it gave, the latest last,
+    jobs whose end it has not been told, and what was seen inside of the model when it last looked."""
 
     loras: dict[str, Lora] = field(default_factory=dict[str, Lora])
     given: dict[str, None] = field(default_factory=dict[str, None])
     jobs: list[Job] = field(default_factory=list[Job])
+    recording: Recording | None = None
     lock: threading.RLock = field(default_factory=threading.RLock)
 
 
@@ -262,11 +266,34 @@ class Site:
 
     # Jobs
 
-    def submit(self, session: str, requests: Sequence[Request], title: str = "") -> Job:
-        """Put a job in line for a session; errors as of `Queue.submit`, or a picture is not here."""
+    def submit(
+        self,
+        session: str,
+        requests: Sequence[Request],
+        title: str = "",
+        *,
+        deliver: Deliver | None = None,
+        draw: Draw | None = None,
+    ) -> Job:
+        """Put a job in line for a session; `deliver`, `draw` and errors as of `Queue.submit`, or a picture is not
+        here."""
         self._check(session, requests)
-        job = self.queue.submit(session, *requests, title=title)
+        job = self.queue.submit(session, *requests, title=title, deliver=deliver, draw=draw)
         return self._on_shelf(session, job)
+
+    def keep_recording(self, session: str, recording: Recording) -> None:
+        """In place of the session's last one; those of other sessions go, the longest unused first, where all together
+        would be too large."""
+        shelf = self.shelf(session)
+        with self._lock:
+            others = [one for one in self._shelves.values() if one is not shelf and one.recording is not None]
+            total = recording.bytes + sum(one.recording.bytes for one in others if one.recording is not None)
+            for one in others:
+                if total <= RECORDED_BYTES:
+                    break
+                total -= 0 if one.recording is None else one.recording.bytes
+                one.recording = None
+            shelf.recording = recording
 
     def submit_grid(self, session: str, grid: Grid) -> Job:
         """Put a grid in line; what comes into the history is one labelled sheet."""

@@ -1,6 +1,6 @@
 /* What the page draws itself: the stage, the history and the list of LoRAs. Every text goes in as text, never as markup.
 
-   Gradio calls `page`, `stage`, `history` and `loras` when it mounts their elements; each is given its element, its
+   Gradio calls `page`, `stage`, `history`, `inside` and `loras` when it mounts their elements; each is given its element, its
    properties and how to tell the server. Everything else comes from GET studio/state, asked often while something is
    being drawn. The other files in this folder add their parts to `miniflux`; this one comes first. */
 
@@ -104,6 +104,7 @@ window.miniflux ??= (() => {
       miniflux.drawHistory();
     }
     miniflux.drawStage();
+    parts.inside?.learned();
   }
 
   /** Show a picture of the history. */
