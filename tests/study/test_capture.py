@@ -23,8 +23,8 @@ from miniflux.errors import CheckpointError, InputError, OutputError
 from miniflux.pipeline import Pipeline
 from miniflux.sampling import SOLVERS
 from miniflux.sampling.guidance import Cfg, Nag, PerpNeg, SkipLayer
-from miniflux.study import growing, tapping
-from miniflux.study.kept import Kept
+from miniflux.study.values import growing, tapping
+from miniflux.study.values.kept import Kept
 from miniflux.testing import tiny as fresh
 from tests.small_models import lora as small_lora
 

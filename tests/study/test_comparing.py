@@ -25,7 +25,7 @@ from miniflux.models.flux1 import Flux1
 from miniflux.models.flux2 import Flux2
 from miniflux.models.flux3 import Flux3, Parts
 from miniflux.models.layers import Shift, attention
-from miniflux.study import comparing, divergence, sides
+from miniflux.study.divergence import comparing, parting, sides
 from miniflux.testing import randomise
 from tests.tiny import FLUX1, FLUX2, FLUX3
 
@@ -180,7 +180,7 @@ def test_twenty_faults(name: str, where: str, plant: Plant) -> None:
     plant(b.get_submodule(where))
     found = study.diff(a, b, **INPUT)
     assert found.parts_at == where and f"they part at {where}: " in found.verdict
-    off = [row.name for row in found.rows if divergence.beyond(row.own, 1) or divergence.beyond(row.given, 1)]
+    off = [row.name for row in found.rows if parting.beyond(row.own, 1) or parting.beyond(row.given, 1)]
     assert off == [where], found
     assert found.output.relative > 1e-7
 
@@ -231,7 +231,7 @@ def test_faults_around_blocks(name: str, plant: Plant, verdict: str) -> None:
     plant(b)
     found = study.diff(a, b, **INPUT)
     assert re.match(verdict, found.verdict), found.verdict
-    assert not [row.name for row in found.rows if row.block and divergence.beyond(row.own, 1)]
+    assert not [row.name for row in found.rows if row.block and parting.beyond(row.own, 1)]
 
 
 def test_what_lies_between_blocks() -> None:
@@ -287,7 +287,7 @@ def test_rounding_is_no_fault(name: str) -> None:
 def test_the_same_is_the_same() -> None:
     a = network("flux3")
     found = study.diff(a, a, **INPUT)
-    assert found.agree and found.output == divergence.Error(0.0, 0.0, 0.0)
+    assert found.agree and found.output == parting.Error(0.0, 0.0, 0.0)
     assert not any(one.largest for row in found.rows for one in (*row.own.values(), *row.grown.values()))
 
 
@@ -307,8 +307,8 @@ def test_a_quantised_file(files: dict[str, Path]) -> None:
     """Every block parts, the first is named; with a larger tolerance none does. The rest of the file is as it was."""
     found = study.diff(files["wide"], files["q8"], **INPUT)
     assert found.parts_at == "double_blocks.0"
-    assert all(divergence.beyond(row.own, 1) for row in found.rows if row.block)
-    assert not any(divergence.beyond(row.own, 1) for row in found.rows if not row.block)
+    assert all(parting.beyond(row.own, 1) for row in found.rows if row.block)
+    assert not any(parting.beyond(row.own, 1) for row in found.rows if not row.block)
     assert study.diff(files["wide"], files["q8"], tolerance=1e5, **INPUT).agree
     assert study.diff(files["wide"], files["wide"], **INPUT).output.largest == 0
 

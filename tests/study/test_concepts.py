@@ -20,7 +20,7 @@ from miniflux.models.flux1 import RunBlock
 from miniflux.pipeline import Pipeline
 from miniflux.sampling import Told, cache
 from miniflux.sampling.observing import Call, observed
-from miniflux.study.concepts import ConceptWatch, concept_maps, read
+from miniflux.study.mapping.concepts import ConceptWatch, concept_maps, read
 from tests.study.test_maps import picture
 
 PROMPT, CONCEPTS = "a red circle", ["circle", "sky blue"]
@@ -314,7 +314,7 @@ def test_who_captures_would_take_concepts_for_the_prompt() -> None:
 
 def test_compiled_blocks_have_no_inside(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = miniflux.tiny("flux1-schnell")
-    monkeypatch.setattr("miniflux.study.attention.is_compiled", lambda network: network is pipe.transformer)
+    monkeypatch.setattr("miniflux.study.mapping.attention.is_compiled", lambda network: network is pipe.transformer)
     for maps in (study.attention_maps, concept_maps):
         with pytest.raises(InputError, match="without compile"):
             maps(pipe, PROMPT, ["circle"], **SMALL)

@@ -20,9 +20,9 @@ from miniflux.checkpoints.loading import bare
 from miniflux.checkpoints.networks import networks_of
 from miniflux.conversion.converting import convert
 from miniflux.errors import InputError
-from miniflux.study import counting
-from miniflux.study.activations import Moved
-from miniflux.study.flops import Work, encoding_flops, flops_of
+from miniflux.study.sizes import counting
+from miniflux.study.sizes.activations import Moved
+from miniflux.study.sizes.flops import Work, encoding_flops, flops_of
 from miniflux.testing import randomise, tiny
 from miniflux.variants import VARIANTS, Variant
 from miniflux.weights.finding import BUNDLED

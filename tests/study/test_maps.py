@@ -18,10 +18,10 @@ from miniflux.models.flux1 import RunBlock
 from miniflux.models.layers import apply_rope
 from miniflux.sampling import cache
 from miniflux.sampling.observing import Call, observed
-from miniflux.study import attention as module
-from miniflux.study.attention import AttentionWatch, Groups, attention_between, attention_maps, patch_maps
-from miniflux.study.maps import Maps, blocks_for
-from miniflux.study.words import find, words_in
+from miniflux.study.mapping import attention as module
+from miniflux.study.mapping.attention import AttentionWatch, Groups, attention_between, attention_maps, patch_maps
+from miniflux.study.mapping.maps import Maps, blocks_for
+from miniflux.study.mapping.words import find, words_in
 from tests.tiny import FLUX3, randn
 
 PROMPT = "a red circle on blue background"

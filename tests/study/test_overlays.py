@@ -15,10 +15,10 @@ from miniflux.apps.cli import main
 from miniflux.errors import InputError, OutputError
 from miniflux.nano import scenes
 from miniflux.result import Result
-from miniflux.study import overlays, scoring
-from miniflux.study.attention import attention_maps
-from miniflux.study.maps import Maps
-from miniflux.study.scoring import Candidate
+from miniflux.study.mapping import overlays, scoring
+from miniflux.study.mapping.attention import attention_maps
+from miniflux.study.mapping.maps import Maps
+from miniflux.study.mapping.scoring import Candidate
 
 FAR = overlays.HEAT[-1][1]
 NEAR = overlays.HEAT[0][1]

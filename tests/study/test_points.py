@@ -7,7 +7,7 @@ import pytest
 import miniflux
 from miniflux import study
 from miniflux.errors import InputError
-from miniflux.study.planning import shape_of
+from miniflux.study.values.planning import shape_of
 from tests.small_models import tiny
 
 VARIANTS = ("flux1-dev", "flux2-dev", "flux2-klein-4b", "flux3-klein")

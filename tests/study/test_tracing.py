@@ -11,7 +11,7 @@ import pytest
 import miniflux
 from miniflux import study
 from miniflux.errors import InputError
-from miniflux.study.tracing import colour
+from miniflux.study.values.tracing import colour
 
 CLEAN, CORRUPTED = "a red circle on a blue background", "a green circle on a blue background"
 ASKED: dict[str, Any] = {"seed": 1, "steps": 4, "width": 64, "height": 64}

@@ -23,9 +23,9 @@ from miniflux.result import to_image
 from miniflux.sampling import Moment, guide
 from miniflux.sampling.forwards import Told
 from miniflux.sampling.observing import observed
-from miniflux.study import path_pictures, paths, trajectories
-from miniflux.study.lens import Lens, lens, picture_blocks
-from miniflux.study.trajectories import Trajectory, trajectory
+from miniflux.study.paths import geometry, pictures, trajectories
+from miniflux.study.paths.lens import Lens, lens, picture_blocks
+from miniflux.study.paths.trajectories import Trajectory, trajectory
 from tests.tiny import randn
 
 PROMPT = "a red circle on a blue background"
@@ -40,9 +40,9 @@ def test_a_constant_velocity_is_a_straight_line() -> None:
     """No angle, at any pace of steps; and the length is the chord's."""
     sigmas, v = (1.0, 0.9, 0.4, 0.0), randn(4, 3, 3).double()
     latents = torch.stack([sigma * v + 2 for sigma in sigmas])
-    assert paths.turns(torch.stack([v, v, v])) == [0, 0]
-    assert paths.straightness(latents, sigmas) < 1e-30
-    assert paths.length(latents) == pytest.approx(1, abs=1e-15)
+    assert geometry.turns(torch.stack([v, v, v])) == [0, 0]
+    assert geometry.straightness(latents, sigmas) < 1e-30
+    assert geometry.length(latents) == pytest.approx(1, abs=1e-15)
 
 
 def test_half_a_circle() -> None:
@@ -51,32 +51,36 @@ def test_half_a_circle() -> None:
     angles = torch.linspace(0, math.pi, n + 1, dtype=torch.float64)
     points = torch.stack((angles.cos(), angles.sin()), dim=1)
     sigmas = [1 - k / n for k in range(n + 1)]
-    assert paths.turns(points[1:] - points[:-1]) == pytest.approx([180 / n] * (n - 1), abs=1e-9)
+    assert geometry.turns(points[1:] - points[:-1]) == pytest.approx([180 / n] * (n - 1), abs=1e-9)
     # each chord is 2 sin(pi / 2n), so S = (n * chord / 2)^2 - 1, which tends to (pi / 2)^2 - 1
     expected = (n * math.sin(math.pi / (2 * n))) ** 2 - 1
-    assert paths.straightness(points, sigmas) == pytest.approx(expected, rel=1e-12)
-    assert paths.length(points) == pytest.approx(math.sqrt(1 + expected), rel=1e-12)  # at an even pace
-    assert paths.length(points) <= math.sqrt(1 + paths.straightness(points, [s**2 for s in sigmas]))
+    assert geometry.straightness(points, sigmas) == pytest.approx(expected, rel=1e-12)
+    assert geometry.length(points) == pytest.approx(math.sqrt(1 + expected), rel=1e-12)  # at an even pace
+    assert geometry.length(points) <= math.sqrt(1 + geometry.straightness(points, [s**2 for s in sigmas]))
 
 
 def test_angles_and_distances() -> None:
     a, b = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1e-6])
-    assert paths.angle(a, b) == pytest.approx(math.degrees(1e-6), rel=1e-6)  # of which an arc cosine leaves nothing
-    assert paths.angle(a, -3 * a) == 180 and paths.angle(a, 0 * a) is None
-    assert paths.relative(3 * a, a) == 2 and paths.relative(0 * a, 0 * a) == 0 and paths.relative(a, 0 * a) == math.inf
-    assert paths.spread(21, 3) == [0, 10, 20]
-    assert paths.spread(2, 5) == [0, 1] and paths.spread(1, 5) == [0] and paths.spread(0, 5) == []
+    assert geometry.angle(a, b) == pytest.approx(math.degrees(1e-6), rel=1e-6)  # of which an arc cosine leaves nothing
+    assert geometry.angle(a, -3 * a) == 180 and geometry.angle(a, 0 * a) is None
+    assert (
+        geometry.relative(3 * a, a) == 2
+        and geometry.relative(0 * a, 0 * a) == 0
+        and geometry.relative(a, 0 * a) == math.inf
+    )
+    assert geometry.spread(21, 3) == [0, 10, 20]
+    assert geometry.spread(2, 5) == [0, 1] and geometry.spread(1, 5) == [0] and geometry.spread(0, 5) == []
 
 
 @pytest.mark.parametrize("sigmas", [(1.0, 0.0), (1.0, 0.5, 0.5), (0.0, 0.5, 1.0)])
 def test_what_is_no_path_has_no_straightness(sigmas: tuple[float, ...]) -> None:
     with pytest.raises(InputError, match="falling noise levels, one for each"):
-        paths.straightness(randn(3, 4), sigmas)
+        geometry.straightness(randn(3, 4), sigmas)
 
 
 def test_a_round_trip_has_no_direction() -> None:
     with pytest.raises(InputError, match="ends where it began"):
-        paths.straightness(torch.tensor([[1.0], [2.0], [1.0]]), (1.0, 0.5, 0.0))
+        geometry.straightness(torch.tensor([[1.0], [2.0], [1.0]]), (1.0, 0.5, 0.0))
 
 
 # The lens
@@ -176,8 +180,8 @@ def test_a_network_that_says_the_same_everywhere() -> None:
     path = trajectory(pipe, PROMPT, **SMALL)
     assert {d for block in trajectories.blocks(path) for d in block.distances} == {0.0}
     assert [step.turn for step in trajectories.steps(path)] == [None, 0, 0]
-    assert paths.straightness(path.latents, path.sigmas) < 1e-10  # the latents are float32
-    assert paths.length(path.latents) == pytest.approx(1, abs=1e-6)
+    assert geometry.straightness(path.latents, path.sigmas) < 1e-10  # the latents are float32
+    assert geometry.length(path.latents) == pytest.approx(1, abs=1e-6)
 
 
 def test_a_block_without_the_picture_is_refused() -> None:
@@ -204,7 +208,7 @@ def test_steps_are_those_of_the_run(asked: dict[str, Any]) -> None:
     assert torch.equal(path.result.latents, plain.latents)
     assert path.blocks == ("double_blocks.1",) and path.seen.shape[1] == 1
     if asked.get("solver") is None:  # Euler ends at the picture it points to
-        shown = path_pictures.decoded(pipe, path.pictures[-1:])[0]
+        shown = pictures.decoded(pipe, path.pictures[-1:])[0]
         assert shown.tobytes() == plain.images[0].tobytes()
         v = path.velocities[0]
         torch.testing.assert_close(path.latents[1], path.latents[0] + (path.sigmas[1] - 1) * v, rtol=0, atol=1e-5)
@@ -244,7 +248,7 @@ def test_the_same_run_at_another_guidance() -> None:
     path, other = (trajectory(pipe, PROMPT, blocks=(), guidance=g, **SMALL) for g in (3.0, 1.0))
     found = trajectories.apart(path, other)
     assert found[0].velocities > 0 and found[0].angle is not None and found[0].angle > 0
-    assert found[0].latents == paths.relative(path.latents[1], other.latents[1])
+    assert found[0].latents == geometry.relative(path.latents[1], other.latents[1])
     assert all(step.latents == step.velocities == step.angle == 0 for step in trajectories.apart(path, path))
     with pytest.raises(InputError, match="3 steps from 1 .* and 2 from 1 "):
         trajectories.apart(path, trajectory(pipe, PROMPT, blocks=(), **{**SMALL, "steps": 2}))
@@ -293,22 +297,22 @@ def path() -> Trajectory:
 def test_sheets(path: Trajectory) -> None:
     """A row of pictures for every block; the last of them is what the step points to, and the last step the result."""
     pipe = miniflux.load("nano")
-    sheet = path_pictures.grid(pipe, path, side=None)
+    sheet = pictures.grid(pipe, path, side=None)
     assert sheet.height > len(path.blocks) * 48
     corner = sheet.crop((sheet.width - 68, sheet.height - 52, sheet.width - 4, sheet.height - 4))
     assert corner.tobytes() == path.result.images[0].tobytes()
-    assert path_pictures.strip(pipe, path, side=None).crop(corner.getbbox()).size == corner.size
-    assert path_pictures.decoded(pipe, path.pictures[:1], 32)[0].size == (32, 24)
+    assert pictures.strip(pipe, path, side=None).crop(corner.getbbox()).size == corner.size
+    assert pictures.decoded(pipe, path.pictures[:1], 32)[0].size == (32, 24)
     with torch.inference_mode():
         pixels = pipe.autoencoder.decode(path.block_pictures(1)[:1])  # type: ignore
-    assert path_pictures.decoded(pipe, path.block_pictures(1)[:1])[0].tobytes() == to_image(pixels[0]).tobytes()
+    assert pictures.decoded(pipe, path.block_pictures(1)[:1])[0].tobytes() == to_image(pixels[0]).tobytes()
 
 
 def test_guidance_has_a_row_of_its_own(path: Trajectory) -> None:
     pipe = miniflux.load("nano")
     guided = trajectory(pipe, PROMPT, guide="cfg", blocks=path.blocks[-1:], **SMALL)
     plain = replace(path, blocks=path.blocks[-1:], seen=path.seen[:, -1:])
-    assert path_pictures.grid(pipe, guided).height == path_pictures.grid(pipe, plain).height + 52
+    assert pictures.grid(pipe, guided).height == pictures.grid(pipe, plain).height + 52
 
 
 def test_tables(path: Trajectory) -> None:
@@ -323,13 +327,13 @@ def test_tables(path: Trajectory) -> None:
 def test_nothing_to_show(path: Trajectory, tmp_path: Path) -> None:
     bare = replace(path, blocks=(), seen=path.seen[:, :0])
     for draw in (
-        lambda: path_pictures.grid(miniflux.load("nano"), bare),
-        lambda: path_pictures.plot_blocks(bare, tmp_path / "a.png"),
+        lambda: pictures.grid(miniflux.load("nano"), bare),
+        lambda: pictures.plot_blocks(bare, tmp_path / "a.png"),
     ):
         with pytest.raises(InputError, match="no blocks were looked at"):
             draw()
     with pytest.raises(OutputError, match="ending"):
-        path_pictures.plot(path, tmp_path / "a.gif")
+        pictures.plot(path, tmp_path / "a.gif")
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,7 +56,7 @@ def _diff(options: argparse.Namespace) -> None:
         check_place(Path(options.plot), plotting.KINDS)
         plotting.check()
         place = new_file(options.plot, options.force)
-    from miniflux.study import comparing
+    from miniflux.study.divergence import comparing
 
     width, height = options.size or (None, None)
     lora, scale = options.lora or (None, 1.0)

@@ -76,9 +76,9 @@ def _map(options: argparse.Namespace) -> None:
     moving, raw = _place(options.animation, MOVING, options.force), _place(options.raw, (".npz",), options.force)
     from miniflux.pipeline import load
     from miniflux.result import save_picture
-    from miniflux.study import overlays
-    from miniflux.study.attention import attention_maps
-    from miniflux.study.concepts import concept_maps
+    from miniflux.study.mapping import overlays
+    from miniflux.study.mapping.attention import attention_maps
+    from miniflux.study.mapping.concepts import concept_maps
 
     width, height = options.size or (None, None)
     asked: dict[str, Any] = {"seed": options.seed, "steps": options.steps, "width": width, "height": height}
@@ -104,7 +104,7 @@ def _map(options: argparse.Namespace) -> None:
 
 def _iou(options: argparse.Namespace) -> None:
     from miniflux.pipeline import load
-    from miniflux.study import scoring
+    from miniflux.study.mapping import scoring
 
     size = {} if options.size is None else dict(zip(("width", "height"), options.size, strict=True))
     console.say(str(scoring.measure(load(options.model), options.prompts, **size)))

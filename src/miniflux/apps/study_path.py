@@ -59,7 +59,7 @@ def _run(options: argparse.Namespace) -> None:
         place = new_file(options.output, options.force, folder=folder)
     from miniflux.pipeline import load
     from miniflux.result import save_picture
-    from miniflux.study import path_pictures, trajectories
+    from miniflux.study.paths import pictures, trajectories
 
     pipe = load(options.model)
     width, height = options.size or (None, None)
@@ -75,7 +75,7 @@ def _run(options: argparse.Namespace) -> None:
         return
     with place as there:
         if folder:
-            path_pictures.save(pipe, path, there)
+            pictures.save(pipe, path, there)
         else:
-            save_picture(path_pictures.grid(pipe, path), there, None)
+            save_picture(pictures.grid(pipe, path), there, None)
     console.say(str(there))

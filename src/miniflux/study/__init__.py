@@ -13,38 +13,38 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from miniflux.study.attention import attention_maps, patch_maps
-    from miniflux.study.blueprints import blueprint
-    from miniflux.study.capturing import Capture, capture
-    from miniflux.study.comparing import diff
-    from miniflux.study.concepts import concept_maps
-    from miniflux.study.counting import count
-    from miniflux.study.counts import Counts
-    from miniflux.study.divergence import Diff
-    from miniflux.study.editing import add, edit, patch, replace, scale, skip, zero
-    from miniflux.study.inventory import points
-    from miniflux.study.kept import Kept, opened
-    from miniflux.study.maps import Maps
-    from miniflux.study.point import Point
-    from miniflux.study.tracing import trace
-    from miniflux.study.trajectories import Trajectory, trajectory
+    from miniflux.study.divergence.comparing import diff
+    from miniflux.study.divergence.parting import Diff
+    from miniflux.study.mapping.attention import attention_maps, patch_maps
+    from miniflux.study.mapping.concepts import concept_maps
+    from miniflux.study.mapping.maps import Maps
+    from miniflux.study.paths.trajectories import Trajectory, trajectory
+    from miniflux.study.sizes.blueprints import blueprint
+    from miniflux.study.sizes.counting import count
+    from miniflux.study.sizes.counts import Counts
+    from miniflux.study.values.capturing import Capture, capture
+    from miniflux.study.values.editing import add, edit, patch, replace, scale, skip, zero
+    from miniflux.study.values.inventory import points
+    from miniflux.study.values.kept import Kept, opened
+    from miniflux.study.values.point import Point
+    from miniflux.study.values.tracing import trace
 
 _HOMES = {
-    "blueprint": "blueprints",
-    **dict.fromkeys(("attention_maps", "patch_maps"), "attention"),
-    "concept_maps": "concepts",
-    "Maps": "maps",
-    "Counts": "counts",
-    "count": "counting",
-    "Diff": "divergence",
-    "diff": "comparing",
-    "Point": "point",
-    "points": "inventory",
-    **dict.fromkeys(("Kept", "opened"), "kept"),
-    **dict.fromkeys(("Capture", "capture"), "capturing"),
-    **dict.fromkeys(("add", "edit", "patch", "replace", "scale", "skip", "zero"), "editing"),
-    "trace": "tracing",
-    **dict.fromkeys(("Trajectory", "trajectory"), "trajectories"),
+    "blueprint": "sizes.blueprints",
+    **dict.fromkeys(("attention_maps", "patch_maps"), "mapping.attention"),
+    "concept_maps": "mapping.concepts",
+    "Maps": "mapping.maps",
+    "Counts": "sizes.counts",
+    "count": "sizes.counting",
+    "Diff": "divergence.parting",
+    "diff": "divergence.comparing",
+    "Point": "values.point",
+    "points": "values.inventory",
+    **dict.fromkeys(("Kept", "opened"), "values.kept"),
+    **dict.fromkeys(("Capture", "capture"), "values.capturing"),
+    **dict.fromkeys(("add", "edit", "patch", "replace", "scale", "skip", "zero"), "values.editing"),
+    "trace": "values.tracing",
+    **dict.fromkeys(("Trajectory", "trajectory"), "paths.trajectories"),
 }
 
 __all__ = [

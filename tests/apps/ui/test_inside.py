@@ -27,7 +27,7 @@ from miniflux.errors import InputError
 from miniflux.sampling.observing import observed
 from miniflux.settings import Request
 from miniflux.study import attention_maps, patch_maps
-from miniflux.study.maps import Maps
+from miniflux.study.mapping.maps import Maps
 from tests.apps.ui.conftest import Tab
 from tests.apps.ui.test_handlers import ANN, BOB, People
 

@@ -26,10 +26,10 @@ from miniflux.sampling.observing import Call, observed
 from miniflux.service import Entry, Job
 from miniflux.service.queue import Step
 from miniflux.settings import Request
-from miniflux.study.attention import AttentionWatch
-from miniflux.study.maps import Array, Gathering, Layout, Maps, blocks_for
-from miniflux.study.overlays import overlay
-from miniflux.study.words import Word, find, words_in
+from miniflux.study.mapping.attention import AttentionWatch
+from miniflux.study.mapping.maps import Array, Gathering, Layout, Maps, blocks_for
+from miniflux.study.mapping.overlays import overlay
+from miniflux.study.mapping.words import Word, find, words_in
 
 MAP_BYTES = 2**27  # of the maps of words in one recording: where all steps would take more, only every so many is kept
 PATCHES = 4096  # of a picture, at most, for which it is kept what each of them looks at: 64 MiB

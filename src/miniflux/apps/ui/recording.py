@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the page starts without the room of studies
-    from miniflux.study.maps import Array, Maps
+    from miniflux.study.mapping.maps import Array, Maps
 
 
 @dataclass(frozen=True, repr=False, eq=False)

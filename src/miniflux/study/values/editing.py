@@ -21,12 +21,12 @@ from miniflux.checks import check_number, shown
 from miniflux.errors import InputError
 from miniflux.pipeline import Pipeline
 from miniflux.sampling.observing import Call
-from miniflux.study.attending import Weights
-from miniflux.study.inventory import points as all_points
-from miniflux.study.kept import Kept
-from miniflux.study.point import Point, Points, matching
-from miniflux.study.selecting import Numbers, Selection, Tokens
-from miniflux.study.tapping import Place, Tap, check_steps
+from miniflux.study.values.attending import Weights
+from miniflux.study.values.inventory import points as all_points
+from miniflux.study.values.kept import Kept
+from miniflux.study.values.point import Point, Points, matching
+from miniflux.study.values.selecting import Numbers, Selection, Tokens
+from miniflux.study.values.tapping import Place, Tap, check_steps
 
 SAID = 100  # characters of a name in the settings
 

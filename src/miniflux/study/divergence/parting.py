@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from miniflux.errors import InputError
-from miniflux.study.sides import Unit, watched
-from miniflux.study.tensors import Named
+from miniflux.study.divergence.sides import Unit, watched
+from miniflux.study.divergence.tensors import Named
 
 # What rounding explains of a block's own error, in roundings of a number: so many of what the block adds to a stream,
 # and so many of the stream. Of two implementations in one precision a tenth to a half of it is seen, of one in two

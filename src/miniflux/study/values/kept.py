@@ -15,7 +15,7 @@ from torch import Tensor
 
 from miniflux.checks import shown
 from miniflux.errors import CheckpointError, InputError
-from miniflux.study.growing import DTYPES, Growing, Stored, moved
+from miniflux.study.values.growing import DTYPES, Growing, Stored, moved
 
 LARGE = 2**20  # bytes of a value
 

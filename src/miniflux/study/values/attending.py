@@ -13,7 +13,7 @@ from miniflux.errors import InputError
 from miniflux.models.attention import Chosen
 from miniflux.models.layers import Attend, attention, rotated
 from miniflux.sampling import guidance
-from miniflux.study.point import Point
+from miniflux.study.values.point import Point
 
 QUERIES = 2**22  # numbers of a matrix of weights that are computed at a time, about
 

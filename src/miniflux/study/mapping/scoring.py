@@ -24,10 +24,10 @@ from miniflux.nano.recipe.adherence import judge
 from miniflux.pipeline import Pipeline
 from miniflux.result import Result
 from miniflux.sampling.observing import observed
-from miniflux.study.attention import Direction, word_watch
-from miniflux.study.concepts import ConceptWatch, Pieces, Space, read
-from miniflux.study.maps import Array, Maps, blocks_for
-from miniflux.study.words import words_in
+from miniflux.study.mapping.attention import Direction, word_watch
+from miniflux.study.mapping.concepts import ConceptWatch, Pieces, Space, read
+from miniflux.study.mapping.maps import Array, Maps, blocks_for
+from miniflux.study.mapping.words import words_in
 
 BINS = 256  # of the histogram for Otsu's threshold
 FORMS = ("map", "contrast")

@@ -25,8 +25,8 @@ from miniflux.sampling import Moment
 from miniflux.sampling.latents import PIXELS_PER_TOKEN
 from miniflux.sampling.observing import observed
 from miniflux.sampling.solvers import data
-from miniflux.study.lens import Lens, picture_blocks
-from miniflux.study.paths import angle, relative, spread, straightness, turns
+from miniflux.study.paths.geometry import angle, relative, spread, straightness, turns
+from miniflux.study.paths.lens import Lens, picture_blocks
 
 REFUSED = {
     "watch": "it is looked on here already: call generate in observed() for more",

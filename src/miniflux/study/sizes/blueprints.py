@@ -23,8 +23,8 @@ from miniflux.disk import write_beside
 from miniflux.models.layers import MLPEmbedder
 from miniflux.pipeline import Pipeline
 from miniflux.result import checked_output
-from miniflux.study.counting import kind_of
-from miniflux.study.counts import with_prefix
+from miniflux.study.sizes.counting import kind_of
+from miniflux.study.sizes.counts import with_prefix
 from miniflux.variants import Variant
 from miniflux.variants import variant as find_variant
 

@@ -22,13 +22,13 @@ from miniflux.errors import InputError
 from miniflux.pipeline import Pipeline
 from miniflux.result import checked_output
 from miniflux.sampling.observing import Call
-from miniflux.study.attending import Weights
-from miniflux.study.inventory import points as all_points
-from miniflux.study.kept import Kept, Record
-from miniflux.study.planning import Planned, largest, planned
-from miniflux.study.point import Point, Points
-from miniflux.study.selecting import Numbers, Reduce, Selection, Tokens, check_reduce, reduced
-from miniflux.study.tapping import Place, Tap, check_steps, lengths
+from miniflux.study.values.attending import Weights
+from miniflux.study.values.inventory import points as all_points
+from miniflux.study.values.kept import Kept, Record
+from miniflux.study.values.planning import Planned, largest, planned
+from miniflux.study.values.point import Point, Points
+from miniflux.study.values.selecting import Numbers, Reduce, Selection, Tokens, check_reduce, reduced
+from miniflux.study.values.tapping import Place, Tap, check_steps, lengths
 
 log = logging.getLogger(__name__)
 

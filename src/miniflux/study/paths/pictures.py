@@ -18,8 +18,8 @@ from miniflux.memory.bands import through
 from miniflux.pipeline import Pipeline
 from miniflux.result import checked_output, labelled, save_picture, to_image
 from miniflux.study import plotting
-from miniflux.study.paths import spread
-from miniflux.study.trajectories import Trajectory, blocks, steps
+from miniflux.study.paths.geometry import spread
+from miniflux.study.paths.trajectories import Trajectory, blocks, steps
 
 
 @torch.inference_mode()

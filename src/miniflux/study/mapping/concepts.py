@@ -31,10 +31,10 @@ from miniflux.models.layers import Attend, DoubleStream, Shift, SingleStream, at
 from miniflux.pipeline import Pipeline
 from miniflux.sampling import Told
 from miniflux.sampling.observing import Call, observed, observers
-from miniflux.study.attention import check_inside, check_single, one_prompt, only_one
-from miniflux.study.maps import Gathering, Layout, Maps, blocks_for
-from miniflux.study.tapping import Tap
-from miniflux.study.words import listed, own
+from miniflux.study.mapping.attention import check_inside, check_single, one_prompt, only_one
+from miniflux.study.mapping.maps import Gathering, Layout, Maps, blocks_for
+from miniflux.study.mapping.words import listed, own
+from miniflux.study.values.tapping import Tap
 from miniflux.text import Text
 
 log = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ from torch import nn
 from miniflux.models.flux3 import StreamBlock
 from miniflux.models.layers import DoubleStream, LastLayer, MLPEmbedder, Modulation, SingleStream
 from miniflux.models.transformer import Transformer
-from miniflux.study.inventory_beside import autoencoder_points, text_points
-from miniflux.study.point import Networks, Point, Points, View, by_head, cut, of_index, whole
+from miniflux.study.values.inventory_beside import autoencoder_points, text_points
+from miniflux.study.values.point import Networks, Point, Points, View, by_head, cut, of_index, whole
 
 JOINT, PICTURE = ("text", "image", "reference"), ("image", "reference")
 LETTERS: dict[tuple[str, ...], str] = {("text",): "T", ("image",): "L", PICTURE: "L", ("reference",): "R"}

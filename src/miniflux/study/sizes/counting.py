@@ -29,9 +29,9 @@ from miniflux.models.autoencoder import AutoencoderSizes, Level
 from miniflux.models.t5 import T5Config
 from miniflux.pipeline import Pipeline
 from miniflux.sampling import Told, Words
-from miniflux.study.activations import peaks_of
-from miniflux.study.counts import Counts, Line, NetworkCounts
-from miniflux.study.flops import Work, encoding_flops, flops_of
+from miniflux.study.sizes.activations import peaks_of
+from miniflux.study.sizes.counts import Counts, Line, NetworkCounts
+from miniflux.study.sizes.flops import Work, encoding_flops, flops_of
 from miniflux.variants import Variant
 from miniflux.variants import variant as find_variant
 

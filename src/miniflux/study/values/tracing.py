@@ -26,13 +26,13 @@ from miniflux.pipeline import Pipeline
 from miniflux.plan import Plan
 from miniflux.result import Result, checked_output
 from miniflux.study import plotting
-from miniflux.study.capturing import MAX_BYTES, capture
-from miniflux.study.editing import edit, patch
-from miniflux.study.inventory import points as all_points
-from miniflux.study.planning import text_tokens
-from miniflux.study.point import TOKENS, Points
-from miniflux.study.selecting import Numbers, Tokens
-from miniflux.study.words import find
+from miniflux.study.mapping.words import find
+from miniflux.study.values.capturing import MAX_BYTES, capture
+from miniflux.study.values.editing import edit, patch
+from miniflux.study.values.inventory import points as all_points
+from miniflux.study.values.planning import text_tokens
+from miniflux.study.values.point import TOKENS, Points
+from miniflux.study.values.selecting import Numbers, Tokens
 
 Metric = Callable[[Result], float]
 ALL = "all"

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from miniflux.checks import check_number, shown, whole
 from miniflux.disk import write_beside
 from miniflux.errors import InputError, OutputError
-from miniflux.study.maps import Array, Maps
+from miniflux.study.mapping.maps import Array, Maps
 
 By = Literal["step", "block", "both"]
 Scale = Literal["each", "all"]

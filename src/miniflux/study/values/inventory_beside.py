@@ -16,7 +16,7 @@ from miniflux.models.autoencoder import Level
 from miniflux.models.causal_lm import CausalLm
 from miniflux.models.clip import ClipTextEncoder
 from miniflux.models.t5 import T5Encoder
-from miniflux.study.point import Point, View, by_head, of_index, whole
+from miniflux.study.values.point import Point, View, by_head, of_index, whole
 
 Row = tuple[str, str, str, str, str]
 """(pattern of a module, suffix, site, shape behind B and T, what); a shape with H or G is seen by head."""

@@ -34,7 +34,7 @@ from miniflux.models.flux3 import Flux3
 from miniflux.models.layers import LastLayer, Modulation
 from miniflux.models.transformer import Transformer
 from miniflux.sampling import Told
-from miniflux.study.tensors import Named, bound, exchanged, tensors_in
+from miniflux.study.divergence.tensors import Named, bound, exchanged, tensors_in
 from miniflux.variants import ALIASES, VARIANTS, like, variant
 from miniflux.weights.finding import find, found_parts
 

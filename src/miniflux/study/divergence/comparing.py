@@ -27,9 +27,9 @@ from miniflux.result import checked_output
 from miniflux.sampling import Told, Words
 from miniflux.sampling.latents import MAX_SEED
 from miniflux.study import plotting
-from miniflux.study.divergence import Diff, compared, like, traced, worst
-from miniflux.study.sides import Side, Unit, diffusers_of, load_transformer, ours, theirs
-from miniflux.study.tensors import bound, exchanged, tensors_in
+from miniflux.study.divergence.parting import Diff, compared, like, traced, worst
+from miniflux.study.divergence.sides import Side, Unit, diffusers_of, load_transformer, ours, theirs
+from miniflux.study.divergence.tensors import bound, exchanged, tensors_in
 from miniflux.variants import like as variants_like
 
 Compared = str | Path | Pipeline | nn.Module

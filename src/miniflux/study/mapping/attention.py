@@ -24,8 +24,8 @@ from miniflux.models.flux1 import RunBlock
 from miniflux.models.layers import Attend, rotated
 from miniflux.pipeline import Pipeline
 from miniflux.sampling.observing import Call, observed
-from miniflux.study.maps import Gathering, Layout, Maps, blocks_for
-from miniflux.study.words import find
+from miniflux.study.mapping.maps import Gathering, Layout, Maps, blocks_for
+from miniflux.study.mapping.words import find
 
 Direction = Literal["image_to_text", "text_to_image"]
 """Who looks at whom: rows of the softmax are those of the first, columns of the second.

@@ -16,8 +16,8 @@ from miniflux.pipeline import Pipeline
 from miniflux.plan import Plan
 from miniflux.sampling import Told, Words, denoise
 from miniflux.sampling.observing import Call
-from miniflux.study.point import Point, Points
-from miniflux.study.selecting import Reduce, Selection, reduced
+from miniflux.study.values.point import Point, Points
+from miniflux.study.values.selecting import Reduce, Selection, reduced
 
 Lengths = Mapping[str, int]
 

@@ -21,9 +21,9 @@ from miniflux.models.compiling import is_compiled
 from miniflux.models.flux1 import RunBlock
 from miniflux.pipeline import Pipeline
 from miniflux.sampling.observing import Call, observed, observers
-from miniflux.study.attending import Attending, Weights
-from miniflux.study.point import Point, Points
-from miniflux.study.selecting import Parts, Selection
+from miniflux.study.values.attending import Attending, Weights
+from miniflux.study.values.point import Point, Points
+from miniflux.study.values.selecting import Parts, Selection
 from miniflux.text.encoding import read_anew
 
 

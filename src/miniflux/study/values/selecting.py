@@ -11,7 +11,7 @@ from torch import Tensor
 
 from miniflux.checks import plain, shown, whole
 from miniflux.errors import InputError
-from miniflux.study.point import TOKENS, Point, Points
+from miniflux.study.values.point import TOKENS, Point, Points
 
 Numbers = int | Iterable[int]
 Tokens = str | Numbers

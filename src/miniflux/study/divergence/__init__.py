@@ -1,0 +1,1 @@
+"""Where two networks part: both on the same input, block by block."""

@@ -1,0 +1,1 @@
+"""Maps: where words, patches and concepts are in a picture, drawn and scored."""
