@@ -148,6 +148,8 @@ def test_every_field_is_read_and_written() -> None:
         ("t5_length", 0),
         ("padding", "odd"),
         ("dtype", "int3"),
+        ("prompt", None),
+        ("conditions", [{"kind": "Reference"}]),
         ("strength", 0.5),
         ("stop", 100000),
         ("sampler", "euler"),

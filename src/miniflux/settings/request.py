@@ -245,7 +245,7 @@ class Request:
             "settings", strict.parsed("settings", given) if isinstance(given, (str, bytes)) else given
         )
         strict.only("settings", about, [f.name for f in fields(cls)])
-        if "prompt" not in about:
+        if about.get("prompt") is None:
             raise SettingsError("settings: the field 'prompt' is missing")
         return cls(**{name: taken(name, value) for name, value in about.items() if value is not None})
 

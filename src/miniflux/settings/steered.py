@@ -26,7 +26,7 @@ class ConditionUse:
 
     Raises:
         SettingsError: its kind is not known; a setting is there twice, or is no number, text, or tuple of them; a
-            picture is no SHA-256; or it has a network and needs none.
+            picture is missing, or no SHA-256; or it has a network and needs none.
     """
 
     kind: str
@@ -54,6 +54,8 @@ class ConditionUse:
                     strict.text(f"{name} of a {self.kind}", one)
             for digest in values if name in PICTURES else ():
                 strict.sha256(f"{name} of a {self.kind}", digest)
+        if not self.pictures:
+            raise SettingsError(f"a {self.kind} needs a picture: its SHA-256")
 
     @property
     def pictures(self) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from PIL import Image
 from miniflux.apps.serve.asked import NO_EFFECT
 from miniflux.apps.serve.bfl import Inputs
 from miniflux.apps.serve.offers import BLIND, EDGES, HOSTED
+from miniflux.lora.attaching import BUNDLED_LORAS
 from miniflux.service.jobs import keys
 from miniflux.variants import VARIANTS
 from tests.apps.serve.conftest import Serve, Served, opened, plain, text_of
@@ -229,7 +230,7 @@ def test_loras_and_control(serve: Serve, tmp_path: Any) -> None:
     loras = [{"name": "realism", "strength": 0.5}, {"name": "mine"}]
     job = served.job(served.post("/v1/nano", prompt="x", loras=loras))
     assert [(use.file.rpartition("/")[2], use.scale) for use in job.request.loras] == [
-        ("realism", 0.5),
+        ("realism.safetensors", 0.5),
         ("mine.safetensors", 1.0),
     ]
     answer = served.post("/v1/nano", prompt="x", loras=[{"name": "theirs"}])
@@ -240,6 +241,25 @@ def test_loras_and_control(serve: Serve, tmp_path: Any) -> None:
     assert about["scale"] == 0.8 and about["window"] == (0.0, 0.5)
     answer = served.post("/v1/nano", prompt="x", conditions=[{**net, "network": "../canny"}])
     assert answer.status_code == 422 and answer.json()["detail"][0]["loc"] == ["body", "conditions.0.network"]
+
+
+def test_a_bundled_lora_is_no_path(serve: Serve, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither is a file or folder elsewhere whose name is that of a bundled one, nor one in the working folder."""
+    (tmp_path / "x" / "realism").mkdir(parents=True)
+    (tmp_path / "realism").write_bytes(b"x")
+    monkeypatch.chdir(tmp_path)
+    served = serve()
+    for name in ("x/realism", f"{tmp_path}/realism", "./realism", "../realism", "realism/", "realism.safetensors"):
+        answer = served.post("/v1/nano", prompt="x", loras=[{"name": name}])
+        assert answer.status_code == 422, name
+        assert answer.json()["detail"][0]["loc"] == ["body", "loras.0.name"]
+    job = served.job(served.post("/v1/nano", prompt="x", loras=[{"name": "realism"}]))
+    assert job.request.loras[0].file == str(BUNDLED_LORAS / "realism.safetensors")
+
+
+def test_a_lora_beside_a_reference_that_decides_the_size(shared: Served) -> None:
+    body = {"prompt": "x", "input_image": text_of(plain((64, 64), 1)), "loras": [{"name": "realism"}]}
+    assert shared.job(shared.post("/v1/nano-kontext", **body)).output["size"] == [64, 64]
 
 
 def test_equal_requests_are_drawn_once(serve: Serve) -> None:

@@ -187,6 +187,12 @@ def test_refused_by_name(client: OpenAI, body: dict[str, Any], param: str) -> No
     assert caught.value.request_id
 
 
+def test_a_form_that_is_none(live: Live) -> None:
+    served, url = live
+    answer = httpx.post(f"{url}/v1/images/edits", json={"prompt": "x"}, headers=served.headers, trust_env=False)
+    assert answer.status_code == 400 and "multipart/form-data is expected" in answer.json()["error"]["message"]
+
+
 def test_errors_of_forms(live: Live, client: OpenAI) -> None:
     served, url = live
     for body, param in (({"seed": "x"}, "seed"), ({"sed": "1"}, "sed"), ({"loras": "[{}]"}, "loras.0.name")):

@@ -92,7 +92,8 @@ def wanted(site: Site, asked: Asked, key: Key | None, base: str) -> Wanted:
     request = _request(site, asked, offer, "" if key is None else key.id)
     output = {"format": asked.format, **({} if asked.quality is None else {"quality": asked.quality})}
     with said(asked.names):
-        conditions = () if request.loras else site.inputs.conditions(request, CHECKED)  # a control LoRA changes much
+        known = ("Reference",) if request.loras else CHECKED  # a control LoRA makes room for its picture
+        conditions = site.inputs.conditions(request, known)
         plan = request.plan(offer.variant, conditions)
     _check_pixels(site, asked, plan.width, plan.height)
     needs = plan.needs()
@@ -232,10 +233,9 @@ def _shaped(asked: Asked, variant: Variant, like: Image.Image | None) -> tuple[i
 
 def _lora(site: Site, i: int, one: LoraAsked) -> LoraUse:
     """A bundled LoRA, or one of the operator's folder; nothing else on this machine can be named."""
-    folder, bundled = site.options.loras, BUNDLED_LORAS / f"{one.name}.safetensors"
-    if bundled.name in {path.name for path in BUNDLED_LORAS.glob("*.safetensors")}:
-        return LoraUse(one.name, one.strength)
-    where = f"loras.{i}.name"
+    folder, where = site.options.loras, f"loras.{i}.name"
+    if one.name in {path.stem for path in BUNDLED_LORAS.glob("*.safetensors")}:
+        return LoraUse(str(BUNDLED_LORAS / f"{one.name}.safetensors"), one.strength)
     if folder is None:
         raise UnfitError(where, f"there is no LoRA {shown(one.name)} here")
     with at(where):

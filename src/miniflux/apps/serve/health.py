@@ -44,7 +44,11 @@ class Measures:
             "miniflux_http_requests", "Answers", ("method", "route", "status"), registry=self.registry
         )
         self.seconds = Histogram(
-            "miniflux_http_seconds", "Seconds until an answer was complete", ("route",), registry=self.registry
+            "miniflux_http_seconds",
+            "Seconds until an answer was complete",
+            ("route",),
+            registry=self.registry,
+            buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600),
         )
 
     def seen(self, method: str, route: str, status: int, seconds: float) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miniflux.apps import console
 from miniflux.apps.serve.command import place, place_of
-from miniflux.apps.serve.place import needs_extra
+from miniflux.apps.serve.place import JOBS, default_folder, needs_extra
+from miniflux.errors import InputError
 
 if TYPE_CHECKING:
     from miniflux.service.jobs.store import Store
@@ -52,6 +55,10 @@ def _run(options: argparse.Namespace) -> None:
         from miniflux.service.jobs.store import Store
     except ModuleNotFoundError as error:
         raise needs_extra(error) from error
+    folder = Path(options.data or default_folder())
+    elsewhere = options.database or os.environ.get("MINIFLUX_DATABASE")
+    if options.do is not _add and not elsewhere and not (folder / JOBS).exists():
+        raise InputError(f"{folder}: nobody has a key here; miniflux keys add NAME makes one")
     store = Store(place_of(options).url)
     try:
         migrate(store)

@@ -169,7 +169,7 @@ class Offers:
         return offer.listed.name in {self._names.get(name, name) for name in self.allowed}
 
     def _unknown(self, name: str) -> UnknownModelError:
-        there = sorted({offer.listed.name for offer in self.names()})
+        there = sorted({offer.listed.name for offer in self.names()} or self._models)
         return UnknownModelError(f"there is no model {shown(name)} here; there are {', '.join(there)}")
 
     def files(self, offer: Offer) -> list[Stamp]:

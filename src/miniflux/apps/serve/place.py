@@ -11,6 +11,7 @@ from miniflux.disk import folder_to_fill, write_beside
 from miniflux.errors import InputError, MissingExtraError
 
 SECRET = 32  # bytes
+JOBS = "jobs.sqlite"
 
 
 def default_folder() -> Path:
@@ -45,7 +46,7 @@ class Place:
         """Of the database."""
         from miniflux.service.jobs.database import sqlite_url
 
-        return self.database or sqlite_url(self.folder / "jobs.sqlite")
+        return self.database or sqlite_url(self.folder / JOBS)
 
     @property
     def pictures(self) -> Path:

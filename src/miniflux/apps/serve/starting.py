@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -11,6 +12,7 @@ from miniflux.apps.serve.app import create_app
 from miniflux.apps.serve.place import Place
 from miniflux.apps.serve.site import Options
 from miniflux.errors import InputError
+from miniflux.memory.compute import DTYPES, choose_device
 from miniflux.service.jobs.blobs import Blobs
 from miniflux.service.jobs.inputs import Inputs
 from miniflux.service.jobs.store import Store
@@ -21,9 +23,16 @@ def app_of(options: argparse.Namespace, where: Place) -> FastAPI:
     """The app.
 
     Raises:
-        InputError: a model or a folder that is not there.
+        InputError: a model, a folder or a device that is not there; an address that is none.
         OutputError: the folder of the server cannot be written to.
     """
+    choose_device(options.device)
+    if options.dtype is not None and options.dtype not in DTYPES:
+        raise InputError(f"--dtype {options.dtype}: one of {', '.join(DTYPES)} is expected")
+    if options.url is not None and not re.fullmatch(r"https?://[^/\s]+(/\S*)?", options.url):
+        raise InputError(f"--url {options.url}: a whole address is expected, such as https://draw.example.org")
+    if not all(options.allow_fetch):
+        raise InputError("--allow-fetch: the name of a host is expected, got nothing")
     return create_app(
         Store(where.url),
         Blobs(where.pictures),
