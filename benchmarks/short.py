@@ -1,5 +1,5 @@
 """The short benchmarks, each in a process of its own; what they found goes to `RESULTS.md` and `results.json` beside
-this file, with the machine that it was found on: `make bench`, below ten minutes on two cores."""
+this file, with the machine that it was found on: `make bench`, seven to fourteen minutes on two cores."""
 
 from __future__ import annotations
 
