@@ -24,8 +24,7 @@ from miniflux.errors import CancelledError, InputError, MinifluxError
 from miniflux.result import Result
 from miniflux.sampling import cache, guide
 from miniflux.service import Given, Models, kin
-from miniflux.service.queue import Preview
-from miniflux.service.together import in_one_line
+from miniflux.service.together import Previews, in_one_line
 from miniflux.settings import LoraUse, Request
 from tests.lora.test_attach import encoder_lora
 from tests.service.test_models import REALISM, quiet
@@ -38,7 +37,7 @@ def ask(prompt: str = "a star", seed: int = 0, *loras: LoraUse, **options: Any) 
     return Request(prompt=prompt, seed=seed, loras=loras, **{"width": 128, "height": 128, "steps": 2, **options})
 
 
-def silent(which: int, done: int, preview: Preview | None) -> None:
+def silent(which: int, done: int, previews: Previews) -> None:
     """Nobody watches."""
 
 
@@ -164,25 +163,58 @@ def test_loras_that_cannot_differ_are_drawn_apart(shared: Models, tmp_path: Path
 def test_steps_are_told_to_each(shared: Models) -> None:
     """After every step, over its own pictures; with previews, made when asked for."""
     told: list[tuple[int, int]] = []
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[int, int, int]] = []
 
-    def step(which: int, done: int, preview: Preview | None) -> None:
+    def step(which: int, done: int, previews: Previews) -> None:
         told.append((which, done))
-        assert preview is not None
-        picture = preview()
-        assert picture is not None
-        seen.append(picture.size)
+        for number, (at, preview) in previews.items():
+            picture = preview()
+            assert picture is not None and picture.size == (128, 128)
+            seen.append((which, number, at))
 
     shared.draw_together([ask(steps=3), ask(seed=1, images=2, steps=3), ask(seed=9, steps=1)], step)
     assert told == [(0, 1), (1, 2), (0, 2), (1, 4), (0, 3), (1, 6), (2, 1)]
-    assert set(seen) == {(128, 128)}
+    assert seen == [
+        (0, 0, 1),
+        (1, 0, 1),
+        (1, 1, 1),
+        (0, 0, 2),
+        (1, 0, 2),
+        (1, 1, 2),
+        (0, 0, 3),
+        (1, 0, 3),
+        (1, 1, 3),
+        (2, 0, 1),
+    ]
+
+
+def test_a_preview_shows_its_own_picture(shared: Models) -> None:
+    """Pictures of a batch have the previews that they have alone."""
+
+    def shown(seed: int, images: int) -> list[bytes]:
+        found: dict[int, bytes] = {}
+
+        def step(which: int, done: int, previews: Previews) -> None:
+            for number, (at, preview) in previews.items():
+                picture = preview()
+                assert picture is not None
+                if at == 3:
+                    found[number] = picture.tobytes()
+
+        shared.draw_together([ask(seed=seed, images=images, steps=4)], step)
+        return [found[number] for number in range(images)]
+
+    first, second = shown(1, 2)
+    assert first != second
+    for together, alone in ((first, *shown(1, 1)), (second, *shown(2, 1))):
+        assert max(abs(a - b) for a, b in zip(together, alone, strict=True)) <= 1
 
 
 def test_raising_stops_all(shared: Models) -> None:
     """Within a step; what comes after is drawn as ever, and other threads are let in."""
     steps: list[int] = []
 
-    def step(which: int, done: int, preview: Preview | None) -> None:
+    def step(which: int, done: int, previews: Previews) -> None:
         steps.append(done)
         if done == 2 and which == 1:
             raise CancelledError("cancelled")

@@ -24,7 +24,7 @@ from miniflux.service.cluster import share, started
 if TYPE_CHECKING:
     from multiprocessing.synchronize import Event
 
-    from miniflux.service.queue import Preview
+    from miniflux.service.together import Previews
     from miniflux.settings import Request
 
 LOOKS = 0.5  # seconds between two looks whether Ray is there
@@ -103,7 +103,7 @@ class Hand:
             result.save(unit.path, metadata=self.how.metadata)
         return [""] * len(units)
 
-    def _step(self, which: int, done: int, preview: Preview | None) -> None:
+    def _step(self, which: int, done: int, previews: Previews) -> None:
         if self.stop is not None and self.stop.is_set():
             raise CancelledError("stopped")
 

@@ -245,8 +245,8 @@ class Models:
         has no moment to go on from.
 
         Args:
-            step: called after every step with (number of the request, steps done of it, what makes the preview); it
-                may raise to stop all.
+            step: called after every step with (number of the request, steps done of it, previews of those of its
+                pictures that have gone a step); it may raise to stop all.
 
         Raises:
             InputError, MinifluxError: as `draw`. What is about one of them has its number as `which`, and is raised

@@ -23,8 +23,11 @@ from miniflux.settings import Request
 from miniflux.variants import ALIASES
 from miniflux.weights.origin import belongs
 
-StepOf = Callable[[int, int, "Preview | None"], None]
-"""Told after every step of every request: (number of the request, steps done of it, what makes the preview)."""
+Previews = Mapping[int, tuple[int, "Preview"]]
+"""Of pictures of a request, by their numbers in it: (steps that are done of the picture, what makes its preview)."""
+StepOf = Callable[[int, int, Previews], None]
+"""Told after every step of every request: (number of the request, steps done of it, previews of those of its pictures
+that have gone a step since it was told before)."""
 
 T = TypeVar("T")
 OWN = ("prompt", "seed", "images", "loras")
@@ -112,25 +115,26 @@ class Teller:
     """
 
     def __init__(self, requests: Mapping[int, Request], pipe: Pipeline, plan: Plan, step: StepOf) -> None:
-        self.owners = [which for which, request in requests.items() for _ in range(request.images)]
+        self.owners = [(which, i) for which, request in requests.items() for i in range(request.images)]
         self.pipe, self.plan, self.step = pipe, plan, step
         self.decoder = decoder_of(pipe)
         self.done = [0] * len(self.owners)  # steps of each picture
         self.told = dict.fromkeys(requests, 0)
-        self.previews: dict[int, Preview | None] = dict.fromkeys(requests)
+        self.previews: dict[int, dict[int, tuple[int, Preview]]] = {which: {} for which in requests}
         self.total = -1
 
     def waiting(self) -> None:
         """Nothing is new, and whoever is told may raise to stop."""
         for which, done in self.told.items():
-            self.step(which, done, self.previews[which])
+            self.step(which, done, {})
 
     def watch(self, picture: int, moment: Moment) -> None:
         """A step of a picture is done; told by `progress`, when it is done for all that are drawn with it."""
         self.done[picture] = moment.step
         if self.decoder is not None:
+            which, number = self.owners[picture]
             preview = partial(self.pipe.preview, moment, self.plan.width, self.plan.height, self.decoder)
-            self.previews[self.owners[picture]] = preview
+            self.previews[which][number] = (moment.step, preview)
 
     def progress(self, total: int, _: int) -> None:
         """Steps of all pictures together: where they grow no more, the call waits for another one."""
@@ -146,10 +150,11 @@ class Teller:
 
     def _tell(self) -> None:
         for which, before in self.told.items():
-            done = sum(steps for steps, owner in zip(self.done, self.owners, strict=True) if owner == which)
+            done = sum(steps for steps, (owner, _) in zip(self.done, self.owners, strict=True) if owner == which)
             if done != before:
+                new, self.previews[which] = self.previews[which], {}
                 self.told[which] = done
-                self.step(which, done, self.previews[which])
+                self.step(which, done, new)
 
 
 def decoder_of(pipe: Pipeline) -> str | None:

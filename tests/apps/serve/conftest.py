@@ -22,6 +22,7 @@ from PIL import Image
 
 from miniflux.apps.serve.app import create_app
 from miniflux.apps.serve.site import Options
+from miniflux.apps.web.door import Door
 from miniflux.service.jobs import keys
 from miniflux.service.jobs.blobs import Blobs
 from miniflux.service.jobs.database import sqlite_url
@@ -122,7 +123,8 @@ class Served:
         self.store, self.blobs, self.inputs = Store(self.url), Blobs(place / "pictures"), Inputs(place / "given")
         migrate(self.store)
         self.key = keys.add(self.store, "somebody")
-        self.options = Options(**{"models": None, **options})
+        options = {"models": None, "door": Door(frozenset({"localhost", "testserver"})), **options}
+        self.options = Options(**options)
         self.app: FastAPI = create_app(self.store, self.blobs, self.inputs, self.options)
         self.bench = Workbench(self.url)
         self.painter = Painter(self.bench, self.blobs)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
+import subprocess
+import sys
 import types
 from pathlib import Path
 from typing import IO, Any
@@ -101,3 +104,14 @@ def test_who_draws_is_let_draw(crew: Few, monkeypatch: pytest.MonkeyPatch) -> No
     assert crew.look(0, 2) == [0, 2]
     assert crew.look(2) == [2]
     assert crew.look() == [2]  # one stays
+
+
+def test_a_process_of_ray_logs_lines_of_json() -> None:
+    code = "import logging; from miniflux.apps.serve import on_ray; on_ray._log(); "
+    code += (
+        "logging.getLogger('miniflux.service.jobs.worker').info('two\\nlines'); logging.getLogger('other').info('less')"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    (line,) = ended.stderr.splitlines()
+    told = json.loads(line)
+    assert (told["logger"], told["message"]) == ("miniflux.service.jobs.worker", "two\nlines")

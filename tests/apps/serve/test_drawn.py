@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -81,6 +82,13 @@ def test_streaming_previews(drawing: Served) -> None:
     answer = drawing.post("/v1/images/generations", **body, partial_images=2)
     names = [line.removeprefix("event: ") for line in answer.text.splitlines() if line.startswith("event: ")]
     assert names == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
+    answer = drawing.post("/v1/images/generations", **body, partial_images=3, n=2)
+    told = [json.loads(line.removeprefix("data: ")) for line in answer.text.splitlines() if line.startswith("data: {")]
+    partial = [one for one in told if one["type"] == "image_generation.partial_image"]
+    which = [(one["partial_image_index"], one["image_index"]) for one in partial]
+    assert which == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
+    assert len({one["b64_json"] for one in partial}) == 6
+    assert [one["image_index"] for one in told if one["type"] == "image_generation.completed"] == [0, 1]
 
 
 def test_refused_by_who_draws(drawing: Served) -> None:

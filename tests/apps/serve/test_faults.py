@@ -5,6 +5,7 @@ MINIFLUX_KILLS says how often; 30 takes minutes.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -87,3 +88,20 @@ def test_without_keys_it_does_not_start(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="keys add NAME.*--insecure-no-keys"):
         server.start()
     assert server.process is not None and server.process.returncode == 2
+
+
+def test_the_log_is_lines_of_json(tmp_path: Path) -> None:
+    """That of the server and that of its worker, with what Python warns of; but for the first line and the last."""
+    server = Running(tmp_path / "data", "--insecure-no-keys")
+    long = "a red circle on a blue background, " * 100
+    with server, httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
+        asked = {"model": "nano-schnell", "prompt": long, "size": "64x64"}
+        assert client.post("/v1/images/generations", json=asked, headers={"x-request-id": "mine"}).status_code == 200
+        assert client.get("/v1/jobs/none").status_code == 404
+    first, *others, last = (tmp_path / "server.log").read_text().splitlines()
+    assert first.startswith("miniflux: serving at http://127.0.0.1:") and last == "miniflux: stopped"
+    told = [json.loads(line) for line in others]
+    assert all({"time", "level", "logger"} < one.keys() and ("message" in one) != ("request" in one) for one in told)
+    (mine,) = [one for one in told if one.get("request") == "mine"]
+    assert (mine["route"], mine["status"], mine["level"]) == ("/v1/images/generations", 200, "info")
+    assert [one for one in told if "its end was cut off" in one.get("message", "") and one["level"] == "warning"]

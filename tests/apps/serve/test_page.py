@@ -27,6 +27,7 @@ import miniflux
 from miniflux.apps.cli import main, parser
 from miniflux.apps.serve.beside import Beside, beside, password_in
 from miniflux.apps.serve.place import Place
+from miniflux.apps.serve.starting import door_of
 from miniflux.apps.ui.routes import COOKIE
 from miniflux.apps.web.listening import listen
 from miniflux.apps.web.serving import Server
@@ -48,7 +49,7 @@ def mounted(served: Served, place: Path, *words: str) -> Generator[tuple[Beside,
     with (
         mock.patch.dict(os.environ, GRADIO_TEMP_DIR=str(place)),
         contextlib.closing(listen("127.0.0.1", 0)) as listening,
-        beside(served.app, listening, options, Place(place)) as both,
+        beside(served.app, door_of(options.url, listening.names), options, Place(place)) as both,
     ):
         yield both, listening
 
@@ -329,8 +330,8 @@ def test_the_extra_that_is_missing_is_named(
     ("options", "said"),
     [
         (["--ray"], "--ui with --ray"),
-        (["--insecure-no-keys", "--url", "draw.example.org"], "--url draw.example.org: expected a whole address"),
-        (["--insecure-no-keys", "--url", "https://a b/"], "'a b'"),
+        (["--insecure-no-keys", "--url", "draw.example.org"], "--url draw.example.org: a whole address"),
+        (["--insecure-no-keys", "--url", "https://a b/"], "--url https://a b/: a whole address"),
         ([], "nobody has a key"),
     ],
 )

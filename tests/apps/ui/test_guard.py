@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from miniflux.apps.ui import guard
-from miniflux.apps.ui.guard import Door, Guard, allowed_host, door, prefix_of, split
+from miniflux.apps.ui.guard import Guard
 from miniflux.apps.ui.routes import COOKIE
 from miniflux.apps.web import bodies
+from miniflux.apps.web.door import Door, allowed_host, door, prefix_of, split
 from miniflux.errors import InputError
 
 SESSION = f"{COOKIE}={'a' * 32}"

@@ -13,10 +13,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from miniflux.apps.ui import launch
 from miniflux.apps.ui.launch import Page, served
 from miniflux.apps.ui.routes import COOKIE
 from miniflux.apps.ui.site import opened
+from miniflux.apps.web import serving
 from tests.apps.ui.test_listening import has_ipv6
 
 SESSION = "s" * 32
@@ -142,7 +142,7 @@ PART = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.txt"\r
 def test_who_asks_for_nothing_is_not_waited_for(
     page: Page, monkeypatch: pytest.MonkeyPatch, said: str, asked: bool
 ) -> None:
-    monkeypatch.setattr(launch, "PATIENCE", 0.3)
+    monkeypatch.setattr(serving, "HEAD_SECONDS", 0.3)
     with socket.create_connection(("127.0.0.1", port(page)), timeout=4) as wire:  # uvicorn's own patience is 5 s
         if asked:
             wire.sendall(b"HEAD /robots.txt HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
@@ -152,7 +152,7 @@ def test_who_asks_for_nothing_is_not_waited_for(
 
 
 def test_answer_that_takes_long_is_waited_for(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "PATIENCE", 0.1)
+    monkeypatch.setattr(serving, "HEAD_SECONDS", 0.1)
     stream = f"GET /gradio_api/heartbeat/x HTTP/1.1\r\nHost: 127.0.0.1\r\nCookie: {COOKIE}={SESSION}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", port(page)), timeout=PATIENCE) as wire:
         wire.sendall(stream.encode())

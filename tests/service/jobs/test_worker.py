@@ -6,6 +6,7 @@ import io
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -53,7 +54,8 @@ class StandIn:
         for done in range(1, STEPS + 1):
             for i, request in enumerate(requests):
                 self.before(request, done)
-                step(i, done * request.images, lambda: Image.new("RGB", (8, 8), "red"))
+                shows = {n: (done, partial(Image.new, "RGB", (8, 8), colour(n))) for n in range(request.images)}
+                step(i, done * request.images, shows)
         return [self.result(request) for request in requests]
 
     def result(self, request: Request) -> Result:
@@ -191,12 +193,14 @@ def test_when_previews_are_made(store: Store, steps: int, count: int, marks: set
     assert Drawing(job, previews=count).marks == marks
 
 
-def test_which_picture_a_preview_shows(store: Store) -> None:
-    """Three pictures of four steps, of which two are drawn at once, and then the third."""
-    request = Request(prompt="x", images=3)
-    one = Drawing(of(store, store.submit(Wanted(request=request, kin="k", steps=12)).id))
-    assert [one.reach(done) for done in (2, 4, 6, 8)] == [(1, 1), (1, 2), (1, 3), (1, 4)]
-    assert [one.reach(done) for done in (9, 10, 11, 12)] == [(2, 1), (2, 2), (2, 3), (2, 4)]
+def test_previews_of_every_picture(store: Store, worker: Worker) -> None:
+    """Of those that are drawn at once, too; in the order of steps, each of its own picture."""
+    id = ask(store, images=3, previews=2)
+    work(worker)
+    shown = store.shown(id)
+    assert [(one.number, one.step) for one in shown] == [(0, 1), (1, 1), (2, 1), (0, 3), (1, 3), (2, 3)]
+    for one in shown:
+        assert Image.open(worker.blobs.path(one.blob)).getpixel((3, 3)) == colour(one.number)
 
 
 def test_progress_is_told(store: Store, worker: Worker, models: StandIn) -> None:

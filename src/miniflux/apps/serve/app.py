@@ -59,6 +59,7 @@ def create_app(store: Store, blobs: Blobs, inputs: Inputs, options: Options | No
             for seconds, act in ((TELLING, tell), (MINUTE, tidy)):
                 await stack.enter_async_context(meanwhile(_again_and_again(seconds, act, site)))
             yield
+            await jobs.all_aside()
 
     app = FastAPI(
         title="miniflux",

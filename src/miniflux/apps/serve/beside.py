@@ -12,9 +12,8 @@ import logging
 import threading
 from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
@@ -23,11 +22,9 @@ from starlette.routing import Router
 
 from miniflux.apps.serve.place import Place
 from miniflux.apps.serve.site import Site
-from miniflux.apps.ui.guard import door
 from miniflux.apps.ui.surroundings import clean, imported
 from miniflux.apps.web.bodies import Message, Receive, Refusal, RefusedError, Send
-from miniflux.apps.web.listening import Listening
-from miniflux.errors import InputError
+from miniflux.apps.web.door import Door
 from miniflux.service.jobs import keys
 from miniflux.service.jobs.database import GONE
 
@@ -125,7 +122,7 @@ async def _to_the_page(send: Send) -> None:
 
 
 @contextmanager
-def beside(api: FastAPI, listening: Listening, options: Any, where: Place) -> Generator[Beside]:
+def beside(api: FastAPI, door: Door, options: Any, where: Place) -> Generator[Beside]:
     """The page beside the API, as long as the context lasts.
 
     It draws by a queue and by models of its own, in this process: what it draws is in no database, and the workers load
@@ -133,14 +130,13 @@ def beside(api: FastAPI, listening: Listening, options: Any, where: Place) -> Ge
     is in a temporary folder, which goes.
 
     Args:
+        door: the names of both.
         options: of the command.
 
     Raises:
         MissingExtraError: Gradio is not installed.
-        InputError: `--url` is no address.
         OutputError: the folder of the server cannot be written to.
     """
-    names = replace(door(listening.names, _outside(options.url)), option="--url URL")
     offers = api.state.site.offers
     clean()
     with imported():
@@ -158,17 +154,7 @@ def beside(api: FastAPI, listening: Listening, options: Any, where: Place) -> Ge
                 waiting=options.queue,
                 shelf=options.folder,
             ) as site,
-            built(site, names, root=f"{(options.url or '').rstrip('/')}{PATH}") as page,
+            built(site, door, root=f"{(options.url or '').rstrip('/')}{PATH}") as page,
         ):
             threading.Thread(target=site.prepare).start()
             yield Beside(api, page)
-
-
-def _outside(url: str | None) -> list[str]:
-    """The name and port by which a proxy is asked."""
-    if url is None:
-        return []
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise InputError(f"--url {url}: expected a whole address, such as https://draw.example.org")
-    return [parts.netloc.rpartition("@")[2]]

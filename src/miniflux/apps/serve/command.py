@@ -103,15 +103,16 @@ def run(options: argparse.Namespace) -> None:
     try:
         import uvicorn
 
-        from miniflux.apps.serve.starting import app_of, duty_of
+        from miniflux.apps.serve.starting import app_of, door_of, duty_of
         from miniflux.service.jobs import keys
         from miniflux.service.jobs.migrations import migrate
         from miniflux.service.jobs.store import Store
         from miniflux.service.jobs.supervisor import Supervisor
+        from miniflux.service.logs import json_lines
     except ModuleNotFoundError as error:
         raise needs_extra(error) from error
     from miniflux.apps.web.listening import listen
-    from miniflux.apps.web.serving import Server
+    from miniflux.apps.web.serving import Connection, Server
 
     where = place_of(options)
     store = Store(where.url)
@@ -125,19 +126,23 @@ def run(options: argparse.Namespace) -> None:
     if options.ray is not None:
         from miniflux.apps.serve import on_ray
 
-        on_ray.run(options, where)
+        with json_lines():
+            on_ray.run(options, where)
         return
-    app = app_of(options, where)
     listening = listen(options.host, options.port)
     try:
+        app = app_of(options, where, listening.names)
         with ExitStack() as stack:
+            stack.enter_context(json_lines())
             page = None
             if options.ui:
                 from miniflux.apps.serve.beside import beside
 
-                page = stack.enter_context(beside(app, listening, options, where))
+                opened = door_of(options.url, listening.names)
+                page = stack.enter_context(beside(app, opened, options, where))
             config = uvicorn.Config(
                 page or app,
+                http=Connection,
                 proxy_headers=False,
                 server_header=False,
                 access_log=False,
@@ -145,7 +150,13 @@ def run(options: argparse.Namespace) -> None:
                 ws="none",
                 timeout_graceful_shutdown=END_SECONDS,
             )
-            server = uvicorn.Server(config) if page is None else Server(config, page.page.end)
+
+            def ending() -> None:
+                app.state.site.watch.close()
+                if page is not None:
+                    page.page.end()
+
+            server = Server(config, ending)
             stack.enter_context(Supervisor(duty_of(options, where), options.workers, hang=options.hang))
             urls = " and ".join(f"http://{name}:{listening.port}" for name in listening.hosts)
             more = "" if page is None else ", the page at /ui"

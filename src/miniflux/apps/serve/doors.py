@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
 import secrets
 import time
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import Security
@@ -17,8 +19,10 @@ from starlette.requests import Request as WebRequest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from miniflux.apps.serve.health import Measures
-from miniflux.apps.serve.refusals import SOON, refusal, unwelcome
+from miniflux.apps.serve.refusals import SOON, refusal, too_much, unwelcome
 from miniflux.apps.serve.site import Site
+from miniflux.apps.serve.watching import ClosingError
+from miniflux.apps.web.bodies import RefusedError, announced, drained
 from miniflux.service.jobs import keys
 from miniflux.service.jobs.database import GONE
 from miniflux.service.jobs.keys import Key
@@ -28,6 +32,7 @@ log = logging.getLogger("miniflux.serve")
 
 ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+STREAM = "/events"  # where a GET does not end, there is no HEAD
 OPEN = "/v1/pictures/"  # needs no key: its addresses are signed
 
 X_KEY = APIKeyHeader(name="x-key", auto_error=False, scheme_name="x-key", description="A key, as BFL's clients send it")
@@ -53,7 +58,8 @@ class Doors:
         name = asked if ID.fullmatch(asked) else f"req_{secrets.token_hex(12)}"
         state: dict[str, Any] = scope.setdefault("state", {})
         state["request"] = name
-        status = 0
+        status, body = 0, scope["method"] != "HEAD" or scope["path"].endswith(STREAM)
+        scope = scope if body else {**scope, "method": "GET"}
 
         async def sent(message: Message) -> None:
             nonlocal status
@@ -62,21 +68,32 @@ class Doors:
                 more = MutableHeaders(scope=message)
                 more["x-request-id"] = name
                 more.setdefault("x-content-type-options", "nosniff")
-            await send(message)
+            await send(message if body or message["type"] != "http.response.body" else {**message, "body": b""})
 
         try:
             answer = await self._refusal(scope, headers, state)
             await (self.app if answer is None else answer)(scope, receive, sent)
+        except asyncio.CancelledError:  # the server has waited as long as it does when it ends
+            if status or not self.site.watch.closing:
+                raise
+            await refusal(scope["path"], 503, str(ClosingError()), wait=SOON)(scope, receive, sent)
         except BaseException:
             status = status or 500
             raise
         finally:
-            self._tell(scope, state, status, time.perf_counter() - began)
+            method = "HEAD" if not body else scope["method"]
+            self._tell(scope, method, state, status, time.perf_counter() - began)
 
     async def _refusal(self, scope: Scope, headers: Headers, state: dict[str, Any]) -> ASGIApp | None:
         """What to answer who may not come in; None for who may."""
-        path = scope["path"]
-        if not self.site.options.keys or not path.startswith("/v1/") or path.startswith(OPEN):
+        path, keyed = scope["path"], self.site.options.keys
+        try:
+            announced(headers)
+            if not keyed:
+                self._own(scope, headers)
+        except RefusedError as refused:
+            return partial(drained, too_much(scope, refused))
+        if not keyed or not path.startswith("/v1/") or path.startswith(OPEN):
             return None
         try:
             key = await run_in_threadpool(keys.known, self.site.store, key_in(headers))
@@ -87,9 +104,20 @@ class Doors:
         state["key"] = key
         return None
 
-    def _tell(self, scope: Scope, state: dict[str, Any], status: int, seconds: float) -> None:
+    def _own(self, scope: Scope, headers: Headers) -> None:
+        """Where everybody may come in, a browser must not be led here by pages of others.
+
+        Raises:
+            RefusedError: nothing is served under the name that was asked for, or another page asks.
+        """
+        hosts, origin, door = headers.getlist("host"), headers.get("origin"), self.site.options.door
+        asked = door.serves(hosts[0] if len(hosts) == 1 else None, str((scope.get("server") or ("",))[0]))
+        if origin is not None and not door.own(origin, asked):
+            raise RefusedError(403, "asked by a page from elsewhere")
+
+    def _tell(self, scope: Scope, method: str, state: dict[str, Any], status: int, seconds: float) -> None:
         """Log and count it: the route, never the address, which may hold a signature."""
-        method = scope["method"] if scope["method"] in METHODS else "other"
+        method = method if method in METHODS else "other"
         route = getattr(scope.get("route"), "path", "none")
         self.measures.seen(method, route, status, seconds)
         about = {"request": state["request"], "method": method, "route": route, "status": status}
@@ -97,7 +125,7 @@ class Doors:
         key: Key | None = state.get("key")
         about |= {} if key is None else {"key": key.name}
         about |= {name: state[name] for name in ("job",) if name in state}
-        log.info("%s", json.dumps(about))
+        log.info("%s", json.dumps(about), extra={"fields": about})
 
 
 def key_in(headers: Headers) -> str:

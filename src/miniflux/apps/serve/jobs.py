@@ -21,8 +21,9 @@ from starlette.types import Receive, Scope, Send
 from miniflux.apps.serve.asked import Asked
 from miniflux.apps.serve.asking import wanted, with_pictures
 from miniflux.apps.serve.doors import bounds_of, id_of, key_of, keyed
-from miniflux.apps.serve.refusals import Answer, documented
+from miniflux.apps.serve.refusals import Answer, documented, openai_form
 from miniflux.apps.serve.site import Site, site_of
+from miniflux.apps.serve.watching import ClosingError
 from miniflux.service.jobs.blobs import NAME
 from miniflux.service.jobs.records import Job, Shown
 
@@ -120,6 +121,12 @@ def aside(work: Coroutine[Any, Any, None]) -> None:
     task.add_done_callback(_at_work.discard)
 
 
+async def all_aside() -> None:
+    """Returns when that is done, as far as it was begun in this loop."""
+    here = asyncio.get_running_loop()
+    await asyncio.gather(*(task for task in _at_work if task.get_loop() is here), return_exceptions=True)
+
+
 async def gone(web: WebRequest) -> None:
     """Returns when the client has gone away."""
     while (await web.receive())["type"] != "http.disconnect":
@@ -127,7 +134,11 @@ async def gone(web: WebRequest) -> None:
 
 
 async def until_over(web: WebRequest, job: Job) -> Job | None:
-    """The job when it is over; None if the client went away before."""
+    """The job when it is over; None if the client went away before.
+
+    Raises:
+        ClosingError: the server ends before.
+    """
     site = site_of(web)
     if job.over:
         return job
@@ -214,7 +225,8 @@ def router() -> APIRouter:
     async def events(
         web: WebRequest, id: Id, previews: Annotated[int, Query(ge=0, le=PREVIEWS)] = 3
     ) -> StreamingResponse:
-        """Server-sent events: `progress`, `preview`, and at last `done`, `failed` or `cancelled`."""
+        """Server-sent events: `progress`, `preview`, and at last `done`, `failed` or `cancelled`; or `error`, if the
+        server ends."""
         job = await run_in_threadpool(own_job, web, id)
         return Events(_happening(site_of(web), job, previews, site_of(web).base(web)), {})
 
@@ -268,20 +280,24 @@ async def _happening(
         await run_in_threadpool(site.store.want_previews, job.id, previews)
     shown: set[tuple[int, int]] = set()
     yield None
-    async with aclosing(site.watch.follow(job.id, PATIENCE)) as news:
-        async for moved in news:
-            if moved is None:
-                yield None
-                continue
-            if moved.previews > len(shown):
-                for one in await fresh(site, job, shown):
-                    address = site.address(base, one.blob)
-                    yield "preview", {"id": job.id, "picture": one.number, "step": one.step, "url": address}
-            if not moved.over:
-                about = {"id": job.id, "state": moved.state, "steps_done": moved.steps, "steps": job.steps}
-                if moved.state == "waiting":
-                    about["place"] = await run_in_threadpool(site.store.place, job)
-                yield "progress", about
+    try:
+        async with aclosing(site.watch.follow(job.id, PATIENCE)) as news:
+            async for moved in news:
+                if moved is None:
+                    yield None
+                    continue
+                if moved.previews > len(shown):
+                    for one in await fresh(site, job, shown):
+                        address = site.address(base, one.blob)
+                        yield "preview", {"id": job.id, "picture": one.number, "step": one.step, "url": address}
+                if not moved.over:
+                    about = {"id": job.id, "state": moved.state, "steps_done": moved.steps, "steps": job.steps}
+                    if moved.state == "waiting":
+                        about["place"] = await run_in_threadpool(site.store.place, job)
+                    yield "progress", about
+    except ClosingError as error:
+        yield "error", openai_form(503, str(error))
+        return
     last = await run_in_threadpool(site.store.job, job.id)
     if last is not None and last.over:
         yield last.state, await run_in_threadpool(told, site, last, base)

@@ -27,6 +27,7 @@ from miniflux.apps.serve.place import Place
 from miniflux.apps.serve.starting import app_of, duty_of
 from miniflux.apps.web.listening import Listening, listen
 from miniflux.errors import InputError, MinifluxError
+from miniflux.service import logs
 from miniflux.service.cluster import share, started
 from miniflux.service.jobs.store import Store
 from miniflux.service.jobs.supervisor import Process, Supervisor
@@ -144,7 +145,8 @@ class Crew(Supervisor):
 
 def _log() -> None:
     """In a process of Ray, say what `miniflux serve` says without it; Ray brings it to where it was started."""
-    logging.basicConfig(level=logging.WARNING, format="miniflux: %(message)s")
+    logs.begin()
+    logging.getLogger().setLevel(logging.WARNING)
     for name in ("miniflux.serve", "miniflux.service.jobs"):
         logging.getLogger(name).setLevel(logging.INFO)
 
@@ -205,12 +207,13 @@ def _deploy(options: argparse.Namespace, where: Place, listening: Listening) -> 
     from ray import exceptions, serve  # pyright: ignore[reportMissingImports]
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    names = sorted(listening.names)
     quiet = {"log_level": "ERROR", "enable_access_log": False}  # a line for each request is ours already
     told = {name: value for name, value in vars(options).items() if name != "run"}
 
     def app() -> FastAPI:  # made where it answers: a database, threads and the like do not travel
         _log()
-        return app_of(argparse.Namespace(**told), where)
+        return app_of(argparse.Namespace(**told), where, names)
 
     deployment: Any = serve.deployment(
         serve.ingress(app)(type("Miniflux", (), {})),

@@ -25,8 +25,10 @@ from miniflux.apps.serve.bfl import without_effect
 from miniflux.apps.serve.doors import keyed
 from miniflux.apps.serve.jobs import PATIENCE, Events, ask, cancel_soon, fresh, until_over
 from miniflux.apps.serve.offers import Offer
-from miniflux.apps.serve.refusals import Answer, UnfitError, documented, openai_form
+from miniflux.apps.serve.refusals import SOON, Answer, UnfitError, documented, openai_form, refusal
 from miniflux.apps.serve.site import Site, site_of
+from miniflux.apps.serve.watching import ClosingError
+from miniflux.checks import shown
 from miniflux.errors import InputError
 from miniflux.service.jobs.database import GONE
 from miniflux.service.jobs.records import Job
@@ -292,6 +294,9 @@ async def _read(web: WebRequest, model: type[F]) -> tuple[F, list[tuple[str, Giv
         RequestValidationError: a field is not what it may be.
         UnfitError: a picture is missing, or a part is there twice.
     """
+    kind = web.headers.get("content-type", "")
+    if not kind.lower().startswith("multipart/form-data"):
+        raise UnfitError("the body", f"a form of the kind multipart/form-data is expected, got {shown(kind)}")
     async with web.form(max_files=FILES + 1, max_fields=64, max_part_size=2 * 2**20) as form:
         fields, pictures, mask = await _parts(form, model)
     try:
@@ -375,6 +380,8 @@ async def _answered(web: WebRequest, inputs: Generation, asked: Asked, kind: Kin
     over = job
     try:
         over = await until_over(web, job)
+    except ClosingError as error:
+        return refusal(web.url.path, 503, str(error), wait=SOON, headers=headers)
     finally:
         if (over is None or not over.over) and asked.once is None:
             cancel_soon(site, job.id)
@@ -447,7 +454,7 @@ async def _happening(
                         if index < asked.previews:
                             told[one.number] = index + 1
                             data = await run_in_threadpool(_base64, site, one.blob)
-                            yield event("partial_image", data, partial_image_index=index)
+                            yield event("partial_image", data, partial_image_index=index, image_index=one.number)
         last = await run_in_threadpool(site.store.job, job.id)
         finished = True
         if last is None or last.state != "done":
@@ -457,7 +464,9 @@ async def _happening(
             return
         for picture in await run_in_threadpool(site.store.pictures, job.id):
             data = await run_in_threadpool(_base64, site, picture.blob)
-            yield event("completed", data, usage=usage(job, 1), seed=picture.seed)
+            yield event("completed", data, usage=usage(job, 1), seed=picture.seed, image_index=picture.number)
+    except ClosingError as error:
+        yield "error", openai_form(503, str(error))
     except (GONE, OSError):
         yield "error", openai_form(503, "the database or the disk does not answer; try again")
     finally:

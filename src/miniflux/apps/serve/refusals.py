@@ -35,6 +35,7 @@ OURS = ("/v1/images", "/v1/models", "/v1/jobs")  # paths that speak OpenAI's for
 CODES = {
     400: "invalid_request",
     401: "invalid_api_key",
+    403: "forbidden",
     404: "not_found",
     405: "method_not_allowed",
     408: "request_timeout",
@@ -105,14 +106,16 @@ def refusal(
     param: str | None = None,
     code: str | None = None,
     wait: float | None = None,
+    headers: Mapping[str, str] | None = None,
 ) -> Answer:
     """The answer in the form that belongs to a path.
 
     Args:
         status: 422 becomes 400 in OpenAI's form.
         wait: seconds until it is worth to try again.
+        headers: more of them.
     """
-    headers = {} if wait is None else {"Retry-After": str(max(1, math.ceil(wait)))}
+    headers = {**(headers or {}), **({} if wait is None else {"Retry-After": str(max(1, math.ceil(wait)))})}
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     if path.startswith(OURS):
@@ -136,7 +139,7 @@ def documented(*codes: int, openai: bool = False) -> dict[int | str, dict[str, A
         422: "A parameter is not what it may be.",
         429: "The line is full, or the key has used what it may; `Retry-After` says when to try again.",
         500: "An error of the server.",
-        503: "The database or the disk does not answer; `Retry-After` says when to try again.",
+        503: "The database or the disk does not answer, or the server ends; `Retry-After` says when to try again.",
     }
     model = Failed if openai else Told
     return {code: {"model": model, "description": said[code]} for code in codes}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-import re
 import secrets
 import time
 from collections.abc import Mapping
@@ -18,11 +17,11 @@ from starlette.requests import Request as WebRequest
 
 from miniflux.apps.serve.offers import Offers
 from miniflux.apps.serve.watching import Watch
+from miniflux.apps.web.door import Door, split
 from miniflux.service.jobs.blobs import Blobs
 from miniflux.service.jobs.inputs import Inputs
 from miniflux.service.jobs.store import Store
 
-HOST = re.compile(r"[A-Za-z0-9._-]{1,255}(:\d{1,5})?|\[[0-9A-Fa-f:.]{2,45}\](:\d{1,5})?")
 ASKING = 16  # pictures that are fetched at the same time, and requests whose pictures are opened
 
 
@@ -42,6 +41,7 @@ class Options:
         pixels: of a picture that is drawn, at most.
         expiry_seconds, expiry_bytes: how long pictures are kept, and how many bytes of them.
         url: where clients reach the server, for the addresses in its answers; None for the one that they ask.
+        door: the names that it answers to where no key is asked for, which would keep other pages of a browser out.
         hosts: that pictures may be fetched from, and webhooks be sent to, although they are on a private network.
         secret: signs the addresses of pictures; random, they are void after a restart.
     """
@@ -59,6 +59,7 @@ class Options:
     expiry_seconds: float = 86_400.0
     expiry_bytes: int = 10 * 2**30
     url: str | None = None
+    door: Door = field(default_factory=Door)
     hosts: tuple[str, ...] = ()
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)
 
@@ -81,7 +82,7 @@ class Site:
         if self.options.url is not None:
             return self.options.url.rstrip("/")
         host = web.headers.get("host", "")
-        if not HOST.fullmatch(host):
+        if split(host) is None:
             name, port = web.scope.get("server") or ("localhost", None)
             host = f"{name}:{port}" if port else str(name)
         return f"{web.scope.get('scheme', 'http')}://{host}"

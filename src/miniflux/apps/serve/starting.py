@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI
 
 from miniflux.apps.serve.app import create_app
 from miniflux.apps.serve.place import Place
 from miniflux.apps.serve.site import Options
+from miniflux.apps.web.door import Door, door
 from miniflux.errors import InputError
 from miniflux.memory.compute import DTYPES, choose_device
 from miniflux.service.jobs.blobs import Blobs
@@ -19,8 +23,11 @@ from miniflux.service.jobs.store import Store
 from miniflux.service.jobs.worker import Duty
 
 
-def app_of(options: argparse.Namespace, where: Place) -> FastAPI:
+def app_of(options: argparse.Namespace, where: Place, names: Iterable[str] = ()) -> FastAPI:
     """The app.
+
+    Args:
+        names: under which it may be asked for, of `listening.Listening`.
 
     Raises:
         InputError: a model, a folder or a device that is not there; an address that is none.
@@ -29,8 +36,7 @@ def app_of(options: argparse.Namespace, where: Place) -> FastAPI:
     choose_device(options.device)
     if options.dtype is not None and options.dtype not in DTYPES:
         raise InputError(f"--dtype {options.dtype}: one of {', '.join(DTYPES)} is expected")
-    if options.url is not None and not re.fullmatch(r"https?://[^/\s]+(/\S*)?", options.url):
-        raise InputError(f"--url {options.url}: a whole address is expected, such as https://draw.example.org")
+    opened = door_of(options.url, names)
     if not all(options.allow_fetch):
         raise InputError("--allow-fetch: the name of a host is expected, got nothing")
     return create_app(
@@ -49,10 +55,28 @@ def app_of(options: argparse.Namespace, where: Place) -> FastAPI:
             expiry_seconds=3600 * options.keep_hours,
             expiry_bytes=round(options.keep_gb * 2**30),
             url=options.url,
+            door=opened,
             hosts=tuple(options.allow_fetch),
             secret=where.secret(),
         ),
     )
+
+
+def door_of(url: str | None, names: Iterable[str]) -> Door:
+    """Under which names something is served: those, and that of the proxy before it.
+
+    Raises:
+        InputError: `url` is no address.
+    """
+    if url is None:
+        return replace(door(names, ()), option="--url URL")
+    wrong = InputError(f"--url {url}: a whole address is expected, such as https://draw.example.org")
+    if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", url):
+        raise wrong
+    try:
+        return replace(door(names, [urlsplit(url).netloc.rpartition("@")[2]]), option="--url URL")
+    except ValueError:
+        raise wrong from None
 
 
 def duty_of(options: argparse.Namespace, where: Place) -> Duty:

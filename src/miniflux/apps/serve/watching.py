@@ -23,6 +23,13 @@ SELDOM = 0.25  # seconds between two questions, at most, of a database that answ
 AGAIN = 1.0  # the same, while the database does not answer
 
 
+class ClosingError(Exception):
+    """The server ends, and a job that somebody waits for is not over."""
+
+    def __init__(self) -> None:
+        super().__init__("the server ends; try again")
+
+
 class Moved(NamedTuple):
     """How far a job is: its state, the steps that are done, and the previews that are kept."""
 
@@ -63,16 +70,25 @@ class Watch:
         self.store, self.every = store, every
         self._jobs: defaultdict[str, _Seen] = defaultdict(_Seen)
         self._somebody = asyncio.Event()
+        self.closing = False
 
     @asynccontextmanager
     async def running(self) -> AsyncGenerator[None]:
         """While the server runs."""
         self._jobs.clear()
+        self.closing = False
         self._somebody = asyncio.Event()  # of this event loop
         # A thread of its own: never behind requests that are slow.
         with ThreadPoolExecutor(1, "miniflux-watching") as thread:
             async with meanwhile(self._ask(thread)):
                 yield
+
+    def close(self) -> None:
+        """The server ends: nobody waits any longer. To be called in the loop that serves."""
+        self.closing = True
+        for seen in self._jobs.values():
+            for event in seen.listeners:
+                event.set()
 
     async def _ask(self, thread: ThreadPoolExecutor) -> None:
         loop = asyncio.get_running_loop()
@@ -109,11 +125,14 @@ class Watch:
 
         Yields:
             How far it is; None if nothing was new for so long. It ends when there is no such job, or not any more.
+
+        Raises:
+            ClosingError: the server ends before the job is over.
         """
         event = asyncio.Event()
         seen = self._jobs[id]
         seen.listeners.add(event)
-        if seen.known:
+        if seen.known or self.closing:
             event.set()
         self._somebody.set()
         try:
@@ -125,6 +144,8 @@ class Watch:
                     continue
                 event.clear()
                 news = seen.news
+                if self.closing and (news is None or not news.over):
+                    raise ClosingError
                 if news is None:
                     return
                 yield news

@@ -16,16 +16,15 @@ import gradio as gr
 import uvicorn
 from fastapi import FastAPI
 from gradio.routes import App, mount_gradio_app
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from miniflux.apps.ui import layout, look
-from miniflux.apps.ui.guard import Door, Guard, door
+from miniflux.apps.ui.guard import Guard
 from miniflux.apps.ui.handlers import connect
 from miniflux.apps.ui.routes import router
 from miniflux.apps.ui.site import Site
-from miniflux.apps.web.bodies import PATIENCE
+from miniflux.apps.web.door import Door, door
 from miniflux.apps.web.listening import listen
-from miniflux.apps.web.serving import Server
+from miniflux.apps.web.serving import Connection, Server
 
 SWEEP_SECONDS = 60.0
 CONNECTIONS = 512  # at once; more are told to come again
@@ -163,32 +162,11 @@ def served(
         listening.close()
 
 
-class _Connection(H11Protocol):
-    """A connection that asks for nothing is closed after a while: uvicorn waits for ever for the end of a request's
-    head, and there are only so many connections."""
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._look((None, True))
-
-    def _look(self, before: tuple[Any, bool]) -> None:
-        if not self.transport.is_closing():
-            self.loop.call_later(PATIENCE, self._judge, before)
-
-    def _judge(self, before: tuple[Any, bool]) -> None:
-        cycle: Any = self.cycle  # of the last request; None before the first
-        now = (cycle, cycle is None or cycle.response_complete)
-        if now == before and now[1]:
-            self.transport.close()
-        else:
-            self._look(now)
-
-
 def _config(app: Guard) -> uvicorn.Config:
     """For uvicorn, in a thread of ours and on sockets of ours."""
     return uvicorn.Config(
         app,
-        http=_Connection,
+        http=Connection,
         ws="none",
         loop="asyncio",
         lifespan="on",

@@ -90,6 +90,8 @@ def announced(headers: Headers) -> int | None:
         RefusedError: they say nonsense.
     """
     length = headers.get("content-length")
+    if length is not None and "transfer-encoding" in headers:  # read in two ways, one request is two (RFC 9112 6.3)
+        raise RefusedError(400, "Content-Length and Transfer-Encoding together")
     if length is None:
         return None if "transfer-encoding" in headers else 0
     if not length.isascii() or not length.isdigit() or len(length) > 19:  # 19: eight bytes hold no more

@@ -216,8 +216,8 @@ class Store(Database):
         ]
 
     def shown(self, id: str) -> list[Shown]:
-        """The previews of a job, in the order in which they were made."""
-        asked = select(PREVIEWS).where(PREVIEWS.c.job == id).order_by(PREVIEWS.c.number, PREVIEWS.c.step)
+        """The previews of a job, in the order of steps, those after the same step in that of the pictures."""
+        asked = select(PREVIEWS).where(PREVIEWS.c.job == id).order_by(PREVIEWS.c.step, PREVIEWS.c.number)
         with self.reading() as c:
             return [Shown(number=row.number, step=row.step, blob=row.blob) for row in c.execute(asked)]
 

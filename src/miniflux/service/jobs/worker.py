@@ -25,6 +25,7 @@ from miniflux.checks import without_folders
 from miniflux.errors import CancelledError, MinifluxError, OutOfMemoryError, OutputError
 from miniflux.memory.ledger import resident_size
 from miniflux.result import QUALITY, Result
+from miniflux.service import logs
 from miniflux.service.jobs.blobs import Blobs
 from miniflux.service.jobs.database import GONE
 from miniflux.service.jobs.inputs import Inputs
@@ -32,8 +33,9 @@ from miniflux.service.jobs.records import Job, Picture, Shown
 from miniflux.service.jobs.workbench import Workbench
 from miniflux.service.models import Models
 from miniflux.service.queue import Preview
+from miniflux.service.together import Previews
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("miniflux.service.jobs.worker")  # also where it is the process
 
 IDLE = 0.02  # seconds between two looks at an empty line
 OFTEN = 0.005  # seconds between two questions whether to stop
@@ -74,13 +76,11 @@ class Drawing:
 
     Attributes:
         done: steps of all its pictures.
-        finished: steps of the pictures before those that are drawn now.
         dropped: why its pictures are not wanted any more: cancelled, or time.
     """
 
     job: Job
     done: int = 0
-    finished: int = 0
     previews: int = 0
     dropped: str = ""
 
@@ -93,17 +93,6 @@ class Drawing:
     def marks(self) -> set[int]:
         """The steps of a picture after which a preview is kept, evenly between its begin and its end."""
         return {round(i * self.steps / (self.previews + 1)) for i in range(1, self.previews + 1)} - {0, self.steps}
-
-    def reach(self, done: int) -> tuple[int, int]:
-        """So many steps are done; returns the picture that a preview shows now, and how many of its own are. Of several
-        that are drawn at once, each a step further, it is the last."""
-        at_once = max(1, done - self.done)
-        step = (done - self.finished) // at_once
-        number = self.finished // self.steps + at_once - 1
-        self.done = done
-        if step == self.steps:
-            self.finished = done
-        return number, step
 
 
 class Worker:
@@ -179,7 +168,7 @@ class Worker:
     def _draw_the_others(self, drawings: Sequence[Drawing], error: Exception) -> None:
         """One of a batch cannot be drawn. If it is known which: all others together; else each alone."""
         which = error.which if isinstance(error, MinifluxError) else None
-        again = [replace(one, done=0, finished=0) for one in drawings]
+        again = [replace(one, done=0) for one in drawings]
         apart = [[one] for one in again]
         if which is not None:
             apart = [apart.pop(which), [one for (one,) in apart]]
@@ -267,17 +256,18 @@ class Steps:
         self.shown: list[tuple[str, Shown]] = []
         self.telling: Future[None] | None = None
 
-    def __call__(self, which: int, done: int, preview: Preview | None) -> None:
+    def __call__(self, which: int, done: int, previews: Previews) -> None:
         """
         Raises:
             CancelledError: nobody wants any picture of the batch, or the worker is to end.
         """
         worker, one, now = self.worker, self.drawings[which], time.monotonic()
-        worker.sign, (number, at) = now, one.reach(done)
+        worker.sign, one.done = now, done
         if now - self.began > one.job.seconds:
             one.dropped = one.dropped or "time"
-        if preview is not None and at in one.marks:
-            self._show(one, number, at, preview)
+        for number, (step, preview) in previews.items():
+            if step in one.marks:
+                self._show(one, number, step, preview)
         if now - self.asked >= OFTEN:
             self.asked = now
             self._talk(now)
@@ -370,7 +360,8 @@ def worker_of(duty: Duty) -> Worker:
 
 def main() -> None:
     """Read the duty, draw until standard input closes."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    logs.begin()
+    logging.getLogger().setLevel(logging.INFO)
     worker = worker_of(Duty(**json.loads(sys.stdin.readline())))
 
     def unwanted() -> None:
