@@ -343,6 +343,7 @@ def test_what_cannot_work_is_said_before_anything_is_served(
     assert said in told.err and told.err.count("\n") == 1 and told.out == ""
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("untold")
 def test_it_ends_at_once_and_leaves_nothing_temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a page open in a browser, whose stream never ends by itself."""
