@@ -10,13 +10,18 @@ from __future__ import annotations
 import gzip
 import json
 import os
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
 from torch import Tensor
+
+from miniflux.models.linear import _by_intel  # pyright: ignore[reportPrivateUsage]
 
 DATA = Path(__file__).parent / "data"
 BESIDE = DATA.parents[1] / "../shared/reference"
@@ -104,3 +109,38 @@ def unpack_tokenizer(name: str, target: Path) -> None:
     target.mkdir()
     for path in source.iterdir():
         (target / path.name.removesuffix(".gz")).write_bytes(read(path))
+
+
+# What depends on the processor
+
+INTEL = _by_intel()
+"""Whether float32 is multiplied, and exponentials are computed, by MKL's code for processors of Intel: a row is then
+rounded by how many others there are and where its weight lies, and frequencies of time have other last bits than where
+the reference was recorded. At a time of 1000 one such bit moves an angle by 6e-5."""
+
+
+def alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two results are bit for bit the same; where rows are not rounded alike, within 1e-4 of the largest."""
+    return torch.equal(a, b) or (INTEL and float((a - b).abs().max()) <= 1e-4 * max(1.0, float(b.abs().max())))
+
+
+def of_exponentials(call: Callable[[], Tensor]) -> float:
+    """How far a result moves if the frequencies of time move by their last bit; 0 where they are as recorded."""
+    if not INTEL:
+        return 0.0
+    plain = call()
+    moved: list[float] = []
+    for towards in (torch.inf, -torch.inf):
+        with _nudged(towards):
+            moved.append(float((call() - plain).abs().max()))
+    return max(moved)
+
+
+@contextmanager
+def _nudged(towards: float) -> Generator[None]:
+    exp = torch.exp
+    torch.exp = lambda x: torch.nextafter(exp(x), torch.tensor(towards))  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.exp = exp

@@ -24,7 +24,7 @@ from miniflux.models.flux1 import Flux1
 from miniflux.pipeline import Pipeline
 from tests.lora.conftest import out
 from tests.lora.made import lora, relative
-from tests.reference import Golden
+from tests.reference import Golden, of_exponentials
 from tests.tiny import FLUX1, flux1_inputs, randn
 
 QKV, LINEAR1, LINEAR2 = "double_blocks.0.img_attn.qkv", "single_blocks.1.linear1", "single_blocks.0.linear2"
@@ -180,9 +180,11 @@ def test_control_lora_of_the_original_release(golden: Callable[[str], Golden]) -
     data = golden("flux1_control_lora")
     network, tensors = control_base(data)
     attach(network, tensors, scale=0.85, name="control")
+    told = [data[name] for name in ("img", "img_ids", "txt", "txt_ids", "timesteps", "y", "guidance")]
     with torch.inference_mode():
-        found = network(*(data[name] for name in ("img", "img_ids", "txt", "txt_ids", "timesteps", "y", "guidance")))
-    torch.testing.assert_close(found, data["output"], rtol=0, atol=2e-5)
+        torch.testing.assert_close(
+            network(*told), data["output"], rtol=0, atol=2e-5 + of_exponentials(lambda: network(*told))
+        )
 
 
 def control_base(data: Golden) -> tuple[Flux1, dict[str, Tensor]]:
