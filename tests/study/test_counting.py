@@ -152,6 +152,7 @@ def measured(run: Callable[[], object]) -> int:
     return most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["flux1-dev", "flux2-klein-4b", "flux3-klein"])
 @torch.inference_mode()
 def test_activations(name: str) -> None:
@@ -167,6 +168,7 @@ def test_activations(name: str) -> None:
         assert found[""] == pytest.approx(expected, rel=0.1), part
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_activations_of_a_large_picture() -> None:
     """It is decoded in bands."""

@@ -91,6 +91,7 @@ def test_guidance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert min(shares) < 0.4 < shares[-1]
 
 
+@pytest.mark.slow
 def test_solvers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = run("4-solvers", tmp_path, monkeypatch)
     exact, measured = names["exact"], names["measured"]
@@ -120,6 +121,7 @@ def test_lora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert changes["everywhere"] < changes["image's weights"]
 
 
+@pytest.mark.slow
 def test_left_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = run("6-left-of", tmp_path, monkeypatch)
     assert all(abs(cell.recovered) < 0.05 for cell in names["words"].cells)

@@ -90,6 +90,7 @@ def test_without_keys_it_does_not_start(tmp_path: Path) -> None:
     assert server.process is not None and server.process.returncode == 2
 
 
+@pytest.mark.slow
 def test_the_log_is_lines_of_json(tmp_path: Path) -> None:
     """That of the server and that of its worker, with what Python warns of; but for the first line and the last."""
     server = Running(tmp_path / "data", "--insecure-no-keys")
