@@ -87,5 +87,6 @@ def test_a_worker_logs_so(tmp_path: Path) -> None:
         timeout=120,
     )
     told = [json.loads(line) for line in ended.stderr.splitlines()]
-    assert ended.returncode == 1 and "no such table" in told[-1]["traceback"]
+    assert ended.returncode == 1  # its thread of signs may have the last word
+    assert [one for one in told if "no such table" in one.get("traceback", "")]
     assert {"miniflux.service.jobs.worker", "miniflux.service.logs"} >= {one["logger"] for one in told}

@@ -14,6 +14,8 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD_SECONDS = 20.0  # until the head of a request is complete, from the connection or from the last answer
+LEAVING = 64  # that are refused may stay for LEAVING_SECONDS: an answer to who still sends is lost if they go at once
+LEAVING_SECONDS = 1.0
 CONNECTIONS = 2048  # at once, where the system lets a process open twice as many files
 FULL = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 2\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
@@ -43,6 +45,7 @@ class Connection(H11Protocol):
 
     _timer: asyncio.TimerHandle | None = None
     _since = 0.0
+    _refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         others = [one for one in self.connections if isinstance(one, Connection)]
@@ -52,16 +55,25 @@ class Connection(H11Protocol):
             if silent:
                 min(silent, key=lambda one: one._since)._leave()
             else:
-                transport.write(FULL)
-                transport.close()
+                self._refuse(transport, len(others) < places() + LEAVING)
                 return
         self._expect()
+
+    def _refuse(self, transport: asyncio.Transport, patiently: bool) -> None:
+        self._refused = True
+        transport.write(FULL)
+        if patiently:
+            self.loop.call_later(LEAVING_SECONDS, transport.close)
+        else:
+            transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._asked()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
         super().data_received(data)
         cycle: Any = self.cycle  # of the last request; None before the first
         if cycle is not None and not cycle.response_complete:
