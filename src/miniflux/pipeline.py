@@ -58,6 +58,7 @@ from miniflux.sampling import (
 from miniflux.sampling.caches import Cache
 from miniflux.sampling.guidance import Cfg, Scale
 from miniflux.sampling.latents import PIXELS_PER_TOKEN
+from miniflux.sampling.observing import observers
 from miniflux.text import Padding, TextReader
 from miniflux.variants import Variant
 from miniflux.version import __version__
@@ -242,7 +243,7 @@ class Pipeline:
             wraps=wraps,
             attend=attend,
             batch=batch,
-        )
+        ).seen_by(observers(self.transformer))
         check_batch(plan)
         if (own_loras := loras.given(self)) is not None:
             own_loras.check(plan.total, plan.once)

@@ -56,7 +56,7 @@ from miniflux.sampling.caches import Cache, check_cached
 from miniflux.sampling.denoising import check_part, check_skipped
 from miniflux.sampling.guidance import Cfg, Nag, Scale, SkipLayer, scale_at
 from miniflux.sampling.latents import PIXELS_PER_TOKEN
-from miniflux.sampling.observing import Observer, observers
+from miniflux.sampling.observing import Observer
 from miniflux.text import ChatForm, Padding, Text, check_padding
 from miniflux.variants import Variant
 
@@ -222,8 +222,6 @@ class Plan:
         check_part(levels, cache, resume, plain(stop))
         if isinstance(guide, SkipLayer):
             check_skipped(variant.transformer, guide, levels)
-        once = once_for(variant, family, conditions)
-        check_altered(cache is not None, once)
         return cls(
             prompts=prompts,
             images=images,
@@ -239,7 +237,7 @@ class Plan:
             family=family,
             chat=variant.chat,
             conditions=steered,
-            once=once,
+            once=once_for(variant, family, conditions),
             crop=crop,
             spacing=spacing,
             steps_asked=variant.steps if steps is None and named else steps,
@@ -256,9 +254,24 @@ class Plan:
             run=run,
             wraps=wraps,
             attend=attend,
-            observers=observers(),
+            observers=(),
             batch=batch if batch is None or batch == "auto" else whole("batch", batch, 1, MAX_IMAGES),
         )
+
+    def seen_by(self, observers: Sequence[Observer]) -> Plan:
+        """The same call, with those who look on.
+
+        Raises:
+            InputError: they would alter less than they say.
+        """
+        altered = next((observer.alters for observer in observers if observer.alters is not None), None)
+        if altered is not None and self.cache is not None:
+            raise InputError(
+                f"{altered}: a step cache leaves blocks out, and these are not altered: draw without cache"
+            )
+        if altered is not None and self.once:
+            raise InputError(f"{altered}: references that are looked at once are not altered: give them once=False")
+        return replace(self, observers=tuple(observers))
 
     @property
     def total(self) -> int:
@@ -370,17 +383,6 @@ class Plan:
     def cache_described(self) -> dict[str, Any]:
         name = next(name for name, kind in CACHES.items() if kind is type(self.cache))
         return {"name": name, **{f.name: _listed(getattr(self.cache, f.name)) for f in fields(self.cache)}}  # pyright: ignore
-
-
-def check_altered(cached: bool, once: bool) -> None:
-    """Raises InputError where observers would alter less than they say."""
-    altered = next((observer.alters for observer in observers() if observer.alters is not None), None)
-    if altered is None:
-        return
-    if cached:
-        raise InputError(f"{altered}: a step cache leaves blocks out, and these are not altered: draw without cache")
-    if once:
-        raise InputError(f"{altered}: references that are looked at once are not altered: give them once=False")
 
 
 def once_for(variant: Variant, family: Family, conditions: Sequence[Condition]) -> bool:

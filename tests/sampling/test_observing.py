@@ -73,3 +73,15 @@ def test_what_is_altered_is_said_and_not_kept() -> None:
         again = pipe.generate("a red circle", **asked)
     assert "somebody looks on" in again.settings[0]["not_cached"]
     assert torch.equal(plain.latents, again.latents)
+
+
+def test_of_one_network_alone() -> None:
+    """Another pipeline that draws meanwhile is none of its business, and says nothing of it."""
+    pipe, other = miniflux.load("nano"), miniflux.load("nano2")
+    asked: dict[str, Any] = {"width": 64, "height": 64, "steps": 2}
+    plain = other.generate("a red circle", **asked)
+    with observed(notes := Notes(alters="half of everything"), pipe.transformer):
+        beside = other.generate("a red circle", **asked)
+        assert not notes.calls and not notes.pictures
+        assert "wrapped" in pipe.generate("a red circle", **asked).settings[0]
+    assert torch.equal(plain.latents, beside.latents) and "wrapped" not in beside.settings[0]

@@ -63,18 +63,19 @@ class Observer(Protocol):
         ...
 
 
-_observers: ContextVar[tuple[Observer, ...]] = ContextVar("observers", default=())
+_observers: ContextVar[tuple[tuple[Observer, object], ...]] = ContextVar("observers", default=())
 
 
-def observers() -> tuple[Observer, ...]:
-    """Those of this thread, the outermost first."""
-    return _observers.get()
+def observers(network: object = None) -> tuple[Observer, ...]:
+    """Those of this thread, the outermost first; of those of one network alone, this one's."""
+    return tuple(one for one, its in _observers.get() if its is None or network is None or its is network)
 
 
 @contextmanager
-def observed(observer: Observer) -> Generator[None]:
-    """In here `observer` is told of all runs that `Pipeline.generate` makes in this thread."""
-    token = _observers.set((*_observers.get(), observer))
+def observed(observer: Observer, network: object = None) -> Generator[None]:
+    """In here `observer` is told of all runs that `Pipeline.generate` makes in this thread; with `network`, of those
+    of a pipeline with this transformer alone."""
+    token = _observers.set((*_observers.get(), (observer, network)))
     try:
         yield
     finally:

@@ -23,6 +23,7 @@ from PIL import Image
 from miniflux.apps.serve.app import create_app
 from miniflux.apps.serve.site import Options
 from miniflux.apps.web.door import Door
+from miniflux.apps.web.serving import Connection, Server
 from miniflux.service.jobs import keys
 from miniflux.service.jobs.blobs import Blobs
 from miniflux.service.jobs.database import sqlite_url
@@ -196,8 +197,9 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 @contextmanager
 def listening(app: FastAPI) -> Iterator[str]:
-    """The same app behind a real socket; its address."""
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, ws="none", lifespan="on"))
+    """The same app behind a real socket, as the command serves it; its address."""
+    config = uvicorn.Config(app, http=Connection, log_config=None, ws="none", lifespan="on")
+    server = Server(config, app.state.site.watch.close)
     with socket.create_server(("127.0.0.1", 0)) as place:
         thread = threading.Thread(target=server.run, args=([place],), daemon=True)
         thread.start()

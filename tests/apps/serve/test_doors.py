@@ -4,48 +4,28 @@ pages of others where no key is needed; and HEAD."""
 from __future__ import annotations
 
 import socket
-import threading
 import time
-from collections.abc import Generator, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
 import pytest
-import uvicorn
 
 from miniflux.apps.serve.starting import door_of
 from miniflux.apps.web import serving
-from miniflux.apps.web.serving import Connection, Server
 from miniflux.errors import InputError
-from tests.apps.serve.conftest import Serve, Served
+from tests.apps.serve.conftest import Serve, Served, listening
 
 PROMPT = "a red circle on a blue background"
 UNFINISHED = b"GET /healthz HTTP/1.1\r\nHost: x\r\n"
 
 
-@contextmanager
-def at(served: Served) -> Generator[int]:
-    """Served as the command does; the port."""
-    config = uvicorn.Config(served.app, http=Connection, log_config=None, ws="none", lifespan="on")
-    server = Server(config, served.app.state.site.watch.close)
-    with socket.create_server(("127.0.0.1", 0)) as place:
-        thread = threading.Thread(target=server.run, args=([place],), daemon=True)
-        thread.start()
-        until = time.monotonic() + 60
-        while not server.started:
-            assert time.monotonic() < until
-            time.sleep(0.01)
-        yield place.getsockname()[1]
-        server.should_exit = True
-        thread.join(20)
-
-
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Served, int]]:
     served = Served(tmp_path_factory.mktemp("doors"))
-    with at(served) as port:
-        yield served, port
+    with listening(served.app) as url:
+        yield served, int(url.rpartition(":")[2])
     served.close()
 
 
@@ -175,7 +155,8 @@ def test_a_body_of_two_lengths_is_refused_and_ends_the_connection(
 def test_without_keys_it_answers_to_its_own_names_alone(tmp_path: Path) -> None:
     served = Served(tmp_path, keys=False, door=door_of("https://draw.example.org/flux", {"localhost", "box"}))
     try:
-        with at(served) as port, httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
+        with listening(served.app) as url, httpx.Client(base_url=url, trust_env=False) as client:
+            port = int(url.rpartition(":")[2])
             for host in ("127.0.0.1", f"127.0.0.1:{port}", "localhost:1", "[::1]:80", "box", "draw.example.org"):
                 assert client.get("/v1/models", headers={"host": host}).status_code == 200, host
             for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", "10.9.8.7", "localhost.x"):

@@ -2,7 +2,7 @@
 
     print(study.diff("flux1-dev", "flux1-dev-Q4_K.gguf"))
 
-How it is told which block is at fault: `divergence`.
+How it is told which block is at fault: `parting`.
 """
 
 from __future__ import annotations

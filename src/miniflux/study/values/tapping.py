@@ -160,7 +160,7 @@ class Tap:
                 stack.enter_context(read_anew())
             stack.callback(self._let_go)
             self._hang()
-            stack.enter_context(observed(self))
+            stack.enter_context(observed(self, self.pipe.transformer))
             self._entered = stack.pop_all()
         return self
 
